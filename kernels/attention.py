@@ -1,0 +1,112 @@
+"""Attention over the paged KV cache: the ops, and the one place where a backend is chosen.
+
+Selectors say where to look (`kernels.dynamic`, `kernels.patterns`); these ops look there.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from kernels import reference, torch_backend
+from kernels.errors import KernelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows, Segment
+    from kernels.selection import Selection
+
+
+class Impl(StrEnum):
+    """Which code runs. Chosen once by the caller; nothing here switches to another by itself."""
+
+    REFERENCE = "reference"
+    """The specification, in float64: slow, for tests."""
+    TORCH = "torch"
+    """Plain torch operations: fast on a CPU, correct on any device."""
+
+
+def selected_attention(
+    query: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    selection: Selection,
+    scale: float,
+    impl: Impl = Impl.TORCH,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each row over exactly its selected keys.
+
+    Args:
+        query: [rows, heads, head_dim], heads a multiple of the cache's KV heads.
+        cache: the layer's paged cache.
+        rows: where each row's keys lie.
+        selection: the keys each row attends to.
+        scale: factor on the scores, usually head_dim ** -0.5.
+        impl: backend.
+
+    Returns:
+        Output [rows, heads, head_dim] in the query's dtype and log-sum-exp [rows, heads] in
+        float32 (float64 for float64 inputs). A row without keys gives 0 and -inf.
+
+    Raises:
+        KernelError: when the shapes or dtypes do not fit together.
+    """
+    _check(query, cache)
+    expected = (query.shape[0], cache.kv_heads)
+    if tuple(selection.counts.shape) != expected or rows.lengths.shape[0] != query.shape[0]:
+        raise KernelError(
+            f"the selection must have [rows, kv_heads] = {list(expected)}, "
+            f"not {list(selection.counts.shape)} over {rows.lengths.shape[0]} rows"
+        )
+    if impl is Impl.REFERENCE:
+        output, lse = reference.selected_attention(query, cache, rows, selection, scale)
+        return output.to(query.dtype), lse.to(torch_backend.wide(query.dtype))
+    return torch_backend.selected_attention(query, cache, rows, selection, scale)
+
+
+def dense_attention(
+    query: Tensor,
+    cache: LayerCache,
+    segment: Segment,
+    scale: float,
+    window: int | None = None,
+    impl: Impl = Impl.TORCH,
+) -> Tensor:
+    """Causal attention of consecutive tokens over everything before them and themselves.
+
+    A decode token that attends densely is a segment of one token.
+
+    Args:
+        query: [tokens, heads, head_dim]; the tokens' own keys are already in the cache.
+        cache: the layer's paged cache.
+        segment: where the tokens stand and where their keys lie.
+        scale: factor on the scores, usually head_dim ** -0.5.
+        window: keys a token sees, itself included; None for all.
+        impl: backend.
+
+    Returns:
+        [tokens, heads, head_dim] in the query's dtype.
+
+    Raises:
+        KernelError: when the shapes or dtypes do not fit together.
+    """
+    _check(query, cache)
+    if query.shape[0] != segment.tokens:
+        raise KernelError(f"the segment has {segment.tokens} tokens, the query {query.shape[0]}")
+    if impl is Impl.REFERENCE:
+        return reference.dense_attention(query, cache, segment, scale, window).to(query.dtype)
+    return torch_backend.dense_attention(query, cache, segment, scale, window)
+
+
+def _check(query: Tensor, cache: LayerCache) -> None:
+    if query.dim() != 3 or query.shape[2] != cache.head_dim or query.shape[1] % cache.kv_heads:
+        raise KernelError(
+            f"the query must be [rows, a multiple of {cache.kv_heads} heads, {cache.head_dim}], "
+            f"not {list(query.shape)}"
+        )
+    if query.dtype != cache.kv.dtype or query.device != cache.kv.device:
+        raise KernelError(
+            f"the query is {query.dtype} on {query.device}, "
+            f"the cache {cache.kv.dtype} on {cache.kv.device}: they must agree"
+        )

@@ -1,0 +1,152 @@
+"""One layer's paged KV cache and the summaries of its pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.page import PAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer in 64-key pages, shared by all sequences.
+
+    A key and its value lie side by side, so the gather of one selected key is one read. Heads come
+    first: physically neighbouring pages of one head are then one evenly strided run of keys, which
+    dense attention reads in place.
+    """
+
+    kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
+    summary: Tensor  # [kv_heads, pages, 2, head_dim]  mean at 0, variance at 1, of the page's keys
+
+    @staticmethod
+    def allocate(
+        pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> LayerCache:
+        """An empty cache of `pages` pages; zeroed, so that unwritten keys are finite."""
+        return LayerCache(
+            kv=torch.zeros(kv_heads, pages, PAGE, 2, head_dim, dtype=dtype, device=device),
+            summary=torch.zeros(kv_heads, pages, 2, head_dim, dtype=dtype, device=device),
+        )
+
+    @staticmethod
+    def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that one page takes in one layer, its summary included."""
+        return kv_heads * (PAGE + 1) * 2 * head_dim * dtype.itemsize
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of KV heads."""
+        return self.kv.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.kv.shape[-1]
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store new keys and values.
+
+        Args:
+            slots: int64 [tokens], physical page * 64 + offset, each at most once.
+            keys: [tokens, kv_heads, head_dim].
+            values: [tokens, kv_heads, head_dim].
+        """
+        rows = self.kv.view(self.kv_heads, -1, 2, self.head_dim)
+        rows[:, slots] = torch.stack((keys, values), dim=2).transpose(0, 1).to(rows.dtype)
+
+    def summarise(self, pages: Tensor) -> None:
+        """Write the summaries of pages that have just filled.
+
+        Computed from the stored keys alone, so a summary does not depend on how the prompt was
+        cut into chunks.
+
+        Args:
+            pages: int64 [filled], physical pages.
+        """
+        if pages.numel() == 0:
+            return
+        wide = torch.promote_types(self.kv.dtype, torch.float32)
+        keys = self.kv[:, pages, :, 0].to(wide)  # [kv_heads, filled, 64, head_dim]
+        variance, mean = torch.var_mean(keys, dim=2, correction=0)
+        self.summary[:, pages] = torch.stack((mean, variance), dim=2).to(self.summary.dtype)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page, for a sequence that goes its own way in a page it shared."""
+        self.kv[:, target] = self.kv[:, source]
+        self.summary[:, target] = self.summary[:, source]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the keys of decode rows lie: `sequences` block tables, `queries` rows of each.
+
+    Rows are numbered sequence by sequence. A row sees the keys `start <= key < length`; its own
+    key is the last of them.
+    """
+
+    block_tables: Tensor  # int64 [sequences, pages]  physical pages, 0 behind the last
+    lengths: Tensor  # int64 [rows]  end of the visible keys
+    starts: Tensor  # int64 [rows]  first visible key: 0, or the sliding window's edge
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return self.block_tables.shape[0]
+
+    @property
+    def queries(self) -> int:
+        """Rows of each sequence."""
+        return self.lengths.shape[0] // self.sequences
+
+    @property
+    def visible(self) -> Tensor:
+        """int64 [rows], keys each row may see."""
+        return self.lengths - self.starts
+
+    def within(self, window: int | None) -> Rows:
+        """These rows under a sliding window of `window` keys, self included."""
+        if window is None:
+            return self
+        return Rows(self.block_tables, self.lengths, (self.lengths - window).clamp_min(0))
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Physical slots of logical positions.
+
+        Args:
+            positions: int64 [rows, ...], each within its row's block table.
+
+        Returns:
+            int64 [rows, ...], physical page * 64 + offset.
+        """
+        tables = self.block_tables.repeat_interleave(self.queries, dim=0)  # [rows, pages]
+        flat = positions.flatten(1)  # [rows, positions]
+        return (tables.gather(1, flat // PAGE) * PAGE + flat % PAGE).view(positions.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one sequence that attend densely: a prefill chunk or a decode token."""
+
+    block_table: Tensor  # int64 [pages]  physical pages
+    runs: tuple[tuple[int, int], ...]  # (first physical page, pages) of neighbouring pages, in order
+    start: int  # position of the first token; the keys before it are cached
+    tokens: int
+
+    @staticmethod
+    def of(block_table: list[int], start: int, tokens: int, device: torch.device) -> Segment:
+        """The segment of `tokens` tokens at position `start`."""
+        pages = block_table[: -(-(start + tokens) // PAGE)]
+        runs: list[tuple[int, int]] = []
+        for page in pages:
+            if runs and page == sum(runs[-1]):
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((page, 1))
+        return Segment(torch.tensor(pages, device=device), tuple(runs), start, tokens)

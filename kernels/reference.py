@@ -1,0 +1,114 @@
+"""The specification: what each op means, written to be read, in float64 and without speed.
+
+Nothing here is imported by a fast backend, and nothing here imports one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows, Segment
+    from kernels.selection import Selection
+
+
+def masked_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys where `mask` is True.
+
+    Args:
+        query: [rows, heads, head_dim].
+        keys: [rows, heads, keys, head_dim].
+        values: [rows, heads, keys, head_dim].
+        mask: bool [rows, heads, keys].
+        scale: factor on the scores.
+
+    Returns:
+        float64 output [rows, heads, head_dim] and log-sum-exp [rows, heads]; a row without keys
+        gives 0 and -inf.
+    """
+    scores = torch.einsum("rhd,rhkd->rhk", query.double(), keys.double()) * scale
+    scores = scores.masked_fill(~mask, -torch.inf)  # [rows, heads, keys]
+    lse = scores.logsumexp(-1)  # [rows, heads]
+    weights = torch.where(mask, (scores - lse[..., None]).exp(), 0.0)
+    return torch.einsum("rhk,rhkd->rhd", weights, values.double()), lse
+
+
+def selected_attention(
+    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of each row over its selected keys; see `kernels.attention.selected_attention`."""
+    group = query.shape[1] // cache.kv_heads
+    count, kv_heads, capacity = selection.indices.shape
+    mask = selection.indices >= 0  # [rows, kv_heads, capacity]
+    slots = rows.slots(selection.indices.clamp_min(0))  # [rows, kv_heads, capacity]
+    flat = cache.kv.view(kv_heads, -1, 2, cache.head_dim)
+    heads = torch.arange(kv_heads, device=slots.device)[None, :, None]
+    picked = flat[heads, slots]  # [rows, kv_heads, capacity, 2, head_dim]
+    picked = picked.repeat_interleave(group, dim=1)  # [rows, heads, capacity, 2, head_dim]
+    output, lse = masked_attention(
+        query,
+        picked[..., 0, :],
+        picked[..., 1, :],
+        mask.repeat_interleave(group, dim=1),
+        scale,
+    )
+    assert output.shape[0] == count and capacity == mask.shape[-1]
+    return output, lse
+
+
+def dense_attention(
+    query: Tensor, cache: LayerCache, segment: Segment, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention of a segment; see `kernels.attention.dense_attention`."""
+    tokens, heads, head_dim = query.shape
+    total = segment.start + tokens
+    flat = cache.kv[:, segment.block_table].reshape(cache.kv_heads, -1, 2, head_dim)
+    flat = flat[:, :total].repeat_interleave(heads // cache.kv_heads, dim=0)
+    keys, values = flat[:, :, 0], flat[:, :, 1]  # [heads, keys, head_dim]
+    position = segment.start + torch.arange(tokens, device=query.device)[:, None]
+    key = torch.arange(total, device=query.device)
+    mask = key <= position  # [tokens, keys]
+    if window is not None:
+        mask = mask & (position - key < window)
+    output, _ = masked_attention(
+        query,
+        keys.expand(tokens, -1, -1, -1),
+        values.expand(tokens, -1, -1, -1),
+        mask[:, None].expand(-1, heads, -1),
+        scale,
+    )
+    return output
+
+
+def cut_by_mass(
+    importance: Tensor, kept: Tensor, eligible: Tensor, coverage: float, least: int, most: int
+) -> Tensor:
+    """The budget of one row and KV head: top-p between two top-k bounds.
+
+    Args:
+        importance: [candidates], estimated share of the row's attention mass.
+        kept: bool [candidates], always chosen (sinks and the recent window).
+        eligible: bool [candidates], may be chosen at all.
+        coverage: share of the mass to reach.
+        least: fewest keys, `kept` included.
+        most: most keys, `kept` included.
+
+    Returns:
+        bool [candidates]. Greatest importance first; ties go to the lowest index.
+    """
+    chosen = (kept & eligible).clone()
+    mass = float(importance[chosen].sum())
+    others = [int(i) for i in (eligible & ~kept).nonzero()]
+    for index in sorted(others, key=lambda i: (-float(importance[i]), i)):
+        count = int(chosen.sum())
+        if count >= most or (mass >= coverage and count >= least):
+            break
+        chosen[index] = True
+        mass += float(importance[index])
+    return chosen

@@ -1,0 +1,71 @@
+"""Where to look: the one value that selectors produce and attention consumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.errors import KernelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The keys each query row attends to, shared by the query heads of a KV head.
+
+    Positions are logical: the block table and the causal edge belong to the attention op. A row
+    may be empty. Duplicates are forbidden; positions ascend, so sums have one order.
+    """
+
+    indices: Tensor  # int64 [rows, kv_heads, capacity]  packed left, padded with -1
+    counts: Tensor  # int64 [rows, kv_heads]  0 <= count <= capacity
+
+    @staticmethod
+    def from_mask(mask: Tensor, positions: Tensor) -> Selection:
+        """Pack the chosen candidates to the left.
+
+        Args:
+            mask: bool [rows, kv_heads, candidates], True where the candidate is chosen.
+            positions: int64 [rows, kv_heads, candidates], ascending logical positions.
+        """
+        rows, heads, candidates = mask.shape
+        chosen = mask.flatten().nonzero().flatten()  # [chosen], row by row, ascending
+        owner = chosen // max(candidates, 1)  # [chosen]
+        counts = torch.bincount(owner, minlength=rows * heads)  # [rows * kv_heads]
+        capacity = int(counts.max()) if counts.numel() else 0
+        # A candidate's place in its row is its running number minus those of the rows before.
+        before = counts.cumsum(0) - counts  # [rows * kv_heads]
+        place = torch.arange(chosen.shape[0], device=mask.device) - before[owner]
+        indices = counts.new_full((rows * heads, capacity), -1)
+        indices[owner, place] = positions.reshape(-1)[chosen]
+        return Selection(indices.view(rows, heads, capacity), counts.view(rows, heads))
+
+    def rows(self, start: int, stop: int) -> Selection:
+        """The selection of rows `start` to `stop`."""
+        return Selection(self.indices[start:stop], self.counts[start:stop])
+
+    def validate(self, lengths: Tensor) -> None:
+        """Check every promise of this class; it waits for the device, so it is for tests.
+
+        Args:
+            lengths: int64 [rows], the number of keys each row may see.
+
+        Raises:
+            KernelError: naming the first promise that does not hold.
+        """
+        capacity = self.indices.shape[-1]
+        place = torch.arange(capacity, device=self.indices.device)
+        packed = place < self.counts[..., None]  # [rows, kv_heads, capacity]
+        if bool(((self.counts < 0) | (self.counts > capacity)).any()):
+            raise KernelError("a selection's count lies outside 0 to its capacity")
+        if bool((self.indices[~packed] != -1).any()):
+            raise KernelError("a selection is not padded with -1 behind its count")
+        if bool((packed & ((self.indices < 0) | (self.indices >= lengths[:, None, None]))).any()):
+            raise KernelError("a selection holds a position that its row cannot see")
+        step = self.indices[..., 1:] - self.indices[..., :-1]
+        if bool((packed[..., 1:] & (step <= 0)).any()):
+            raise KernelError("a selection's positions do not ascend")

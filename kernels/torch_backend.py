@@ -1,0 +1,202 @@
+"""The ops of `kernels.attention` in torch: tuned for a CPU, correct on any device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from kernels.page import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows, Segment
+    from kernels.selection import Selection
+
+# Gathers are cut into pieces of this many bytes: enough to fill the cores, small enough that the
+# copies of a long prompt's rows do not double the process.
+GATHER_BYTES = 64 << 20
+# A run of neighbouring pages at least this long is read in place; shorter ones are gathered
+# together first, since each call costs as much as reading a few pages.
+RUN_PAGES = 16
+GATHER_PAGES = 128
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and log-sum-exps of `dtype` are kept."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def selected_attention(
+    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.attention.selected_attention`."""
+    count, kv_heads, capacity = selection.indices.shape
+    heads, head_dim = query.shape[1:]
+    if capacity == 0:
+        lse = query.new_full((count, heads), -torch.inf, dtype=wide(query.dtype))
+        return torch.zeros_like(query), lse
+    slots = rows.slots(selection.indices.clamp_min(0))  # [rows, kv_heads, capacity]
+    slots = slots + head_offsets(cache, slots.device)
+    flat = cache.kv.view(-1, 2 * head_dim)
+    place = torch.arange(capacity, device=query.device)
+    mask = place < selection.counts[..., None]  # [rows, kv_heads, capacity]
+    grouped = query.view(count, kv_heads, -1, head_dim)  # [rows, kv_heads, group, head_dim]
+    outputs, lses = [], []
+    step = max(1, GATHER_BYTES // (kv_heads * capacity * flat.shape[1] * flat.itemsize))
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        picked = flat.index_select(0, slots[part].flatten())
+        picked = picked.view(-1, kv_heads, capacity, 2, head_dim)
+        output, lse = _attend(
+            grouped[part], picked[..., 0, :], picked[..., 1, :], mask[part][:, :, None], scale
+        )
+        outputs.append(output)
+        lses.append(lse)
+    empty = selection.counts.eq(0)[:, :, None]  # [rows, kv_heads, 1]
+    # A softmax over nothing is nan; the op promises 0 and -inf.
+    output = torch.cat(outputs).masked_fill(empty[..., None], 0.0)
+    lse = torch.cat(lses).masked_fill(empty, -torch.inf)
+    return output.reshape(count, heads, head_dim), lse.reshape(count, heads)
+
+
+def head_offsets(cache: LayerCache, device: torch.device) -> Tensor:
+    """int64 [kv_heads, 1], where each head's slots begin in the cache seen as one list of rows."""
+    slots = cache.kv.shape[1] * PAGE
+    return torch.arange(0, cache.kv_heads * slots, slots, device=device)[:, None]
+
+
+def dense_attention(
+    query: Tensor, cache: LayerCache, segment: Segment, scale: float, window: int | None
+) -> Tensor:
+    """See `kernels.attention.dense_attention`."""
+    total = segment.start + segment.tokens
+    first = 0 if window is None else max(0, segment.start + 1 - window)
+    if query.device.type != "cpu" or first > 0 or (window is not None and total > window):
+        return _gathered_attention(query, cache, segment, scale, first, window)
+    tokens, heads, head_dim = query.shape
+    kv_heads = cache.kv_heads
+    # Every token sees all the keys before the segment, so the group's heads and the tokens are
+    # query rows of one unmasked call a KV head.
+    stacked = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    stacked = stacked.reshape(1, kv_heads, -1, head_dim)  # [1, kv_heads, group * tokens, head_dim]
+    before = total if tokens == 1 else segment.start
+    parts = [
+        _attend(stacked, keys, values, None, scale)
+        for keys, values in _key_blocks(cache, segment, before)
+    ]
+    if tokens > 1:
+        own = _gather(cache, segment, segment.start, total)  # [kv_heads, tokens, 2, head_dim]
+        own = own.repeat_interleave(heads // kv_heads, dim=0)[None]
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query.transpose(0, 1)[None], own[..., 0, :], own[..., 1, :], 0.0, True, scale=scale
+        )
+        parts.append((output.reshape(stacked.shape), lse.reshape(1, kv_heads, -1)))
+    merged = _merge(parts).view(kv_heads, -1, tokens, head_dim)
+    return merged.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim).to(query.dtype)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention with its log-sum-exp.
+
+    Args:
+        query: [batch, kv_heads, queries, head_dim].
+        keys: [batch, kv_heads, keys, head_dim].
+        values: [batch, kv_heads, keys, head_dim].
+        mask: bool, broadcast to [batch, kv_heads, queries, keys], or None.
+        scale: factor on the scores.
+
+    Returns:
+        [batch, kv_heads, queries, head_dim] and [batch, kv_heads, queries] (wide).
+    """
+    if query.device.type == "cpu":
+        bias = None
+        if mask is not None and not bool(mask.all()):
+            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            bias = bias.expand(-1, -1, query.shape[2], -1)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, False, attn_mask=bias, scale=scale
+        )
+        return output, lse
+    scores = (query @ keys.transpose(-1, -2)).to(wide(query.dtype)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().to(values.dtype)
+    return weights @ values, lse
+
+
+def _key_blocks(
+    cache: LayerCache, segment: Segment, stop: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The keys and values before position `stop`, in pieces [1, kv_heads, keys, head_dim]."""
+    kv_heads, head_dim = cache.kv_heads, cache.head_dim
+    page = 0  # logical page that the next run begins with
+    pending = 0  # logical page from which short runs wait to be gathered together
+    for first, pages in segment.runs:
+        long = pages >= RUN_PAGES
+        if page > pending and (long or page - pending >= GATHER_PAGES):
+            yield _split(_gather(cache, segment, pending * PAGE, min(page * PAGE, stop)))
+            pending = page
+        if page * PAGE >= stop:
+            break
+        if long:
+            run = cache.kv[:, first : first + pages].view(kv_heads, -1, 2, head_dim)
+            yield _split(run[:, : stop - page * PAGE])
+            pending = page + pages
+        page += pages
+    if pending * PAGE < min(page * PAGE, stop):
+        yield _split(_gather(cache, segment, pending * PAGE, stop))
+
+
+def _split(keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
+    return keys_and_values[None, :, :, 0], keys_and_values[None, :, :, 1]
+
+
+def _gather(cache: LayerCache, segment: Segment, start: int, stop: int) -> Tensor:
+    """A copy of the keys and values at positions `start` to `stop`: [kv_heads, keys, 2, d]."""
+    position = torch.arange(start, stop, device=segment.block_table.device)
+    slots = segment.block_table[position // PAGE] * PAGE + position % PAGE  # [keys]
+    return cache.kv.view(cache.kv_heads, -1, 2, cache.head_dim).index_select(1, slots)
+
+
+def _merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Join partial attentions by their log-sum-exps (FlashDecoding's reduction)."""
+    if len(parts) == 1:
+        return parts[0][0]
+    lses = torch.stack([lse for _, lse in parts])  # [parts, 1, kv_heads, queries]
+    weights = lses.softmax(0)[..., None]  # [parts, 1, kv_heads, queries, 1]
+    return torch.stack([output.to(weights.dtype) for output, _ in parts]).mul_(weights).sum(0)
+
+
+def _gathered_attention(
+    query: Tensor,
+    cache: LayerCache,
+    segment: Segment,
+    scale: float,
+    first: int,
+    window: int | None,
+) -> Tensor:
+    """Dense attention over a contiguous copy of the keys from `first` on."""
+    tokens, heads, _ = query.shape
+    copy = _gather(cache, segment, first, segment.start + tokens)
+    copy = copy.repeat_interleave(heads // cache.kv_heads, dim=0)[None]
+    keys, values = copy[..., 0, :], copy[..., 1, :]  # [1, heads, keys, head_dim]
+    mask: Tensor
+    if window is None:
+        mask = causal_lower_right(tokens, keys.shape[2])
+    else:
+        position = segment.start + torch.arange(tokens, device=query.device)[:, None]
+        key = first + torch.arange(keys.shape[2], device=query.device)
+        mask = (key <= position) & (position - key < window)  # [tokens, keys]
+    output = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], keys, values, attn_mask=mask, scale=scale
+    )
+    return output[0].transpose(0, 1)

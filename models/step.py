@@ -1,0 +1,41 @@
+"""One engine step as the model sees it: a flat list of tokens and how each of them attends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import Rows, Segment
+    from kernels.policy import Dynamic, Fixed
+
+
+@dataclass(frozen=True, slots=True)
+class DenseGroup:
+    """Consecutive tokens of one sequence that attend densely."""
+
+    segment: Segment
+    first: int  # place of the segment's first token in the step; the rest follow it
+
+
+@dataclass(frozen=True, slots=True)
+class SparseGroup:
+    """Tokens that go through selected attention under one policy, the same number a sequence."""
+
+    rows: Rows
+    tokens: Tensor  # int64 [rows]  place of each row in the step
+    policy: Dynamic | Fixed
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """What one forward pass computes. Every token stands in exactly one group."""
+
+    token_ids: Tensor  # int64 [tokens]
+    positions: Tensor  # int64 [tokens]
+    slots: Tensor  # int64 [tokens]  where each token's key goes: physical page * 64 + offset
+    filled: Tensor  # int64 [pages]  physical pages whose last key this step writes
+    dense: tuple[DenseGroup, ...]
+    sparse: tuple[SparseGroup, ...]

@@ -1,0 +1,111 @@
+"""From scheduled work to the model's input: groups tokens by how they attend."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.cache import Rows, Segment
+from kernels.page import PAGE
+from kernels.patterns import Pattern
+from kernels.policy import Dynamic, Fixed
+from models.step import DenseGroup, SparseGroup, StepInput
+from service.engine.sequence import Mode, Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from service.engine.scheduler import Work
+
+
+def policy_of(sequence: Sequence, mode: Mode) -> Dynamic | Fixed:
+    """The kernel's policy for tokens of `sequence` in a sparse mode."""
+    wanted = sequence.request.sparsity
+    if mode is Mode.DYNAMIC:
+        return Dynamic(coverage=wanted.coverage, min_keys=wanted.min_keys, max_keys=wanted.max_keys)
+    return Fixed(Pattern.parse(wanted.pattern))
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Consecutive tokens of one sequence in one mode."""
+
+    sequence: Sequence
+    mode: Mode
+    start: int  # position of the first token
+    stop: int
+    first: int  # place of the first token in the step
+
+
+def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
+    """The model's input for one step.
+
+    Tokens stand in the order of `work`. Consecutive dense tokens become a segment; sparse ones of
+    the same policy and number a sequence share one group.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    filled: list[int] = []
+    dense: list[DenseGroup] = []
+    sparse: dict[tuple[Dynamic | Fixed, int], list[_Span]] = defaultdict(list)
+    for item in work:
+        sequence = item.sequence
+        for span in _spans(item, len(tokens)):
+            count = span.stop - span.start
+            if span.mode is Mode.DENSE:
+                segment = Segment.of(sequence.pages, span.start, count, device)
+                dense.append(DenseGroup(segment, span.first))
+            else:
+                sparse[policy_of(sequence, span.mode), count].append(span)
+        for position in range(item.start, item.stop):
+            page, offset = sequence.pages[position // PAGE], position % PAGE
+            slots.append(page * PAGE + offset)
+            if offset == PAGE - 1:
+                filled.append(page)
+        positions += range(item.start, item.stop)
+        tokens += sequence.tokens[item.start : item.stop]
+    return StepInput(
+        token_ids=_int64(tokens, device),
+        positions=_int64(positions, device),
+        slots=_int64(slots, device),
+        filled=_int64(filled, device),
+        dense=tuple(dense),
+        sparse=tuple(_group(policy, spans, device) for (policy, _), spans in sparse.items()),
+    )
+
+
+def _spans(item: Work, first: int) -> list[_Span]:
+    sequence = item.sequence
+    spans: list[_Span] = []
+    start = item.start
+    # The prompt before the tail is dense whatever the policy: no need to ask for each token.
+    position = max(start, min(item.stop, sequence.request.tail_start))
+    mode = Mode.DENSE if position > start else sequence.mode(start)
+    for here in range(position, item.stop):
+        current = sequence.mode(here)
+        if current is not mode:
+            spans.append(_Span(sequence, mode, start, here, first + start - item.start))
+            start, mode = here, current
+    spans.append(_Span(sequence, mode, start, item.stop, first + start - item.start))
+    return spans
+
+
+def _group(policy: Dynamic | Fixed, spans: list[_Span], device: torch.device) -> SparseGroup:
+    tables = [span.sequence.pages[: -(-span.stop // PAGE)] for span in spans]
+    width = max(len(table) for table in tables)
+    lengths = [n for span in spans for n in range(span.start + 1, span.stop + 1)]
+    places = [span.first + i for span in spans for i in range(span.stop - span.start)]
+    rows = Rows(
+        block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], device=device),
+        lengths=_int64(lengths, device),
+        starts=torch.zeros(len(lengths), dtype=torch.int64, device=device),
+    )
+    return SparseGroup(rows, _int64(places, device), policy)
+
+
+def _int64(values: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)

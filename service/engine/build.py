@@ -1,0 +1,92 @@
+"""From a configuration to an engine that is ready to start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.cache import LayerCache
+from kernels.page import PAGE
+from models.config import ModelConfig
+from models.loader import load
+from models.tokenizer import Tokenizer
+from service.engine.engine import Engine
+from service.engine.pages import PagePool
+from service.engine.runner import Runner
+from service.engine.scheduler import Limits
+from service.engine.sequence import TAIL
+from service.errors import ConfigError
+from service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from service.config import ServiceConfig
+
+
+def check_config(config: ServiceConfig) -> int:
+    """Everything that can be known to be wrong before the weights are read.
+
+    Returns:
+        The length limit to serve with, tokens.
+
+    Raises:
+        ConfigError: the numbers contradict each other.
+        ModelError: the checkpoint's config.json cannot be served.
+    """
+    model = ModelConfig.from_folder(config.model)
+    least = config.max_num_seqs + TAIL
+    if config.max_step_tokens < least:
+        raise ConfigError(
+            f"invalid configuration: max_step_tokens must be at least max_num_seqs + {TAIL} = "
+            f"{least}, not {config.max_step_tokens}"
+        )
+    return model.resolve_max_model_len(config.max_model_len)
+
+
+def build_engine(config: ServiceConfig) -> Engine:
+    """Load the model and lay out its cache; the caller starts the engine.
+
+    Raises:
+        ConfigError: the numbers contradict each other.
+        ModelError: the checkpoint cannot be loaded.
+    """
+    wanted_len = check_config(config)
+    device = torch.device(_device(config.device))
+    decoder, model = load(config.model, config.dtype, device, config.load_format)
+    dtype = decoder.model.embed_tokens.weight.dtype
+    page_bytes = model.layers * LayerCache.bytes_per_page(model.kv_heads, model.head_dim, dtype)
+    pages = int(config.kv_cache_gib * 2**30 // page_bytes)
+    max_model_len = min(wanted_len, pages * PAGE)
+    # A limit that was asked for is kept or refused; the checkpoint's own gives way to memory.
+    if max_model_len < (config.max_model_len or TAIL):
+        need = -(-(config.max_model_len or TAIL) // PAGE) * page_bytes / 2**30
+        raise ConfigError(
+            f"invalid configuration: kv_cache_gib {config.kv_cache_gib:g} holds {pages * PAGE} "
+            f"tokens; raise it to at least {need:.3g} or lower max_model_len"
+        )
+    caches = [
+        LayerCache.allocate(pages, model.kv_heads, model.head_dim, dtype, device)
+        for _ in range(model.layers)
+    ]
+    return Engine(
+        Runner(decoder, caches, model.heads),
+        model,
+        Tokenizer.from_folder(config.model),
+        Metrics(config.model_name),
+        pool=PagePool(pages),
+        limits=Limits(
+            max_seqs=config.max_num_seqs,
+            max_queue=config.max_queue,
+            prefill_chunk=config.prefill_chunk,
+            step_tokens=config.max_step_tokens,
+        ),
+        model_name=config.model_name,
+        max_model_len=max_model_len,
+        dense_below=config.sparsity.dense_below,
+    )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name

@@ -1,0 +1,499 @@
+"""The engine: accepts requests from any thread and advances them all in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.errors import SaccadeError
+from kernels.patterns import Pattern
+from service.engine.batch import policy_of
+from service.engine.output import Ending, Output
+from service.engine.pages import PagePool
+from service.engine.runner import Runner, decide
+from service.engine.sampler import Ranked, Sampler, rank, rank_in_slices
+from service.engine.scheduler import Limits, Scheduler, Work
+from service.engine.sequence import Fallback, Mode, Request, Sequence, State
+from service.engine.stream import Stream
+from service.engine.tally import Looked, Tally
+from service.engine.types import Delta, Health, SamplingParams, SparsityParams, TokenLogprob
+from service.errors import EngineDeadError, OverloadedError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from models.config import ModelConfig
+    from models.tokenizer import Tokenizer
+    from service.engine.runner import Outcome
+    from service.metrics import Metrics
+
+IDLE_BEAT = 0.5
+"""Seconds between heartbeats of an idle engine."""
+STALE_BEAT = 120.0
+"""Seconds without a heartbeat after which the engine counts as dead: longer than any step."""
+
+_log = logging.getLogger("saccade.engine")
+
+
+@dataclass(slots=True)
+class _Progress:
+    """The engine's own state of one sequence."""
+
+    sampler: Sampler
+    output: Output
+    tally: Tally = field(default_factory=Tally)
+    prompt_ranked: list[Ranked] = field(default_factory=list)  # of prompt tokens 1, 2, ...
+    opened: bool = False  # whether its first delta is out
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+class Engine:
+    """One model, its KV cache and the step loop.
+
+    Args:
+        runner: executes steps on the model.
+        config: the model's configuration.
+        tokenizer: the model's tokenizer.
+        metrics: where the engine reports.
+        pool: the KV pages, as many as the runner's caches have.
+        limits: bounds of a step and of the queue.
+        model_name: the name requests use.
+        max_model_len: most tokens of a prompt and its answer; must fit the pool.
+        dense_below: context under which the dynamic policy runs dense, tokens.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        pool: PagePool,
+        limits: Limits,
+        model_name: str,
+        max_model_len: int,
+        dense_below: int,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.model_name = model_name
+        self.max_model_len = max_model_len
+        self._runner = runner
+        self._scheduler = Scheduler(pool, limits)
+        self._limits = limits
+        self._dense_below = dense_below
+        self._ends = frozenset(config.eos_ids)
+        self._inbox: queue.SimpleQueue[tuple[Request, int] | _Abort | None] = queue.SimpleQueue()
+        self._arriving = 0  # sequences in the inbox
+        self._waiting = 0  # sequences that the scheduler has not started
+        self._lock = threading.Lock()  # guards the two counts and the stop flag
+        self._requests: dict[str, Request] = {}
+        self._progress: dict[Sequence, _Progress] = {}
+        self._outbox: dict[str, list[Delta]] = {}
+        self._beat = time.monotonic()
+        self._stopping = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._loop, name="saccade-engine", daemon=True)
+
+    # -- any thread -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the step loop."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the step loop; unfinished requests end with finish_reason "abort"."""
+        with self._lock:
+            self._stopping = True
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(
+        self,
+        prompt: Seq[int],
+        sampling: SamplingParams,
+        sparsity: SparsityParams,
+        *,
+        n: int = 1,
+        request_id: str,
+    ) -> Stream:
+        """Queue a request; call it in the event loop that will read the stream.
+
+        Raises:
+            RequestError: the prompt or a parameter does not fit this model.
+            OverloadedError: the queue is full; try again later.
+            EngineDeadError: the step loop has stopped.
+        """
+        self._check(prompt, sampling, sparsity)
+        stream = Stream(n, lambda: self.abort(request_id))
+        request = Request(
+            request_id,
+            tuple(prompt),
+            sampling,
+            sparsity,
+            self._dense_below,
+            stream.emit,
+            time.monotonic(),
+        )
+        with self._lock:
+            if self._stopping or not self._thread.is_alive():
+                raise EngineDeadError("the engine has stopped: " + (self._failure or "shutting down"))
+            if self._arriving + self._waiting + n > self._limits.max_queue:
+                raise OverloadedError(
+                    f"the queue is full ({self._limits.max_queue} waiting): try again later"
+                )
+            self._arriving += n
+            self._inbox.put((request, n))
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request; its unfinished choices end with finish_reason "abort"."""
+        self._inbox.put(_Abort(request_id))
+
+    def health(self) -> Health:
+        """Whether the step loop advances."""
+        age = time.monotonic() - self._beat
+        alive = self._thread.is_alive() and age < STALE_BEAT and self._failure is None
+        reason = self._runner.degraded
+        if not alive:
+            reason = self._failure or f"no step for {age:.0f} seconds"
+        return Health(alive, age, self._runner.degraded is not None, reason)
+
+    def _check(
+        self, prompt: Seq[int], sampling: SamplingParams, sparsity: SparsityParams
+    ) -> None:
+        if not prompt:
+            raise RequestError("prompt must hold at least one token", param="prompt")
+        vocab = self.config.vocab_size
+        if not all(0 <= token < vocab for token in prompt):
+            raise RequestError(f"prompt token ids must lie in 0 to {vocab - 1}", param="prompt")
+        if len(prompt) + sampling.max_tokens > self.max_model_len:
+            # The field at fault is the prompt only when not even one token would fit behind it.
+            param = "prompt" if len(prompt) >= self.max_model_len else "max_tokens"
+            raise RequestError(
+                f"{len(prompt)} prompt tokens and max_tokens {sampling.max_tokens} exceed the "
+                f"model's limit of {self.max_model_len} tokens: shorten the prompt or max_tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
+        for name, ids in (
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", [token for token, _ in sampling.logit_bias]),
+        ):
+            if not all(0 <= token < vocab for token in ids):
+                raise RequestError(f"{name} must lie in 0 to {vocab - 1}", param=name)
+        try:
+            Pattern.parse(sparsity.pattern)
+        except SaccadeError as error:
+            raise RequestError(str(error), param="sparsity.pattern") from error
+        probe = Sequence(Request("", (0,), sampling, sparsity, 0, lambda _: None, 0.0), 0, [0])
+        try:
+            policy_of(probe, Mode.DYNAMIC)
+        except SaccadeError as error:
+            field_name = str(error).split(" ", 1)[0]
+            raise RequestError(str(error), param=f"sparsity.{field_name}") from error
+
+    # -- the engine's thread ----------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._beat = time.monotonic()
+                    self._receive()
+                    work = self._scheduler.schedule()
+                    if work:
+                        self._step(work)
+                    self._flush()
+                    self._report_load()
+        except Exception as error:  # the loop must not die in silence
+            _log.exception("the step loop failed")
+            self._failure = f"the step loop failed: {type(error).__name__}"
+        finally:
+            self._close()
+
+    def _receive(self) -> None:
+        """Take in what has arrived; wait for something when there is nothing to do."""
+        idle = not self._scheduler.running and not self._scheduler.waiting
+        try:
+            message = self._inbox.get(timeout=IDLE_BEAT) if idle else self._inbox.get_nowait()
+            while True:
+                self._handle(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _handle(self, message: tuple[Request, int] | _Abort | None) -> None:
+        if isinstance(message, _Abort):
+            request = self._requests.get(message.request_id)
+            for sequence in request.sequences if request else ():
+                if sequence.state is not State.FINISHED:
+                    self._finish(sequence, "", Ending("abort"))
+        elif message is not None:
+            request, choices = message
+            with self._lock:
+                self._arriving -= choices
+                self._waiting += choices
+            self._requests[request.id] = request
+            self._scheduler.add(request, choices)
+            for sequence in request.sequences:
+                self._progress[sequence] = _Progress(
+                    Sampler(
+                        request.sampling,
+                        request.prompt,
+                        sequence.index,
+                        self.config.vocab_size,
+                        self._ends,
+                    ),
+                    Output(self.tokenizer, request.sampling, self._ends),
+                )
+
+    def _step(self, work: list[Work]) -> None:
+        now = time.monotonic()
+        for item in work:
+            if item.sequence.started is None:
+                item.sequence.started = now
+        preempted = self._scheduler.preemptions
+        outcomes = self._runner.run(work)
+        self._observe(outcomes)
+        for outcome in outcomes:
+            sequence = outcome.work.sequence
+            if sequence.state is not State.RUNNING:
+                continue
+            try:
+                self._advance(outcome)
+            except Exception as error:  # noqa: BLE001  one request's trouble stays its own
+                _log.error("request %s failed", sequence.request.id, exc_info=error)
+                self._finish(
+                    sequence, "", Ending("error"), error="sampling failed on this request"
+                )
+        for _ in range(self._scheduler.preemptions - preempted):
+            self.metrics.preempted()
+
+    def _advance(self, outcome: Outcome) -> None:
+        """Book one outcome: its keys, its statistics, and its next token if it has one."""
+        item, sequence = outcome.work, outcome.work.sequence
+        request, progress = sequence.request, self._progress[sequence]
+        if outcome.error is not None or outcome.hidden is None:
+            self._finish(sequence, "", Ending("error"), error=outcome.error)
+            return
+
+        def note(reason: Fallback, to: Mode) -> None:
+            progress.tally.fell_back(reason)
+            self.metrics.fallback(reason.value, to.value, 1)
+
+        skip = decide(item, note)
+        if outcome.looked is not None and skip < item.count:
+            progress.tally.add(outcome.looked.behind(skip))
+        self._rank_prompt(outcome, progress)
+        sequence.computed = item.stop
+        if not item.samples:
+            return
+        if sequence.generated == 0 and sequence.index == 0:
+            self.metrics.prompt_tokens(sequence.prompt_len)
+            if request.sampling.max_tokens > 0:
+                self._runner.copy_pages(self._scheduler.fork(request))
+        if request.sampling.max_tokens == 0:
+            for choice in request.sequences:
+                self._finish(choice, "", Ending("length"))
+            return
+        self._sample(sequence, progress, outcome.hidden[-1:])
+
+    def _sample(self, sequence: Sequence, progress: _Progress, hidden: torch.Tensor) -> None:
+        params = sequence.request.sampling
+        logits = self._runner.logits(hidden)[0]  # [vocab]
+        token = progress.sampler.sample(logits, sequence.generated)
+        sequence.tokens.append(token)
+        self._time_token(sequence)
+        room = len(sequence.tokens) < self.max_model_len
+        text, ending = progress.output.push(token, sequence.generated, room)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if params.logprobs is not None:
+            ranked = rank(logits[None], torch.tensor([token]), params.logprobs)
+            logprobs = tuple(self._named(entry) for entry in ranked)
+        self.metrics.generation_tokens(1)
+        if ending is not None:
+            self._finish(sequence, text, ending, (token,), logprobs)
+        else:
+            self._emit(sequence, text, None, (token,), logprobs)
+
+    def _rank_prompt(self, outcome: Outcome, progress: _Progress) -> None:
+        """Log-probabilities of the prompt tokens that this work's hidden states predict."""
+        item, params = outcome.work, outcome.work.sequence.request.sampling
+        if params.prompt_logprobs is None or item.sequence.index > 0 or outcome.hidden is None:
+            return
+        prompt = item.sequence.request.prompt
+        # Work done again after the sequence was put back has been ranked before.
+        first = max(item.start, len(progress.prompt_ranked))
+        asked = prompt[first + 1 : item.stop + 1]
+        if asked:
+            begin = first - item.start
+            hidden = outcome.hidden[begin : begin + len(asked)]
+            progress.prompt_ranked += rank_in_slices(
+                self._runner.logits, hidden, torch.tensor(asked), params.prompt_logprobs
+            )
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        text: str,
+        ending: Ending,
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        error: str | None = None,
+    ) -> None:
+        """The one way a sequence ends: its pages go back and its last delta goes out."""
+        self._scheduler.finish(sequence)
+        self._emit(sequence, text, ending, tokens, logprobs, error)
+        del self._progress[sequence]
+        self._time_end(sequence, ending)
+        request = sequence.request
+        # A choice that waits for a prompt which will never be computed ends with it.
+        for other in request.sequences:
+            if sequence.index == 0 and other.state is State.FORKING and ending.reason == "error":
+                self._finish(other, "", ending, error=error)
+        if all(choice.state is State.FINISHED for choice in request.sequences):
+            self._requests.pop(request.id, None)
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        text: str,
+        ending: Ending | None,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        error: str | None = None,
+    ) -> None:
+        request, progress = sequence.request, self._progress[sequence]
+        prompt_logprobs = None
+        if not progress.opened and sequence.index == 0 and not error:
+            prompt_logprobs = self._prompt_logprobs(request, progress)
+        progress.opened = True
+        delta = Delta(
+            index=sequence.index,
+            text=text,
+            token_ids=tokens,
+            logprobs=logprobs,
+            finish_reason=ending.reason if ending else None,
+            stop_reason=ending.matched if ending else None,
+            error=error,
+            sparsity=progress.tally.report(request.sparsity.policy) if ending else None,
+            prompt_logprobs=prompt_logprobs,
+        )
+        self._outbox.setdefault(request.id, []).append(delta)
+        if ending is not None:
+            # The request may be gone from the table by the time the step's deltas are sent.
+            request.emit(self._outbox.pop(request.id))
+
+    def _flush(self) -> None:
+        for request_id, deltas in self._outbox.items():
+            self._requests[request_id].emit(deltas)
+        self._outbox.clear()
+
+    def _prompt_logprobs(
+        self, request: Request, progress: _Progress
+    ) -> tuple[TokenLogprob, ...] | None:
+        if request.sampling.prompt_logprobs is None:
+            return None
+        first = request.prompt[0]
+        opening = TokenLogprob(first, self.tokenizer.token_text(first), None, ())
+        return (opening, *(self._named(entry) for entry in progress.prompt_ranked))
+
+    def _named(self, entry: Ranked) -> TokenLogprob:
+        text = self.tokenizer.token_text
+        top = tuple((token, text(token), logprob) for token, logprob in entry.top)
+        return TokenLogprob(entry.token, text(entry.token), entry.logprob, top)
+
+    # -- measures ---------------------------------------------------------------------------
+
+    def _observe(self, outcomes: list[Outcome]) -> None:
+        """One observation a layer group of what the step's tail and decode tokens looked at."""
+        looked: list[Looked] = []
+        for outcome in outcomes:
+            skip = max(0, outcome.work.sequence.request.tail_start - outcome.work.start)
+            if outcome.looked is not None and skip < outcome.work.count:
+                looked.append(outcome.looked.behind(skip))
+        if not looked:
+            return
+        layers = looked[0].density.shape[0]
+        third = max(1, layers // 3)
+        groups = {"first": slice(0, third), "middle": slice(third, layers - third),
+                  "last": slice(layers - third, layers)}
+        for name, part in groups.items():
+            rows = sum(entry.density[part].size for entry in looked)
+            if rows == 0:
+                continue
+            self.metrics.attention(
+                name,
+                sum(float(entry.density[part].sum()) for entry in looked) / rows,
+                sum(float(entry.coverage[part].mean(-1).sum()) for entry in looked) / rows,
+                sum(float(entry.keys[part].sum()) for entry in looked) / rows,
+            )
+
+    def _report_load(self) -> None:
+        scheduler = self._scheduler
+        forking = sum(
+            sequence.state is State.FORKING
+            for request in self._requests.values()
+            for sequence in request.sequences
+        )
+        waiting = len(scheduler.waiting) + forking
+        with self._lock:
+            self._waiting = waiting
+        self.metrics.set_load(len(scheduler.running), waiting, scheduler.pool.usage)
+
+    def _time_token(self, sequence: Sequence) -> None:
+        now = time.monotonic()
+        if sequence.last_token is None:
+            sequence.first_token = now
+            if sequence.index == 0:
+                self.metrics.first_token(now - sequence.request.arrived)
+        else:
+            self.metrics.inter_token(now - sequence.last_token)
+        sequence.last_token = now
+
+    def _time_end(self, sequence: Sequence, ending: Ending) -> None:
+        """A request's phases, once, when its last choice ends."""
+        request = sequence.request
+        if any(choice.state is not State.FINISHED for choice in request.sequences):
+            return
+        now = time.monotonic()
+        lead = request.sequences[0]
+        started = lead.started or now
+        first_token = lead.first_token or now
+        self.metrics.finished(
+            ending.reason,
+            e2e=now - request.arrived,
+            queue=started - request.arrived,
+            prefill=first_token - started,
+            decode=now - first_token,
+        )
+
+    def _close(self) -> None:
+        """End everything that is still open, so that nobody waits for ever."""
+        with self._lock:
+            self._stopping = True
+        while True:
+            try:
+                self._handle(self._inbox.get_nowait())
+            except queue.Empty:
+                break
+        for request in list(self._requests.values()):
+            for sequence in request.sequences:
+                if sequence.state is not State.FINISHED:
+                    ending = Ending("error" if self._failure else "abort")
+                    self._finish(sequence, "", ending, error=self._failure)
+        self._report_load()

@@ -1,0 +1,214 @@
+"""Runs the model on a step's work and decides, before anything is emitted, what must run again.
+
+A request whose coverage is too low, or whose kernel failed, runs the same tokens once more under
+its fallback; a request that breaks the model alone fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from models.attention import Recorder
+from service.engine.batch import build_step
+from service.engine.sequence import Fallback, Mode
+from service.engine.tally import Looked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence as Seq
+
+    from torch import Tensor
+
+    from kernels.cache import LayerCache
+    from models.step import StepInput
+    from service.engine.scheduler import Work
+
+HOLD = 32
+"""Tokens that stay on a fallback before the dynamic policy is tried again."""
+
+_log = logging.getLogger("saccade.engine")
+
+
+class Model(Protocol):
+    """What the runner needs of `models.decoder.Decoder`."""
+
+    def __call__(
+        self, step: StepInput, caches: Seq[LayerCache], recorder: Recorder
+    ) -> Tensor:
+        """[tokens, hidden] behind the final norm."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab] of `hidden` [rows, hidden], float32 or float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one piece of work."""
+
+    work: Work
+    hidden: Tensor | None  # [count, hidden] behind the final norm; None when it failed
+    looked: Looked | None
+    error: str | None = None
+
+
+class Runner:
+    """Executes work on one model and its caches; used by the engine's thread alone."""
+
+    def __init__(self, model: Model, caches: Seq[LayerCache], heads: int) -> None:
+        self._model = model
+        self._caches = caches
+        self._heads = heads
+        self._device = caches[0].kv.device
+        self.degraded: str | None = None  # why dynamic selection does not run at present
+
+    def run(self, work: Seq[Work]) -> list[Outcome]:
+        """Compute `work`; one outcome each, in order, whatever happens to the others."""
+        try:
+            return self._judged(work)
+        except Exception as error:  # noqa: BLE001  the boundary that keeps one request's
+            # failure from the others: whatever the model raises, find whose it is.
+            if len(work) > 1:
+                return [outcome for item in work for outcome in self.run([item])]
+            return [self._rescue(work[0], error)]
+
+    def copy_pages(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy (source, target) pages in every layer."""
+        for source, target in pairs:
+            for cache in self._caches:
+                cache.copy_page(source, target)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocab] of `hidden` [rows, hidden]."""
+        return self._model.logits(hidden)
+
+    def _judged(self, work: Seq[Work]) -> list[Outcome]:
+        outcomes = self._forward(work)
+        again: list[int] = []
+        for place, outcome in enumerate(outcomes):
+            reason = self._suspicion(outcome)
+            if reason is not None:
+                hold(outcome.work, reason)
+                again.append(place)
+        if again:
+            redone = self._forward([work[place] for place in again])
+            for place, outcome in zip(again, redone, strict=True):
+                outcomes[place] = outcome
+        return [_finite(outcome) for outcome in outcomes]
+
+    def _rescue(self, item: Work, error: Exception) -> Outcome:
+        """One item alone failed: once more on the fixed pattern if it was dynamic, else give up."""
+        failure = error
+        if dynamic_rows(item):
+            _log.warning("dynamic selection failed, using the fixed pattern", exc_info=error)
+            self.degraded = f"dynamic selection failed: {type(error).__name__}"
+            hold(item, Fallback.KERNEL_ERROR)
+            try:
+                return _finite(self._forward([item])[0])
+            except Exception as second:  # noqa: BLE001  the request's own boundary, as above
+                failure = second
+        _log.error("request %s failed", item.sequence.request.id, exc_info=failure)
+        return Outcome(item, None, None, f"the model failed on this request: {_name(failure)}")
+
+    def _suspicion(self, outcome: Outcome) -> Fallback | None:
+        """Why an outcome must not be used as it is."""
+        rows = dynamic_rows(outcome.work)
+        if not rows:
+            return None
+        assert outcome.looked is not None
+        coverage = outcome.looked.coverage[:, rows]
+        if not np.isfinite(coverage).all():
+            self.degraded = "dynamic selection met scores that are not finite"
+            return Fallback.KERNEL_ERROR
+        self.degraded = None
+        floor = outcome.work.sequence.request.sparsity.min_coverage
+        return Fallback.LOW_COVERAGE if coverage.mean() < floor else None
+
+    def _forward(self, work: Seq[Work]) -> list[Outcome]:
+        step = build_step(work, self._device)
+        recorder = Recorder()
+        hidden = self._model(step, self._caches, recorder)  # [tokens, hidden]
+        looked = _looked(step, recorder, len(self._caches), self._heads)
+        outcomes, first = [], 0
+        for item in work:
+            part = slice(first, first + item.count)
+            outcomes.append(
+                Outcome(
+                    item,
+                    hidden[part],
+                    Looked(
+                        looked.density[:, part], looked.keys[:, part], looked.coverage[:, part]
+                    ),
+                )
+            )
+            first += item.count
+        return outcomes
+
+
+def hold(item: Work, reason: Fallback) -> None:
+    """Send the item's undecided tokens, and `HOLD` more, to the fallback for `reason`."""
+    item.sequence.hold_reason = reason
+    item.sequence.hold_until = item.stop + HOLD
+
+
+def dynamic_rows(item: Work) -> list[int]:
+    """Places within the item of the undecided tokens that attend dynamically."""
+    sequence = item.sequence
+    first = max(item.start, sequence.request.tail_start, sequence.decided)
+    return [
+        position - item.start
+        for position in range(first, item.stop)
+        if sequence.mode(position) is Mode.DYNAMIC
+    ]
+
+
+def decide(item: Work, note: Callable[[Fallback, Mode], None]) -> int:
+    """Fix how the item's tokens attended, for good; `note` hears of each that fell back.
+
+    Returns:
+        How many of the item's first tokens had been decided before or are not under the policy.
+    """
+    sequence = item.sequence
+    first = max(item.start, sequence.request.tail_start, sequence.decided)
+    for position in range(first, item.stop):
+        reason = sequence.fallback(position)
+        if reason is not None:
+            sequence.fallbacks[position] = reason
+            note(reason, sequence.mode(position))
+    sequence.decided = max(sequence.decided, item.stop)
+    return max(0, min(first, item.stop) - item.start)
+
+
+def _looked(step: StepInput, recorder: Recorder, layers: int, heads: int) -> Looked:
+    """What every token looked at; a token that attends densely sees all."""
+    visible = step.positions.to("cpu", torch.float64) + 1  # [tokens]
+    tokens = visible.shape[0]
+    keys = visible.expand(layers, tokens).clone()
+    density = torch.ones(layers, tokens, dtype=torch.float64)
+    coverage = torch.ones(layers, tokens, heads, dtype=torch.float64)
+    for entry in recorder.entries:
+        place = entry.tokens.cpu()
+        attended = entry.keys.to("cpu", torch.float64).mean(-1)  # [rows]
+        keys[entry.layer, place] = attended
+        density[entry.layer, place] = attended / entry.visible.to("cpu", torch.float64)
+        coverage[entry.layer, place] = entry.coverage.to("cpu", torch.float64)
+    return Looked(density.numpy(), keys.numpy(), coverage.numpy())
+
+
+def _finite(outcome: Outcome) -> Outcome:
+    """The outcome, or an error in its place when it cannot be sampled from."""
+    hidden, looked = outcome.hidden, outcome.looked
+    assert hidden is not None and looked is not None
+    if outcome.work.samples and not bool(torch.isfinite(hidden[-1]).all()):
+        return Outcome(outcome.work, None, None, "the model's output for this is not finite")
+    # A fixed pattern's coverage is informative only: where its scores overflow, nothing is known
+    # to be covered.
+    known = Looked(looked.density, looked.keys, np.nan_to_num(looked.coverage, nan=0.0))
+    return Outcome(outcome.work, hidden, known)
+
+
+def _name(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else type(error).__name__

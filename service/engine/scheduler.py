@@ -1,0 +1,174 @@
+"""Which tokens each step computes: continuous batching with chunked prefill; pure Python."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from kernels.page import PAGE
+from service.engine.pages import PagePool
+from service.engine.sequence import TAIL, Request, Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Consecutive tokens of one sequence to compute in a step."""
+
+    sequence: Sequence
+    start: int  # position of the first token
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last token."""
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """Whether the last token's logits choose the sequence's next token."""
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step and the queue may hold."""
+
+    max_seqs: int  # sequences that run at a time
+    max_queue: int  # sequences that wait
+    prefill_chunk: int  # tokens of one prompt prefilled in a step
+    step_tokens: int  # tokens of all sequences in a step; at least max_seqs + TAIL
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """First come, first served, with the newest put back when the cache is full.
+
+    A sequence that is put back loses its pages and is computed anew later; how each of its tokens
+    attended is remembered, so that it goes on exactly as it would have.
+    """
+
+    pool: PagePool
+    limits: Limits
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)  # oldest first
+    preemptions: int = 0
+
+    def add(self, request: Request, choices: int) -> None:
+        """Queue a request; choices behind the first wait for its prompt."""
+        for index in range(choices):
+            state = State.WAITING if index == 0 else State.FORKING
+            request.sequences.append(Sequence(request, index, list(request.prompt), state))
+        self.waiting.append(request.sequences[0])
+
+    def schedule(self) -> list[Work]:
+        """The next step's work: every running sequence that fits, decode tokens first."""
+        self._admit()
+        budget = self.limits.step_tokens
+        work: list[Work] = []
+        decodes = [s for s in self.running if len(s.tokens) - s.computed == 1]
+        prompts = [s for s in self.running if len(s.tokens) - s.computed > 1]
+        for sequence in (*decodes, *prompts):
+            # A sequence scheduled before may have pushed this one out for its pages.
+            if sequence.state is not State.RUNNING:
+                continue
+            count = self._count(sequence, budget)
+            if count and self._reserve(sequence, sequence.computed + count, work):
+                work.append(Work(sequence, sequence.computed, count))
+                budget -= count
+        return [item for item in work if item.sequence.state is State.RUNNING]
+
+    def fork(self, request: Request) -> list[tuple[int, int]]:
+        """Start the other choices on the pages of the first, whose prompt is computed.
+
+        Each computes the prompt's last token again, in a page of its own where that one is shared
+        only in part. Returns (source, target) pages to copy before the next step. Choices that do
+        not fit now queue up like any other.
+        """
+        first, *others = request.sequences
+        copies: list[tuple[int, int]] = []
+        computed = first.prompt_len - 1
+        whole, rest = divmod(computed, PAGE)
+        for sequence in others:
+            if sequence.state is not State.FORKING:
+                continue
+            sequence.started = first.started
+            sequence.decided = first.decided
+            sequence.fallbacks = dict(first.fallbacks)
+            sequence.hold_until, sequence.hold_reason = first.hold_until, first.hold_reason
+            if len(self.running) >= self.limits.max_seqs or self.pool.free < 1:
+                sequence.state = State.WAITING
+                self.waiting.append(sequence)
+                continue
+            shared = first.pages[:whole]
+            self.pool.share(shared)
+            own = self.pool.take(1)
+            if rest:
+                copies.append((first.pages[whole], own[0]))
+            sequence.pages = [*shared, *own]
+            sequence.computed = computed
+            sequence.state = State.RUNNING
+            self.running.append(sequence)
+        return copies
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out and its pages back, wherever it is."""
+        if sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        sequence.state = State.FINISHED
+
+    def _admit(self) -> None:
+        # Running prompts have yet to take most of their pages; those are not free to give.
+        promised = sum(
+            max(0, self._pages_for(len(s.tokens) + 1) - len(s.pages)) for s in self.running
+        )
+        while self.waiting and len(self.running) < self.limits.max_seqs:
+            sequence = self.waiting[0]
+            promised += self._pages_for(len(sequence.tokens) + 1)
+            if promised > self.pool.free:
+                return
+            self.waiting.popleft()
+            sequence.state = State.RUNNING
+            self.running.append(sequence)
+
+    def _count(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of `sequence` fit into a step with `budget` tokens left."""
+        left = len(sequence.tokens) - sequence.computed
+        before_tail = sequence.request.tail_start - sequence.computed
+        if before_tail > 0:
+            return min(before_tail, self.limits.prefill_chunk, budget)
+        # The tail is judged as one: it is never cut, whatever the chunk size. Behind it a
+        # sequence that was put back computes its generated tokens again.
+        prompt_left = sequence.prompt_len - sequence.computed
+        count = prompt_left if prompt_left > 0 else min(left, TAIL)
+        return count if count <= budget else 0
+
+    def _reserve(self, sequence: Sequence, tokens: int, work: list[Work]) -> bool:
+        """Give `sequence` the pages for `tokens` tokens, putting newer sequences back for them."""
+        need = self._pages_for(tokens) - len(sequence.pages)
+        while need > self.pool.free:
+            newest = self.running[-1]
+            self._put_back(newest)
+            if newest is sequence:
+                return False
+        if need > 0:
+            sequence.pages += self.pool.take(need)
+        return True
+
+    def _put_back(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.computed = 0
+        sequence.state = State.WAITING
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+
+    @staticmethod
+    def _pages_for(tokens: int) -> int:
+        return -(-tokens // PAGE)

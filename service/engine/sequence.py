@@ -1,0 +1,119 @@
+"""A request in the engine and its sequences, one a choice; pure Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from service.engine.types import Delta, SamplingParams, SparsityParams
+
+TAIL = 128
+"""Last tokens of a prompt, where the question stands: they attend under the request's policy."""
+
+
+class State(StrEnum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    """In the queue, without pages."""
+    RUNNING = "running"
+    """Holds pages; each step computes some of its tokens."""
+    FORKING = "forking"
+    """Waits for the first choice's prompt, whose pages it will share."""
+    FINISHED = "finished"
+    """Its last delta is out and its pages are back."""
+
+
+class Mode(StrEnum):
+    """How the token at one position attends."""
+
+    DENSE = "dense"
+    DYNAMIC = "dynamic"
+    FIXED = "fixed"
+
+
+class Fallback(StrEnum):
+    """Why a token did not attend under the dynamic policy."""
+
+    SHORT_CONTEXT = "short_context"
+    LOW_COVERAGE = "low_coverage"
+    KERNEL_ERROR = "kernel_error"
+    REQUESTED = "requested"
+
+    @property
+    def to(self) -> Mode:
+        """Where such a token goes instead (a requested policy names its own)."""
+        return Mode.FIXED if self is Fallback.KERNEL_ERROR else Mode.DENSE
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One accepted request; the engine's thread alone changes it."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    sparsity: SparsityParams
+    dense_below: int  # context under which the dynamic policy runs dense
+    emit: Callable[[list[Delta]], None]  # hands deltas to the caller, from the engine's thread
+    arrived: float  # seconds, monotonic
+    sequences: list[Sequence] = field(default_factory=list)  # by choice
+
+    @property
+    def tail_start(self) -> int:
+        """First position that attends under the policy; before it the prompt is prefilled."""
+        return max(0, len(self.prompt) - TAIL)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice: its tokens, its pages, and how far it is."""
+
+    request: Request
+    index: int  # number of the choice
+    tokens: list[int]  # prompt and generated tokens
+    state: State = State.WAITING
+    pages: list[int] = field(default_factory=list)  # physical, in order; the scheduler's to change
+    computed: int = 0  # tokens whose keys are cached
+    decided: int = 0  # positions before it keep the mode they first ran with, also when recomputed
+    fallbacks: dict[int, Fallback] = field(default_factory=dict)  # by position, once decided
+    hold_until: int = 0  # positions before it repeat `hold_reason` instead of trying again
+    hold_reason: Fallback = Fallback.LOW_COVERAGE
+    started: float | None = None  # first step, seconds, monotonic
+    first_token: float | None = None  # first token, seconds, monotonic
+    last_token: float | None = None  # newest token, seconds, monotonic
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.prompt_len
+
+    def mode(self, position: int) -> Mode:
+        """How the token at `position` attends: a function of the position and of what is decided.
+
+        Nothing here depends on the batch, so neither do answers.
+        """
+        policy = Mode(self.request.sparsity.policy)
+        if position < self.request.tail_start:
+            return Mode.DENSE
+        fallback = self.fallback(position)
+        return policy if fallback in (None, Fallback.REQUESTED) else fallback.to
+
+    def fallback(self, position: int) -> Fallback | None:
+        """Why the token at `position`, in the tail or generated, leaves the dynamic policy."""
+        if self.request.sparsity.policy != "dynamic":
+            return Fallback.REQUESTED
+        if position < self.decided:
+            return self.fallbacks.get(position)
+        if position < self.request.dense_below:
+            return Fallback.SHORT_CONTEXT
+        return self.hold_reason if position < self.hold_until else None

@@ -1,0 +1,65 @@
+"""What one sequence's attention did, summed over its tail and generated tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from service.engine.types import SparsityReport
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from service.engine.sequence import Fallback
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What consecutive tokens of one sequence looked at."""
+
+    density: NDArray[np.float64]  # [layers, tokens]  keys attended over keys visible
+    keys: NDArray[np.float64]  # [layers, tokens]  mean over KV heads
+    coverage: NDArray[np.float64]  # [layers, tokens, heads]  estimated; 1 where dense
+
+    def behind(self, skip: int) -> Looked:
+        """Without the first `skip` tokens."""
+        return Looked(self.density[:, skip:], self.keys[:, skip:], self.coverage[:, skip:])
+
+
+@dataclass(slots=True)
+class Tally:
+    """Running sums; `report` turns them into what an answer carries."""
+
+    rows: int = 0
+    density: float = 0.0
+    keys: float = 0.0
+    coverage: NDArray[np.float64] | None = None  # [layers, heads], summed over rows
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def add(self, looked: Looked) -> None:
+        """Count more tokens."""
+        self.rows += looked.density.shape[1]
+        self.density += float(looked.density.mean(0).sum())
+        self.keys += float(looked.keys.mean(0).sum())
+        coverage = looked.coverage.sum(1)
+        self.coverage = coverage if self.coverage is None else self.coverage + coverage
+
+    def fell_back(self, reason: Fallback) -> None:
+        """Count one token that left the dynamic policy."""
+        self.fallbacks[reason.value] += 1
+
+    def report(self, policy: str) -> SparsityReport:
+        """Means over everything counted; coverage's 5th percentile is over layers and heads."""
+        rows = max(self.rows, 1)
+        mean = None if self.coverage is None else self.coverage / rows  # [layers, heads]
+        return SparsityReport(
+            policy=policy,
+            density=self.density / rows,
+            coverage=None if mean is None else float(mean.mean()),
+            coverage_p5=None if mean is None else float(np.percentile(mean, 5)),
+            keys_attended=self.keys / rows,
+            fallbacks=dict(self.fallbacks),
+        )

@@ -1,0 +1,172 @@
+"""One replica's Prometheus series, prefix `saccade_`.
+
+Names and buckets follow vLLM's where vLLM has the series, so that its users' dashboards carry over
+by changing the prefix. Series whose labels are known beforehand exist, at zero, from the start: a
+rate over a counter that appears with its first increment misses that increment.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FINISHED_REASONS = ("stop", "length", "abort", "error")
+LAYER_GROUPS = ("first", "middle", "last")
+FALLBACKS = (
+    ("short_context", "dense"),
+    ("low_coverage", "dense"),
+    ("kernel_error", "fixed"),
+    ("overload", "fixed"),
+    ("requested", "dense"),
+    ("requested", "fixed"),
+)
+
+# Seconds; vLLM's, the inter-token ones with three finer buckets at the front.
+_FIRST_TOKEN = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_INTER_TOKEN = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_PHASE = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_DENSITY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0)
+_COVERAGE = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+_KEYS = tuple(float(2**power) for power in range(6, 21))
+
+
+class Metrics:
+    """Every series of one replica, in a registry of its own; safe to call from any thread."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model_name = model_name
+        self._running = self._gauge("num_requests_running", "Requests in the running batch.")
+        self._waiting = self._gauge("num_requests_waiting", "Requests waiting to be scheduled.")
+        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.")
+        self._preemptions = self._counter(
+            "num_preemptions", "Requests put back in the queue because the KV cache was full."
+        ).labels(model_name)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.").labels(
+            model_name
+        )
+        self._generation_tokens = self._counter(
+            "generation_tokens", "Tokens generated, over all choices."
+        ).labels(model_name)
+        self._success = self._counter(
+            "request_success", "Finished requests by reason.", "finished_reason"
+        )
+        self._fallback = self._counter(
+            "attention_fallback", "Tokens whose attention fell back.", "reason", "to"
+        )
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN
+        ).labels(model_name)
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds", "Between one token and the next.", _INTER_TOKEN
+        ).labels(model_name)
+        self._e2e = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", _PHASE
+        ).labels(model_name)
+        self._queue = self._histogram(
+            "request_queue_time_seconds", "From arrival to the first step.", _PHASE
+        ).labels(model_name)
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From the first step to the first token.", _PHASE
+        ).labels(model_name)
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last.", _PHASE
+        ).labels(model_name)
+        self._density = self._histogram(
+            "attention_density", "Keys attended over keys visible.", _DENSITY, "layers"
+        )
+        self._coverage = self._histogram(
+            "attention_coverage", "Attention mass on the attended keys.", _COVERAGE, "layers"
+        )
+        self._selected_keys = self._histogram(
+            "attention_selected_keys", "Keys attended a row and KV head.", _KEYS, "layers"
+        )
+        for finished_reason in FINISHED_REASONS:
+            self._success.labels(model_name, finished_reason)
+        for reason, to in FALLBACKS:
+            self._fallback.labels(model_name, reason, to)
+        for layers in LAYER_GROUPS:
+            for histogram in (self._density, self._coverage, self._selected_keys):
+                histogram.labels(model_name, layers)
+
+    def set_load(self, running: int, waiting: int, kv_usage: float) -> None:
+        """State after a step; `kv_usage` is the share of KV pages in use, 0 to 1."""
+        self._running.set(running)
+        self._waiting.set(waiting)
+        self._kv_usage.set(kv_usage)
+
+    def preempted(self) -> None:
+        """A running request went back to the queue."""
+        self._preemptions.inc()
+
+    def prompt_tokens(self, n: int) -> None:
+        """`n` more prompt tokens processed."""
+        self._prompt_tokens.inc(n)
+
+    def generation_tokens(self, n: int) -> None:
+        """`n` more tokens generated."""
+        self._generation_tokens.inc(n)
+
+    def first_token(self, seconds: float) -> None:
+        """A request's first token came so long after its arrival."""
+        self._first_token.observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        """A token came so long after the one before it."""
+        self._inter_token.observe(seconds)
+
+    def finished(
+        self, reason: str, *, e2e: float, queue: float, prefill: float, decode: float
+    ) -> None:
+        """A request ended; phases in seconds."""
+        self._success.labels(self._model_name, reason).inc()
+        self._e2e.observe(e2e)
+        self._queue.observe(queue)
+        self._prefill.observe(prefill)
+        self._decode.observe(decode)
+
+    def attention(
+        self, layers: str, density: float, coverage: float | None, selected_keys: float
+    ) -> None:
+        """One step's attention in a group of layers ("first", "middle" or "last")."""
+        self._density.labels(self._model_name, layers).observe(density)
+        self._selected_keys.labels(self._model_name, layers).observe(selected_keys)
+        if coverage is not None:
+            self._coverage.labels(self._model_name, layers).observe(coverage)
+
+    def fallback(self, reason: str, to: str, tokens: int) -> None:
+        """`tokens` tokens were attended through `to` ("dense", "fixed") because of `reason`."""
+        self._fallback.labels(self._model_name, reason, to).inc(tokens)
+
+    def render(self) -> bytes:
+        """Every series in Prometheus's text exposition format."""
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        gauge = Gauge(f"saccade_{name}", text, ["model_name"], registry=self.registry)
+        return gauge.labels(self._model_name)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"saccade_{name}", text, ["model_name", *labels], registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(
+            f"saccade_{name}",
+            text,
+            ["model_name", *labels],
+            buckets=buckets,
+            registry=self.registry,
+        )

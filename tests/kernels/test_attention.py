@@ -1,0 +1,144 @@
+"""Selected and dense attention against a masked softmax in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.attention import Impl, dense_attention, selected_attention
+from kernels.cache import LayerCache, Segment
+from kernels.page import PAGE
+from kernels.errors import KernelError
+from kernels.reference import masked_attention
+from kernels.selection import Selection
+
+SHAPES = [(1, 1), (2, 3), (3, 4), (1, 8), (5, 2)]  # (kv_heads, group)
+LENGTHS = [1, 63, 64, 65, 200, 256]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def plain_softmax(query, keys, values, mask, scale):
+    """The same computation in the query's own precision: what rounding alone costs."""
+    scores = torch.einsum("rhd,rhkd->rhk", query, keys) * scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    return torch.einsum("rhk,rhkd->rhd", weights, values)
+
+
+def assert_as_exact(actual, plain, exact):
+    """At most twice the error that the same sums make in low precision; see CONTRIBUTING."""
+    allowed = 2 * (plain.double() - exact).abs().max() + 1e-12 * exact.abs().max()
+    # Over few elements chance alone moves the largest error by a last bit or two.
+    allowed = max(allowed, 2 * torch.finfo(actual.dtype).eps * max(exact.abs().max(), 1.0))
+    assert torch.isfinite(actual).all()
+    assert (actual.double() - exact).abs().max() <= allowed
+
+
+def full_keys(case, group):
+    width = max(k.shape[0] for k in case.keys)
+    queries = case.rows.queries
+    stacked = []
+    for source in (case.keys, case.values):
+        out = torch.zeros(len(source), case.kv_heads, width, case.head_dim, dtype=case.dtype)
+        for i, x in enumerate(source):
+            out[i, :, : x.shape[0]] = x.transpose(0, 1)
+        stacked.append(out.repeat_interleave(group, 1).repeat_interleave(queries, 0))
+    return stacked
+
+
+def random_selection(case, density, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows, width = case.rows.lengths.shape[0], int(case.rows.lengths.max())
+    mask = torch.rand(rows, case.kv_heads, width, generator=generator) < density
+    mask &= torch.arange(width) < case.rows.lengths[:, None, None]
+    positions = torch.arange(width).expand(rows, case.kv_heads, width)
+    return Selection.from_mask(mask, positions), mask
+
+
+@pytest.mark.parametrize("impl", list(Impl))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "group"), SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_selected_attention_is_a_masked_softmax(paged, impl, dtype, kv_heads, group, density):
+    case = paged(LENGTHS, kv_heads, 32, dtype, seed=kv_heads, queries=1)
+    query = case.query(group)
+    selection, mask = random_selection(case, density)
+    selection.validate(case.rows.lengths)
+    keys, values = full_keys(case, group)
+    heads_mask = mask.repeat_interleave(group, 1)
+    exact, exact_lse = masked_attention(query, keys, values, heads_mask, 0.2)
+    output, lse = selected_attention(query, case.cache, case.rows, selection, 0.2, impl)
+    plain = plain_softmax(query, keys, values, heads_mask, 0.2)
+    assert_as_exact(output, plain, exact)
+    tolerance = 1e-9 if dtype is torch.float64 else 2e-5 if dtype is torch.float32 else 5e-2
+    torch.testing.assert_close(lse.double(), exact_lse, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("impl", list(Impl))
+def test_a_row_without_keys_gives_zero_and_minus_infinity(paged, impl):
+    case = paged([100, 7], 2, 16)
+    mask = torch.zeros(2, 2, 7, dtype=torch.bool)
+    mask[1, 0, 3] = True  # one key in one head of one row, nothing elsewhere
+    selection = Selection.from_mask(mask, torch.arange(7).expand(2, 2, 7))
+    output, lse = selected_attention(case.query(3), case.cache, case.rows, selection, 1.0, impl)
+    assert (output[0] == 0).all() and (output[1, 3:] == 0).all()
+    assert torch.isneginf(lse[0]).all() and torch.isneginf(lse[1, 3:]).all()
+    torch.testing.assert_close(output[1, :3], case.values[1][3, :1].expand(3, -1))
+
+
+@pytest.mark.parametrize("impl", list(Impl))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "group"), SHAPES)
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 130), (63, 2), (200, 1), (1500, 37)])
+@pytest.mark.parametrize("window", [None, 50, 4000])
+def test_dense_attention_is_a_causal_softmax(
+    paged, impl, dtype, kv_heads, group, start, tokens, window
+):
+    total = start + tokens
+    case = paged([total], kv_heads, 16, dtype, seed=start)
+    query = case.query(group, rows=tokens)
+    segment = Segment.of(case.tables[0], start, tokens, query.device)
+    keys, values = full_keys(case, group)
+    position = torch.arange(start, total)[:, None]
+    mask = torch.arange(total) <= position
+    if window:
+        mask &= position - torch.arange(total) < window
+    mask = mask[:, None].expand(-1, kv_heads * group, -1)
+    keys, values = (x.expand(tokens, -1, -1, -1) for x in (keys, values))
+    exact, _ = masked_attention(query, keys, values, mask, 0.25)
+    output = dense_attention(query, case.cache, segment, 0.25, window, impl)
+    assert_as_exact(output, plain_softmax(query, keys, values, mask, 0.25), exact)
+
+
+@pytest.mark.parametrize("layout", ["one run", "long and short runs", "single pages"])
+def test_dense_attention_reads_any_layout_of_pages(layout):
+    pages = 200
+    order = {
+        "one run": list(range(pages)),
+        "long and short runs": [*range(50, 90), 3, 7, *range(100, 200), *range(10, 40), 0, 1, 2],
+        "single pages": list(range(pages - 1, -1, -1)),
+    }[layout]
+    generator = torch.Generator().manual_seed(1)
+    cache = LayerCache.allocate(pages, 2, 16, torch.float64, "cpu")
+    cache.kv.copy_(torch.randn(cache.kv.shape, generator=generator, dtype=torch.float64))
+    for tokens in (1, 70):
+        total = len(order) * PAGE - 5
+        segment = Segment.of(order, total - tokens, tokens, torch.device("cpu"))
+        query = torch.randn(tokens, 6, 16, generator=generator, dtype=torch.float64)
+        expected = dense_attention(query, cache, segment, 0.3, impl=Impl.REFERENCE)
+        actual = dense_attention(query, cache, segment, 0.3)
+        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_shapes_that_do_not_fit_are_refused(paged):
+    case = paged([70], 2, 16)
+    selection, _ = random_selection(case, 0.5)
+    with pytest.raises(KernelError, match="multiple of 2 heads"):
+        selected_attention(torch.zeros(1, 3, 16), case.cache, case.rows, selection, 1.0)
+    with pytest.raises(KernelError, match="must agree"):
+        selected_attention(case.query(1).half(), case.cache, case.rows, selection, 1.0)
+    with pytest.raises(KernelError, match="rows"):
+        selected_attention(case.query(1, rows=3), case.cache, case.rows, selection, 1.0)
+    segment = Segment.of(case.tables[0], 0, 70, torch.device("cpu"))
+    with pytest.raises(KernelError, match="70 tokens"):
+        dense_attention(case.query(1, rows=3), case.cache, segment, 1.0)
