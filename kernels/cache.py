@@ -135,7 +135,9 @@ class Segment:
     """Consecutive tokens of one sequence that attend densely: a prefill chunk or a decode token."""
 
     block_table: Tensor  # int64 [pages]  physical pages
-    runs: tuple[tuple[int, int], ...]  # (first physical page, pages) of neighbouring pages, in order
+    runs: tuple[
+        tuple[int, int], ...
+    ]  # (first physical page, pages) of neighbouring pages, in order
     start: int  # position of the first token; the keys before it are cached
     tokens: int
 

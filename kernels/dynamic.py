@@ -46,9 +46,7 @@ class Choice:
         return torch.sigmoid(lse - self.log_rest)
 
 
-def select(
-    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float
-) -> Choice:
+def select(query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float) -> Choice:
     """Choose the keys of each row by content.
 
     Args:
@@ -63,7 +61,7 @@ def select(
         depends on a row's own keys and position alone, never on other rows or on chunk sizes.
     """
     pages = _score_pages(query, cache, rows, scale)
-    survivors = _best_pages(pages, rows, policy)  # [rows, kv_heads, survivors]
+    survivors = _best_pages(pages, policy)  # [rows, kv_heads, survivors]
     kv_heads, head_dim = cache.kv_heads, cache.head_dim
     count = survivors.shape[2] * PAGE
     step = max(1, GATHER_BYTES // (kv_heads * count * head_dim * query.itemsize))
@@ -93,7 +91,7 @@ def rest_of(
     outer = pages.log_mass + unselected.clamp_min(0).log()[:, :, None]
     recent = pages.recent[:, None, None] + torch.arange(2, device=query.device)
     recent = recent.expand(-1, kv_heads, -1)  # [rows, kv_heads, 2]
-    position, visible = _keys_of(recent, rows.lengths, rows.starts)
+    _position, visible = _keys_of(recent, rows.lengths, rows.starts)
     scores = _score_keys(query, cache, rows, recent, scale)  # [rows, kv_heads, group, 2 * 64]
     offset = taken - recent[:, :, :1] * PAGE  # [rows, kv_heads, capacity]
     inside = (taken >= 0) & (offset >= 0)
@@ -151,7 +149,7 @@ def _score_pages(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> 
     return _Pages(log_mass, rank, recent, first)
 
 
-def _best_pages(pages: _Pages, rows: Rows, policy: Dynamic) -> Tensor:
+def _best_pages(pages: _Pages, policy: Dynamic) -> Tensor:
     """int64 [rows, kv_heads, survivors + 2]: pages to score, ascending where not -1.
 
     Page 0 (when visible) is always among them, and last stand the recent window's two pages.
@@ -198,9 +196,7 @@ def _keys_of(pages: Tensor, lengths: Tensor, starts: Tensor) -> tuple[Tensor, Te
     """Positions of the keys of `pages` [rows, kv_heads, n] and whether each is visible."""
     offset = torch.arange(PAGE, device=pages.device)
     position = (pages[..., None] * PAGE + offset).flatten(2)  # [rows, kv_heads, n * 64]
-    visible = (position >= starts[:, None, None].clamp_min(0)) & (
-        position < lengths[:, None, None]
-    )
+    visible = (position >= starts[:, None, None].clamp_min(0)) & (position < lengths[:, None, None])
     return position, visible
 
 
@@ -296,7 +292,9 @@ def cut_by_mass(importance: Tensor, kept: Tensor, eligible: Tensor, policy: Dyna
     most = min(policy.max_keys, scores.shape[-1])
     ranked = scores.topk(most, dim=-1).values
     mass = importance.masked_fill(~kept, 0.0).sum(-1, keepdim=True)
-    reached = torch.cat((mass, mass + ranked.clamp_min(0).cumsum(-1)), dim=-1)  # [rows, kv_heads, most + 1]
+    reached = torch.cat(
+        (mass, mass + ranked.clamp_min(0).cumsum(-1)), dim=-1
+    )  # [rows, kv_heads, most + 1]
     needed = (reached < policy.coverage).sum(-1)
     wanted = needed.clamp_min(policy.min_keys - always).clamp_max(policy.max_keys - always)
     wanted = torch.minimum(wanted, free.sum(-1)).clamp_min(0)

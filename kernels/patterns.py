@@ -108,7 +108,8 @@ class Pattern:
 
     def keys(self, position: int) -> Tensor:
         """int64 [keys], ascending and unique positions that the query at `position` sees."""
-        return torch.cat([part.keys(position) for part in self.parts]).unique()
+        keys: Tensor = torch.unique(torch.cat([part.keys(position) for part in self.parts]))
+        return keys
 
     def select(
         self, lengths: Sequence[int], starts: Sequence[int], kv_heads: int, device: torch.device

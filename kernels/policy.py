@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kernels.page import PAGE
 from kernels.errors import KernelError
+from kernels.page import PAGE
 
 if TYPE_CHECKING:
     from kernels.patterns import Pattern

@@ -133,9 +133,7 @@ def _attend(
     return weights @ values, lse
 
 
-def _key_blocks(
-    cache: LayerCache, segment: Segment, stop: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _key_blocks(cache: LayerCache, segment: Segment, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The keys and values before position `stop`, in pieces [1, kv_heads, keys, head_dim]."""
     kv_heads, head_dim = cache.kv_heads, cache.head_dim
     page = 0  # logical page that the next run begins with

@@ -15,7 +15,6 @@ from kernels.errors import SaccadeError
 from kernels.patterns import Pattern
 from service.engine.batch import policy_of
 from service.engine.output import Ending, Output
-from service.engine.pages import PagePool
 from service.engine.runner import Runner, decide
 from service.engine.sampler import Ranked, Sampler, rank, rank_in_slices
 from service.engine.scheduler import Limits, Scheduler, Work
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from models.config import ModelConfig
     from models.tokenizer import Tokenizer
+    from service.engine.pages import PagePool
     from service.engine.runner import Outcome
     from service.metrics import Metrics
 
@@ -101,7 +101,7 @@ class Engine:
         self._lock = threading.Lock()  # guards the two counts and the stop flag
         self._requests: dict[str, Request] = {}
         self._progress: dict[Sequence, _Progress] = {}
-        self._outbox: dict[str, list[Delta]] = {}
+        self._outbox: dict[Request, list[Delta]] = {}
         self._beat = time.monotonic()
         self._stopping = False
         self._failure: str | None = None
@@ -150,7 +150,9 @@ class Engine:
         )
         with self._lock:
             if self._stopping or not self._thread.is_alive():
-                raise EngineDeadError("the engine has stopped: " + (self._failure or "shutting down"))
+                raise EngineDeadError(
+                    "the engine has stopped: " + (self._failure or "shutting down")
+                )
             if self._arriving + self._waiting + n > self._limits.max_queue:
                 raise OverloadedError(
                     f"the queue is full ({self._limits.max_queue} waiting): try again later"
@@ -172,9 +174,7 @@ class Engine:
             reason = self._failure or f"no step for {age:.0f} seconds"
         return Health(alive, age, self._runner.degraded is not None, reason)
 
-    def _check(
-        self, prompt: Seq[int], sampling: SamplingParams, sparsity: SparsityParams
-    ) -> None:
+    def _check(self, prompt: Seq[int], sampling: SamplingParams, sparsity: SparsityParams) -> None:
         if not prompt:
             raise RequestError("prompt must hold at least one token", param="prompt")
         vocab = self.config.vocab_size
@@ -218,8 +218,7 @@ class Engine:
                     if work:
                         self._step(work)
                     self._flush()
-                    self._report_load()
-        except Exception as error:  # the loop must not die in silence
+        except Exception as error:  # noqa: BLE001  the loop must not die in silence
             _log.exception("the step loop failed")
             self._failure = f"the step loop failed: {type(error).__name__}"
         finally:
@@ -277,9 +276,7 @@ class Engine:
                 self._advance(outcome)
             except Exception as error:  # noqa: BLE001  one request's trouble stays its own
                 _log.error("request %s failed", sequence.request.id, exc_info=error)
-                self._finish(
-                    sequence, "", Ending("error"), error="sampling failed on this request"
-                )
+                self._finish(sequence, "", Ending("error"), error="sampling failed on this request")
         for _ in range(self._scheduler.preemptions - preempted):
             self.metrics.preempted()
 
@@ -393,14 +390,13 @@ class Engine:
             sparsity=progress.tally.report(request.sparsity.policy) if ending else None,
             prompt_logprobs=prompt_logprobs,
         )
-        self._outbox.setdefault(request.id, []).append(delta)
-        if ending is not None:
-            # The request may be gone from the table by the time the step's deltas are sent.
-            request.emit(self._outbox.pop(request.id))
+        self._outbox.setdefault(request, []).append(delta)
 
     def _flush(self) -> None:
-        for request_id, deltas in self._outbox.items():
-            self._requests[request_id].emit(deltas)
+        """Send the step's deltas; metrics are booked before, so a caller who asks sees its own."""
+        self._report_load()
+        for request, deltas in self._outbox.items():
+            request.emit(deltas)
         self._outbox.clear()
 
     def _prompt_logprobs(
@@ -430,8 +426,11 @@ class Engine:
             return
         layers = looked[0].density.shape[0]
         third = max(1, layers // 3)
-        groups = {"first": slice(0, third), "middle": slice(third, layers - third),
-                  "last": slice(layers - third, layers)}
+        groups = {
+            "first": slice(0, third),
+            "middle": slice(third, layers - third),
+            "last": slice(layers - third, layers),
+        }
         for name, part in groups.items():
             rows = sum(entry.density[part].size for entry in looked)
             if rows == 0:
@@ -453,6 +452,7 @@ class Engine:
         waiting = len(scheduler.waiting) + forking
         with self._lock:
             self._waiting = waiting
+            waiting += self._arriving
         self.metrics.set_load(len(scheduler.running), waiting, scheduler.pool.usage)
 
     def _time_token(self, sequence: Sequence) -> None:
@@ -496,4 +496,4 @@ class Engine:
                 if sequence.state is not State.FINISHED:
                     ending = Ending("error" if self._failure else "abort")
                     self._finish(sequence, "", ending, error=self._failure)
-        self._report_load()
+        self._flush()

@@ -19,7 +19,8 @@ from service.engine.sequence import Fallback, Mode
 from service.engine.tally import Looked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence as Seq
+    from collections.abc import Callable
+    from collections.abc import Sequence as Seq
 
     from torch import Tensor
 
@@ -36,9 +37,7 @@ _log = logging.getLogger("saccade.engine")
 class Model(Protocol):
     """What the runner needs of `models.decoder.Decoder`."""
 
-    def __call__(
-        self, step: StepInput, caches: Seq[LayerCache], recorder: Recorder
-    ) -> Tensor:
+    def __call__(self, step: StepInput, caches: Seq[LayerCache], recorder: Recorder) -> Tensor:
         """[tokens, hidden] behind the final norm."""
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -139,9 +138,7 @@ class Runner:
                 Outcome(
                     item,
                     hidden[part],
-                    Looked(
-                        looked.density[:, part], looked.keys[:, part], looked.coverage[:, part]
-                    ),
+                    Looked(looked.density[:, part], looked.keys[:, part], looked.coverage[:, part]),
                 )
             )
             first += item.count

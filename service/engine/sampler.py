@@ -136,6 +136,7 @@ def rank_in_slices(
         rows: rows a slice.
     """
     ranked: list[Ranked] = []
-    for part, asked in zip(hidden.split(rows), tokens.split(rows), strict=True):
-        ranked += rank(logits(part), asked, best)
+    for start in range(0, tokens.shape[0], rows):
+        part = slice(start, start + rows)
+        ranked += rank(logits(hidden[part]), tokens[part], best)
     return ranked

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kernels.page import PAGE
-from service.engine.pages import PagePool
 from service.engine.sequence import TAIL, Request, Sequence, State
+
+if TYPE_CHECKING:
+    from service.engine.pages import PagePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class Scheduler:
             if sequence.state is not State.RUNNING:
                 continue
             count = self._count(sequence, budget)
-            if count and self._reserve(sequence, sequence.computed + count, work):
+            if count and self._reserve(sequence, sequence.computed + count):
                 work.append(Work(sequence, sequence.computed, count))
                 budget -= count
         return [item for item in work if item.sequence.state is State.RUNNING]
@@ -145,7 +148,7 @@ class Scheduler:
         count = prompt_left if prompt_left > 0 else min(left, TAIL)
         return count if count <= budget else 0
 
-    def _reserve(self, sequence: Sequence, tokens: int, work: list[Work]) -> bool:
+    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Give `sequence` the pages for `tokens` tokens, putting newer sequences back for them."""
         need = self._pages_for(tokens) - len(sequence.pages)
         while need > self.pool.free:

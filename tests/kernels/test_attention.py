@@ -7,8 +7,8 @@ import torch
 
 from kernels.attention import Impl, dense_attention, selected_attention
 from kernels.cache import LayerCache, Segment
-from kernels.page import PAGE
 from kernels.errors import KernelError
+from kernels.page import PAGE
 from kernels.reference import masked_attention
 from kernels.selection import Selection
 

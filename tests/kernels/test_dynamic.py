@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from kernels import dynamic, reference
 from kernels.attention import dense_attention, selected_attention
 from kernels.cache import Segment
-from kernels.page import PAGE
 from kernels.errors import KernelError
+from kernels.page import PAGE
 from kernels.patterns import Pattern
 from kernels.policy import Dynamic
 
@@ -120,9 +120,7 @@ def test_a_row_is_chosen_alike_alone_and_in_company(paged):
                 together.rows.starts[:1],
             )
             index = 3 * sequence + row
-            choice = dynamic.select(
-                query[index : index + 1], together.cache, one, policy, SCALE
-            )
+            choice = dynamic.select(query[index : index + 1], together.cache, one, policy, SCALE)
             count = int(choice.selection.counts.max())
             assert torch.equal(
                 choice.selection.indices[0], all_rows.selection.indices[index, :, :count]
@@ -192,8 +190,14 @@ def test_a_score_that_is_not_finite_shows_as_nan_coverage_of_its_row_alone(paged
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("coverage", 0.0), ("coverage", 1.1), ("max_keys", 100), ("min_keys", 5000), ("sinks", 65),
-     ("survivors", 0.0)],
+    [
+        ("coverage", 0.0),
+        ("coverage", 1.1),
+        ("max_keys", 100),
+        ("min_keys", 5000),
+        ("sinks", 65),
+        ("survivors", 0.0),
+    ],
 )
 def test_a_budget_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(KernelError, match=field):

@@ -64,16 +64,34 @@ def test_selections_respect_lengths_and_starts():
 
 @pytest.mark.parametrize(
     ("text", "keeps"),
-    [("window:2", True), ("window:1", False), ("strided:64", False), ("strided:1", True),
-     ("sinks:16+window:1024", True), ("sinks:16", False)],
+    [
+        ("window:2", True),
+        ("window:1", False),
+        ("strided:64", False),
+        ("strided:1", True),
+        ("sinks:16+window:1024", True),
+        ("sinks:16", False),
+    ],
 )
 def test_a_pattern_knows_whether_it_keeps_the_previous_key(text, keeps):
     assert Pattern.parse(text).keeps_previous is keeps
 
 
 @pytest.mark.parametrize(
-    "text", ["", "window", "window:", "window:0", "window:-3", "window:1.5", "windw:3", "+",
-             "window:8+", "sinks:99999999999", "window:٣"]
+    "text",
+    [
+        "",
+        "window",
+        "window:",
+        "window:0",
+        "window:-3",
+        "window:1.5",
+        "windw:3",
+        "+",
+        "window:8+",
+        "sinks:99999999999",
+        "window:٣",
+    ],
 )
 def test_what_cannot_be_read_is_named_with_the_accepted_form(text):
     with pytest.raises(PatternError, match=r"write a union of sinks:N"):

@@ -19,18 +19,36 @@ def harness():
     """Factory of running engines; all are stopped at the end."""
     started = []
 
-    def start(*, dtype=torch.float64, pages=400, max_seqs=8, max_queue=64, prefill_chunk=512,
-              step_tokens=1024, dense_below=0, seed=0, config=None, wrap=lambda model: model,
-              max_model_len=4096):
+    def start(
+        *,
+        dtype=torch.float64,
+        pages=400,
+        max_seqs=8,
+        max_queue=64,
+        prefill_chunk=512,
+        step_tokens=1024,
+        dense_below=0,
+        seed=0,
+        config=None,
+        wrap=lambda model: model,
+        max_model_len=4096,
+    ):
         config = config or tiny_config()
         decoder = make_decoder(dtype, seed, config)
-        caches = [LayerCache.allocate(pages, config.kv_heads, config.head_dim, dtype, "cpu")
-                  for _ in range(config.layers)]
+        caches = [
+            LayerCache.allocate(pages, config.kv_heads, config.head_dim, dtype, "cpu")
+            for _ in range(config.layers)
+        ]
         runner = Runner(wrap(decoder), caches, config.heads)
         engine = Engine(
-            runner, config, letters(), Metrics("tiny"), pool=PagePool(pages),
+            runner,
+            config,
+            letters(),
+            Metrics("tiny"),
+            pool=PagePool(pages),
             limits=Limits(max_seqs, max_queue, prefill_chunk, step_tokens),
-            model_name="tiny", max_model_len=min(max_model_len, pages * 64),
+            model_name="tiny",
+            max_model_len=min(max_model_len, pages * 64),
             dense_below=dense_below,
         )
         engine.start()

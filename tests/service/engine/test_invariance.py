@@ -31,8 +31,10 @@ def test_greedy_answers_are_the_same_in_company_and_in_any_chunks(harness, polic
     for chunk, step in ((512, 1024), (7, 160), (64, 137), (1, 136)):
         many = harness(prefill_chunk=chunk, step_tokens=step)
         answers = many.run(
-            *(many.generate(prompt_of(n, n), greedy(12), policy, delay=0.01 * i)
-              for i, n in enumerate(LENGTHS))
+            *(
+                many.generate(prompt_of(n, n), greedy(12), policy, delay=0.01 * i)
+                for i, n in enumerate(LENGTHS)
+            )
         )
         assert [tokens_of(deltas) for deltas in answers] == expected
 
@@ -68,10 +70,14 @@ def test_greedy_answers_survive_others_being_cancelled(harness, policy):
         stream.close()
 
     answers = many.run(
-        *(call
-          for i, n in enumerate(LENGTHS)
-          for call in (many.generate(prompt_of(n, n), greedy(12), policy, delay=0.02 * i),
-                       cancelled(i)))
+        *(
+            call
+            for i, n in enumerate(LENGTHS)
+            for call in (
+                many.generate(prompt_of(n, n), greedy(12), policy, delay=0.02 * i),
+                cancelled(i),
+            )
+        )
     )
     assert [tokens_of(deltas) for deltas in answers[::2]] == expected
     assert many.engine._scheduler.pool.usage == 0

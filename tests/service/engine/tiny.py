@@ -29,14 +29,29 @@ def letters():
 
 
 def tiny_config(**changes):
-    fields = dict(
-        architecture="LlamaForCausalLM", vocab_size=VOCAB, hidden_size=32, intermediate_size=64,
-        layers=3, heads=4, kv_heads=2, head_dim=16, norm_eps=1e-6,
-        rope=RopeParameters(original_max_position=8192), max_position=8192, tied=True,
-        qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False,
-        windows=(None, None, None), bos_ids=(), eos_ids=(EOS,), dtype="float64",
-        generation=GenerationDefaults(),
-    )
+    fields = {
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "layers": 3,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "norm_eps": 1e-6,
+        "rope": RopeParameters(original_max_position=8192),
+        "max_position": 8192,
+        "tied": True,
+        "qkv_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "windows": (None, None, None),
+        "bos_ids": (),
+        "eos_ids": (EOS,),
+        "dtype": "float64",
+        "generation": GenerationDefaults(),
+    }
     return ModelConfig(**(fields | changes))
 
 
@@ -63,7 +78,10 @@ class Harness:
         """All deltas of one request."""
         await asyncio.sleep(delay)
         stream = self.engine.submit(
-            prompt, sampling or greedy(8), sparsity or dynamic(), n=n,
+            prompt,
+            sampling or greedy(8),
+            sparsity or dynamic(),
+            n=n,
             request_id=f"r{next(self._ids)}",
         )
         return [delta async for delta in stream]
@@ -90,14 +108,26 @@ def text_of(deltas, index=0):
 
 
 def greedy(max_tokens, **changes):
-    return SamplingParams(**({"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
-                             | changes))
+    return SamplingParams(
+        **({"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True} | changes)
+    )
 
 
 def dynamic(**changes):
-    return SparsityParams(**({"policy": "dynamic", "coverage": 0.9, "min_keys": 0,
-                              "max_keys": 160, "min_coverage": 0.0,
-                              "pattern": "sinks:4+window:64", "allow_brownout": True} | changes))
+    return SparsityParams(
+        **(
+            {
+                "policy": "dynamic",
+                "coverage": 0.9,
+                "min_keys": 0,
+                "max_keys": 160,
+                "min_coverage": 0.0,
+                "pattern": "sinks:4+window:64",
+                "allow_brownout": True,
+            }
+            | changes
+        )
+    )
 
 
 def prompt_of(length, seed=0):

@@ -1,0 +1,192 @@
+"""What happens when dynamic selection cannot or should not run, and how it is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import dynamic as dynamic_kernel
+from kernels.errors import KernelError
+from tests.service.engine.tiny import dynamic, greedy, prompt_of, text_of, tokens_of
+
+DENSE, FIXED = dynamic(policy="dense"), dynamic(policy="fixed")
+
+
+def last(deltas):
+    return deltas[-1].sparsity
+
+
+def counter(harness, name, **labels):
+    return (
+        harness.engine.metrics.registry.get_sample_value(
+            f"saccade_{name}", {"model_name": "tiny", **labels}
+        )
+        or 0.0
+    )
+
+
+def test_a_dynamic_answer_reports_what_it_looked_at(harness):
+    one = harness()
+    [deltas] = one.run(one.generate(prompt_of(2000), greedy(10)))
+    report = last(deltas)
+    assert report.policy == "dynamic" and report.fallbacks == {}
+    assert 68 / 2010 <= report.density <= 160 / 1800
+    assert 68 <= report.keys_attended <= 160
+    assert 0 < report.coverage_p5 <= report.coverage <= 1
+    assert [d.sparsity for d in deltas[:-1]] == [None] * (len(deltas) - 1)
+
+
+def test_a_dense_answer_says_so(harness):
+    one = harness()
+    [deltas] = one.run(one.generate(prompt_of(500), greedy(10), DENSE))
+    report = last(deltas)
+    assert (report.policy, report.density, report.coverage) == ("dense", 1.0, 1.0)
+    assert report.fallbacks == {"requested": 128 + 9}
+    assert report.keys_attended == pytest.approx((373 + 509) / 2)
+
+
+def test_a_fixed_answer_reports_an_estimated_coverage(harness):
+    one = harness()
+    [deltas] = one.run(one.generate(prompt_of(1500), greedy(10), FIXED))
+    report = last(deltas)
+    assert report.policy == "fixed" and report.keys_attended == 68
+    assert 0 < report.coverage < 0.9
+    assert report.fallbacks == {"requested": 128 + 9}
+    assert counter(one, "attention_fallback_total", reason="requested", to="fixed") == 137
+
+
+def test_a_short_context_is_dense_until_it_is_long(harness):
+    one = harness(dense_below=400)
+    [deltas] = one.run(one.generate(prompt_of(380), greedy(60)))
+    report = last(deltas)
+    # Positions 252 to 399 are short; 400 to 438 are selected (the last token is never computed).
+    assert report.fallbacks == {"short_context": 148}
+    assert counter(one, "attention_fallback_total", reason="short_context", to="dense") == 148
+    expected = (148 * 1.0 + 39 * report.keys_attended / 420) / 187
+    assert report.density < 1 and report.density == pytest.approx(expected, abs=0.2)
+
+
+def test_low_coverage_goes_dense_before_anything_is_emitted(harness):
+    one = harness()
+    prompt = prompt_of(1200)
+    demanding = dynamic(min_coverage=1.0, coverage=0.5)
+    [deltas] = one.run(one.generate(prompt, greedy(50), demanding))
+    report = last(deltas)
+    assert report.density == 1.0
+    assert report.fallbacks == {"low_coverage": 128 + 49}
+    assert tokens_of(deltas) == one.tokens(prompt, greedy(50), DENSE)
+    assert counter(one, "attention_fallback_total", reason="low_coverage", to="dense") == 177
+
+
+def test_low_coverage_is_tried_again_after_a_while(harness, monkeypatch):
+    one = harness()
+    calls = []
+    real = dynamic_kernel.Choice.coverage
+
+    def low_at_first(self, lse):
+        calls.append(1)
+        # The tail's pass, three layers, is judged low; everything later is fine.
+        return real(self, lse) * (0.0 if len(calls) <= 3 else 1.0)
+
+    monkeypatch.setattr(dynamic_kernel.Choice, "coverage", low_at_first)
+    [deltas] = one.run(one.generate(prompt_of(1000), greedy(60), dynamic(min_coverage=0.2)))
+    assert last(deltas).fallbacks == {"low_coverage": 128 + 32}
+    assert last(deltas).density < 1
+
+
+def fail(*args, **kwargs):
+    raise KernelError("launch failed")
+
+
+def test_a_kernel_error_takes_the_fixed_pattern_and_degrades_the_replica(harness, monkeypatch):
+    one = harness()
+    prompt = prompt_of(1000)
+    expected = one.tokens(prompt, greedy(40), FIXED)
+    assert not one.engine.health().degraded
+    with monkeypatch.context() as patch:
+        patch.setattr(dynamic_kernel, "select", fail)
+        [deltas] = one.run(one.generate(prompt, greedy(40)))
+        assert one.engine.health().degraded and one.engine.health().alive
+        assert "KernelError" in one.engine.health().reason
+    assert tokens_of(deltas) == expected
+    assert last(deltas).fallbacks == {"kernel_error": 128 + 39}
+    assert counter(one, "attention_fallback_total", reason="kernel_error", to="fixed") == 167
+    one.tokens(prompt, greedy(2))
+    assert not one.engine.health().degraded
+
+
+def test_scores_that_are_not_finite_take_the_fixed_pattern(harness, monkeypatch):
+    one = harness()
+    prompt = prompt_of(900)
+    expected = one.tokens(prompt, greedy(8), FIXED)
+    real = dynamic_kernel.Choice.coverage
+    select = dynamic_kernel.select
+    broken = []
+
+    def select_broken(*args):
+        choice = select(*args)
+        broken.append(id(choice.log_rest))
+        choice.log_rest.fill_(torch.nan)
+        return choice
+
+    monkeypatch.setattr(dynamic_kernel, "select", select_broken)
+    monkeypatch.setattr(dynamic_kernel.Choice, "coverage", real)
+    [deltas] = one.run(one.generate(prompt, greedy(8)))
+    assert broken
+    assert tokens_of(deltas) == expected
+    assert last(deltas).fallbacks == {"kernel_error": 128 + 7}
+    assert one.engine.health().degraded
+
+
+class Poisoned:
+    """A model that fails whenever a step holds a given token."""
+
+    def __init__(self, model, token, how):
+        self._model, self._token, self._how = model, token, how
+        self.logits = model.logits
+
+    def __call__(self, step, caches, recorder):
+        hidden = self._model(step, caches, recorder)
+        bad = step.token_ids == self._token
+        if bad.any():
+            if self._how == "raise":
+                raise RuntimeError("device-side assert")
+            hidden[bad] = torch.nan
+        return hidden
+
+
+@pytest.mark.parametrize("how", ["raise", "nan"])
+@pytest.mark.parametrize("policy", [dynamic(), DENSE])
+def test_a_request_that_breaks_the_model_fails_alone(harness, how, policy):
+    one = harness(wrap=lambda model: Poisoned(model, 255, how))
+    good = [[t % 254 + 1 for t in prompt_of(n, n)] for n in (100, 300, 700)]
+    expected = [one.tokens(prompt, greedy(6), policy) for prompt in good]
+    bad = [*good[0], 255]
+    answers = one.run(
+        one.generate(good[0], greedy(6), policy),
+        one.generate(bad, greedy(6), policy, n=3),
+        *(one.generate(prompt, greedy(6), policy) for prompt in good[1:]),
+    )
+    failed = answers.pop(1)
+    assert [d.finish_reason for d in failed] == ["error"] * 3
+    assert all("request" in d.error or "finite" in d.error for d in failed)
+    assert [tokens_of(deltas) for deltas in answers] == expected
+    assert one.engine.health().alive
+    assert one.engine._scheduler.pool.usage == 0
+
+
+def test_a_broken_sampler_ends_its_request_alone(harness, monkeypatch):
+    one = harness()
+    expected = one.tokens(prompt_of(50), greedy(6))
+
+    def broken(scores, params):
+        raise RuntimeError("probability tensor contains nan")
+
+    monkeypatch.setattr("service.engine.sampler._nucleus", broken)
+    answers = one.run(
+        one.generate(prompt_of(50), greedy(6)),
+        one.generate(prompt_of(50), greedy(6, temperature=1.0)),
+    )
+    assert tokens_of(answers[0]) == expected
+    assert [d.finish_reason for d in answers[1]] == ["error"]
+    assert text_of(answers[1]) == ""
