@@ -257,7 +257,7 @@ class Engine:
                         self.config.vocab_size,
                         self._ends,
                     ),
-                    Output(self.tokenizer, request.sampling, self._ends),
+                    Output(self.tokenizer, request.sampling, request.prompt, self._ends),
                 )
 
     def _step(self, work: list[Work]) -> None:

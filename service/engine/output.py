@@ -26,8 +26,14 @@ class Output:
     Text that may turn out to begin a stop string is held back until it does or cannot.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, ends: frozenset[int]) -> None:
-        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt: tuple[int, ...],
+        ends: frozenset[int],
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, prompt)
         self._params = params
         self._ends = frozenset() if params.ignore_eos else ends
         self._held = ""

@@ -25,7 +25,7 @@ def run(text, *, room=True, ends=frozenset({EOS}), **params):
         params["stop"] = tuple(
             "".join(TOKENIZER.token_text(i) for i in ids(stop)) for stop in params["stop"]
         )
-    output = Output(TOKENIZER, greedy(**({"max_tokens": 1000} | params)), ends)
+    output = Output(TOKENIZER, greedy(**({"max_tokens": 1000} | params)), (1,), ends)
     texts = []
     for count, letter in enumerate(text, 1):
         shown, ending = output.push(EOS if letter == "." else ids(letter)[0], count, room)

@@ -1,0 +1,214 @@
+"""The decoder: Llama's layers, with the few switches that Mistral, Qwen2 and Qwen3 need.
+
+Modules and parameters carry Hugging Face's names, so that loading a checkpoint is a name match.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernels.attention import Impl
+from models.attention import LayerAttention
+from models.rope import Rotary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from kernels.cache import LayerCache
+    from models.attention import Recorder
+    from models.config import ModelConfig
+    from models.step import StepInput
+
+
+class Decoder(nn.Module):
+    """A causal language model over a paged KV cache, for inference only.
+
+    Parameters are allocated and not filled; `models.loader.load` fills them.
+
+    Args:
+        config: shape of the model.
+        dtype: of parameters and activations; float64 computes everything in float64.
+        device: where it runs; "meta" gives names and shapes without memory.
+        impl: backend of the attention ops.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        impl: Impl = Impl.TORCH,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        make = _Make(dtype, device)
+        self.model = Body(config, make, impl)
+        self.lm_head = (
+            None if config.tied else make.linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.rotary = Rotary(config.rope, config.head_dim, dtype, device)
+        self.requires_grad_(False)
+
+    def forward(self, step: StepInput, caches: Sequence[LayerCache], recorder: Recorder) -> Tensor:
+        """Run one step, writing its keys and values into the caches.
+
+        Args:
+            step: the tokens of the step and how each of them attends.
+            caches: one cache a layer, in the decoder's dtype and on its device.
+            recorder: takes note of what sparse rows looked at.
+
+        Returns:
+            [tokens, hidden_size], after the final norm.
+        """
+        hidden: Tensor = self.model.embed_tokens(step.token_ids)  # [tokens, hidden_size]
+        angles = self.rotary.angles(step.positions)
+        for layer, cache in zip(self.model.layers, caches, strict=True):
+            hidden = layer(hidden, angles, cache, step, recorder)
+        normed: Tensor = self.model.norm(hidden)  # [tokens, hidden_size]
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token. The caller picks the rows that need them, in chunks.
+
+        Args:
+            hidden: [rows, hidden_size], rows of what `forward` returned.
+
+        Returns:
+            [rows, vocab_size] in float32, or float64 for a model in float64.
+        """
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        scores = F.linear(hidden, head.weight)  # [rows, vocab_size]
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+class Body(nn.Module):
+    """Embedding, layers and final norm: what Hugging Face's names put under `model`."""
+
+    def __init__(self, config: ModelConfig, make: _Make, impl: Impl) -> None:
+        super().__init__()
+        self.embed_tokens = make.embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, make, impl) for layer in range(config.layers)
+        )
+        self.norm = make.norm(config.hidden_size, config.norm_eps)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, make: _Make, impl: Impl) -> None:
+        super().__init__()
+        self.input_layernorm = make.norm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer, make, impl)
+        self.post_attention_layernorm = make.norm(config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config, make)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: LayerCache,
+        step: StepInput,
+        recorder: Recorder,
+    ) -> Tensor:
+        """One layer, [tokens, hidden_size] to the same."""
+        normed = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(normed, angles, cache, step, recorder)
+        added: Tensor = self.mlp(self.post_attention_layernorm(hidden))  # [tokens, hidden_size]
+        return hidden + added
+
+
+class Attention(nn.Module):
+    """Projections around the attention layer of `models.attention`."""
+
+    def __init__(self, config: ModelConfig, layer: int, make: _Make, impl: Impl) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        inner = config.heads * config.head_dim
+        kv_inner = config.kv_heads * config.head_dim
+        self.q_proj = make.linear(config.hidden_size, inner, bias=config.qkv_bias)
+        self.k_proj = make.linear(config.hidden_size, kv_inner, bias=config.qkv_bias)
+        self.v_proj = make.linear(config.hidden_size, kv_inner, bias=config.qkv_bias)
+        self.o_proj = make.linear(inner, config.hidden_size, bias=config.output_bias)
+        self.q_norm = make.norm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = make.norm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.attend = LayerAttention(layer, config.head_dim**-0.5, config.windows[layer], impl)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: LayerCache,
+        step: StepInput,
+        recorder: Recorder,
+    ) -> Tensor:
+        """Attention of one layer, [tokens, hidden_size] to the same."""
+        query = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [tokens, heads, head_dim]
+        keys = self.k_proj(hidden).unflatten(
+            -1, (-1, self.head_dim)
+        )  # [tokens, kv_heads, head_dim]
+        values = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))  # as keys
+        if self.q_norm is not None and self.k_norm is not None:
+            query, keys = self.q_norm(query), self.k_norm(keys)
+        query, keys = Rotary.rotate(query, angles), Rotary.rotate(keys, angles)
+        output = self.attend(query, keys, values, cache, step, recorder)
+        projected: Tensor = self.o_proj(output.flatten(1))  # [tokens, hidden_size]
+        return projected
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+    def __init__(self, config: ModelConfig, make: _Make) -> None:
+        super().__init__()
+        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = make.linear(outer, inner, bias=bias)
+        self.up_proj = make.linear(outer, inner, bias=bias)
+        self.down_proj = make.linear(inner, outer, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Feed-forward of each token, [tokens, hidden_size] to the same."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019), computed in float32 or wider."""
+
+    def __init__(
+        self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm over the last dimension; same shape and dtype."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+class _Make:
+    """Builds modules with parameters allocated on one device in one dtype, and not filled."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.dtype, self.device = dtype, device
+
+    def linear(self, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+        # By way of "meta", which skips torch's random initialisation of every weight.
+        empty = nn.Linear(inputs, outputs, bias=bias, dtype=self.dtype, device="meta")
+        return empty.to_empty(device=self.device)
+
+    def embedding(self, rows: int, size: int) -> nn.Embedding:
+        empty = nn.Embedding(rows, size, dtype=self.dtype, device="meta")
+        return empty.to_empty(device=self.device)
+
+    def norm(self, size: int, eps: float) -> RMSNorm:
+        return RMSNorm(size, eps, self.dtype, self.device)
