@@ -119,22 +119,20 @@ def _score_pages(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> 
     recent = (rows.lengths // PAGE - 1).clamp_min(0)  # [rows]
     first = torch.minimum(rows.starts // PAGE, recent)  # [rows]
     pages = int(recent.max())
-    table = rows.block_tables[:, :pages].flatten()  # [sequences * pages]
-    summary = cache.summary.index_select(1, table)
-    summary = summary.view(kv_heads, sequences, pages, 2, head_dim)
+    summary = _summaries(cache, rows.block_tables[:, :pages])  # [kv_heads * sequences, pages, ..]
     grouped = query.view(sequences, rows.queries, kv_heads, group, head_dim)
-    grouped = grouped.permute(2, 0, 1, 3, 4).reshape(kv_heads, sequences, -1, head_dim)
-    # q against means and q*q against variances in one product: [q, 0] and [0, q*q] as rows.
+    grouped = grouped.permute(2, 0, 1, 3, 4).reshape(kv_heads * sequences, -1, head_dim)
+    # q against means and q*q against variances in one product: [q, 0] and [0, q*q] side by side.
     zero = torch.zeros_like(grouped)
     left = torch.cat((grouped, zero), dim=-1)
     right = torch.cat((zero, grouped.square()), dim=-1)
-    both = torch.stack((left, right), dim=2).flatten(2, 3)  # [kv_heads, sequences, 2 * .., 2 * d]
-    moments = both @ summary.flatten(-2).transpose(-1, -2)  # [kv_heads, sequences, 2 * .., pages]
-    mean, variance = moments.view(kv_heads, sequences, 2, moments.shape[2] // 2, pages).unbind(2)
+    both = torch.cat((left, right), dim=1)  # [kv_heads * sequences, 2 * .., 2 * head_dim]
+    moments = torch.bmm(summary, both.transpose(1, 2))  # [kv_heads * sequences, pages, 2 * ..]
+    mean, variance = moments.chunk(2, dim=-1)
 
     def by_row(scores: Tensor) -> Tensor:  # [rows, kv_heads, group, pages]
-        split = scores.reshape(kv_heads, sequences, rows.queries, group, pages)
-        return split.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, pages).to(dtype)
+        split = scores.reshape(kv_heads, sequences, pages, rows.queries, group).to(dtype)
+        return split.permute(1, 3, 0, 4, 2).reshape(count, kv_heads, group, pages)
 
     mean = by_row(mean) * scale
     variance = by_row(variance).clamp_min(0) * scale**2
@@ -149,12 +147,28 @@ def _score_pages(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> 
     return _Pages(log_mass, rank, recent, first)
 
 
+def _summaries(cache: LayerCache, tables: Tensor) -> Tensor:
+    """Summaries of the pages of `tables` [sequences, pages].
+
+    Returns:
+        [kv_heads * sequences, pages, 2 * head_dim], means in front of variances.
+    """
+    flat = tables.flatten()  # [sequences * pages]
+    first, count = flat[:1], flat.shape[0]
+    if count and torch.equal(flat, first + torch.arange(count, device=flat.device)):
+        # Neighbouring pages are read in place.
+        chosen = cache.summary[:, int(first) : int(first) + count]
+    else:
+        chosen = cache.summary.index_select(1, flat)
+    return chosen.unflatten(1, tables.shape).flatten(3).flatten(0, 1)
+
+
 def _best_pages(pages: _Pages, policy: Dynamic) -> Tensor:
     """int64 [rows, kv_heads, survivors + 2]: pages to score, ascending where not -1.
 
     Page 0 (when visible) is always among them, and last stand the recent window's two pages.
     """
-    count, kv_heads, _ = pages.rank.shape
+    kv_heads = pages.rank.shape[1]
     rank = pages.rank.clone()
     if rank.shape[-1]:
         rank[:, :, 0] = torch.where(
@@ -164,10 +178,10 @@ def _best_pages(pages: _Pages, policy: Dynamic) -> Tensor:
         [policy.pages_scored(n) for n in (pages.recent - pages.first).tolist()],
         device=rank.device,
     )  # [rows]
-    ranked = rank.topk(int(wanted.max()), dim=-1).values
-    chosen = _top(rank, wanted[:, None].expand(-1, kv_heads), ranked)
-    page = torch.arange(rank.shape[-1], device=rank.device).expand(count, kv_heads, -1)
-    best = Selection.from_mask(chosen, page).indices  # [rows, kv_heads, survivors]
+    # A stable sort gives ties to the lowest page.
+    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., : int(wanted.max())]
+    place = torch.arange(best.shape[-1], device=rank.device)
+    best = best.masked_fill(place >= wanted[:, None, None], -1).sort(dim=-1).values
     recent = pages.recent[:, None, None] + torch.arange(2, device=rank.device)
     return torch.cat((best, recent.expand(-1, kv_heads, -1)), dim=2)
 
@@ -257,12 +271,14 @@ def _select_rows(
     peak = torch.maximum(scores.amax(-1), _peak(far))  # [rows, kv_heads, group]
     mass = (scores - peak[..., None]).exp()  # [rows, kv_heads, group, candidates]
     outer = (far - peak[..., None]).exp().sum(-1)  # [rows, kv_heads, group]
-    share = mass / (mass.sum(-1) + outer)[..., None]
-    importance = share.mean(2)  # [rows, kv_heads, candidates]
+    # The mean over the group of each head's share, as one product.
+    weight = 1 / (mass.sum(-1) + outer) / mass.shape[2]  # [rows, kv_heads, group]
+    importance = (weight[:, :, None] @ mass).squeeze(2)  # [rows, kv_heads, candidates]
     recent = pages.recent[part, None, None] * PAGE
     kept = visible & ((position < policy.sinks) | (position >= recent))
     chosen = cut_by_mass(importance, kept, visible, policy)
-    inner = mass.masked_fill(chosen[:, :, None], 0.0).sum(-1)  # [rows, kv_heads, group]
+    left_out = (~chosen).to(mass.dtype)[..., None]  # [rows, kv_heads, candidates, 1]
+    inner = (mass @ left_out).squeeze(-1)  # [rows, kv_heads, group]
     log_rest = (inner + outer).log() + peak
     return Choice(Selection.from_mask(chosen, position), log_rest.flatten(1))
 

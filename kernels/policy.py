@@ -37,7 +37,7 @@ class Dynamic:
     min_keys: int = 256
     max_keys: int = 1024
     sinks: int = 16
-    survivors: float = 0.125
+    survivors: float = 1 / 16
 
     def __post_init__(self) -> None:
         if not 0.0 < self.coverage <= 1.0:
@@ -62,10 +62,10 @@ class Dynamic:
     def pages_scored(self, pages: int) -> int:
         """How many of `pages` complete pages survive the coarse scores.
 
-        Never fewer than twice the budget, so that a short context is scored almost whole and a
-        budget of every key scores every page.
+        Never fewer than hold four times the budget, so that a short context is scored almost whole
+        and a budget of every key scores every page.
         """
-        return min(pages, max(-int(-pages * self.survivors // 1), -(-2 * self.max_keys // PAGE)))
+        return min(pages, max(-int(-pages * self.survivors // 1), -(-4 * self.max_keys // PAGE)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,57 @@
+# A virtual environment that is already active is used; otherwise .venv is made.
+VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+PYTHON := $(VENV)/bin/python
+BASE_PYTHON ?= python3
+JOBS ?= auto
+SERVE ?=
+
+.PHONY: help serve test check format soak bench clean
+
+help:
+	@echo "make serve   install and start the service (options: make serve SERVE='--port 8001')"
+	@echo "make test    install and run the tests"
+	@echo "make check   formatting, lint, types and tests"
+	@echo "make soak    the long runs: 100 needles over HTTP under every policy"
+	@echo "make bench   time one decode step's attention on this machine's CPU"
+
+$(PYTHON):
+	$(BASE_PYTHON) -m venv $(VENV)
+
+# The stamps carry the lock's checksum, so that a changed lock installs again.
+RUN_STAMP := $(VENV)/.saccade-run-$(shell cksum < requirements.lock | cut -d' ' -f1)
+DEV_STAMP := $(VENV)/.saccade-dev-$(shell cat requirements.lock requirements-dev.lock | cksum | cut -d' ' -f1)
+
+$(RUN_STAMP): | $(PYTHON)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.lock
+	@touch $@
+
+serve: $(RUN_STAMP)
+	@exec $(VENV)/bin/saccade serve $(SERVE)
+
+# One computing thread a test process: more would fight over the cores.
+test: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses $(JOBS)
+
+check: $(DEV_STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(MAKE) --no-print-directory test
+
+format: $(DEV_STAMP)
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+soak: $(DEV_STAMP)
+	$(PYTHON) tests/bench/retrieval.py --documents 100 --tokens 8192
+
+bench: $(RUN_STAMP)
+	$(VENV)/bin/saccade bench decode --device cpu
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis
