@@ -141,9 +141,7 @@ def _ways(
     return [
         selected,
         lambda: dense_attention(query, cache, segment, scale),
-        lambda: F.scaled_dot_product_attention(
-            group, contiguous[:1], contiguous[1:], scale=scale
-        ),
+        lambda: F.scaled_dot_product_attention(group, contiguous[:1], contiguous[1:], scale=scale),
     ]
 
 

@@ -165,6 +165,13 @@ class Engine:
         """Stop a request; its unfinished choices end with finish_reason "abort"."""
         self._inbox.put(_Abort(request_id))
 
+    def prefilled(self, request_id: str) -> int:
+        """Prompt tokens of a running request whose keys are cached, for a progress bar."""
+        request = self._requests.get(request_id)
+        if request is None or not request.sequences:
+            return 0
+        return min(request.sequences[0].computed, len(request.prompt))
+
     def health(self) -> Health:
         """Whether the step loop advances."""
         age = time.monotonic() - self._beat

@@ -1,0 +1,156 @@
+"""Turns deltas into an answer, whole or streamed; what differs by endpoint is a `Shape`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastapi.responses import JSONResponse, Response
+
+from service.api.generation import ClientGoneError, Generation, Reports, Usage, unless_gone
+from service.api.sse import EventStream
+from service.api.state import saccade_version
+from service.errors import GenerationError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from fastapi import Request
+
+    from service.api.schemas import StreamOptions
+    from service.engine.types import Delta
+
+Json = dict[str, Any]
+
+
+class Shape(Protocol):
+    """How one endpoint writes choices.
+
+    Attributes:
+        whole_object: `object` of a whole answer.
+        chunk_object: `object` of a chunk.
+    """
+
+    whole_object: str
+    chunk_object: str
+
+    def opening(self, delta: Delta) -> Json | None:
+        """A choice's chunk before its first delta's, if there is one."""
+
+    def piece(self, delta: Delta) -> Json:
+        """A delta as a choice of a chunk."""
+
+    def whole(self, deltas: Sequence[Delta]) -> Json:
+        """All deltas of one choice as a choice of a whole answer."""
+
+
+async def respond(
+    request: Request,
+    generation: Generation,
+    shape: Shape,
+    *,
+    request_id: str,
+    model: str,
+    prompt_tokens: int,
+    stream: StreamOptions | None,
+) -> Response:
+    """Answer one request; its work is aborted when the client leaves.
+
+    Args:
+        request: whose connection is watched.
+        generation: the work.
+        shape: the endpoint's.
+        request_id: `id` of the answer.
+        model: `model` of the answer.
+        prompt_tokens: over all prompts.
+        stream: None for a whole answer.
+
+    Raises:
+        ServiceError: the engine failed before the first byte was sent.
+    """
+    head = {
+        "id": request_id,
+        "object": shape.whole_object if stream is None else shape.chunk_object,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"saccade-{saccade_version()}",
+    }
+    usage = Usage(prompt_tokens)
+    try:
+        if stream is None:
+            whole = _whole(generation, shape, head, usage)
+            try:
+                return JSONResponse(await unless_gone(request, whole))
+            finally:
+                generation.close()
+        deltas = generation.deltas()
+        try:
+            # An error before the first delta is still an HTTP status.
+            first = await unless_gone(request, _next(deltas))
+        except BaseException:
+            generation.close()
+            raise
+        chunks = _chunks(first, deltas, generation.choices, shape, head, usage, stream)
+        return EventStream(chunks, generation.close)
+    except ClientGoneError:
+        return Response(status_code=499)
+
+
+async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage) -> Json:
+    reports = Reports(generation.choices)
+    by_choice: list[list[Delta]] = [[] for _ in range(generation.choices)]
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            by_choice[delta.index].append(delta)
+            usage.completion_tokens += len(delta.token_ids)
+            reports.add(delta)
+    choices = [
+        shape.whole(deltas) | reports.of_choice(index) for index, deltas in enumerate(by_choice)
+    ]
+    return {**head, "choices": choices, "usage": usage.as_json(), **reports.of_answer()}
+
+
+async def _next(deltas: AsyncIterator[Delta]) -> Delta:
+    async for delta in deltas:
+        return delta
+    raise GenerationError("the engine ended the request without an answer")
+
+
+async def _chunks(
+    first: Delta,
+    deltas: AsyncIterator[Delta],
+    choices: int,
+    shape: Shape,
+    head: Json,
+    usage: Usage,
+    options: StreamOptions,
+) -> AsyncIterator[Json]:
+    reports = Reports(choices)
+    opened: set[int] = set()
+    finished = 0
+
+    def chunk(choice: Json) -> Json:
+        if options.continuous_usage_stats:
+            return {**head, "choices": [choice], "usage": usage.as_json()}
+        if options.include_usage:
+            return {**head, "choices": [choice], "usage": None}
+        return {**head, "choices": [choice]}
+
+    delta: Delta | None = first
+    while delta is not None:
+        usage.completion_tokens += len(delta.token_ids)
+        reports.add(delta)
+        if delta.index not in opened:
+            opened.add(delta.index)
+            opening = shape.opening(delta)
+            if opening is not None:
+                yield chunk(opening)
+        written = chunk(shape.piece(delta) | reports.of_choice(delta.index))
+        finished += delta.finish_reason is not None
+        if finished == choices and not options.include_usage:
+            written |= reports.of_answer()
+        yield written
+        delta = await anext(deltas, None)
+    if options.include_usage:
+        yield {**head, "choices": [], "usage": usage.as_json(), **reports.of_answer()}

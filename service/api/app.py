@@ -1,0 +1,48 @@
+"""The HTTP application: OpenAI's API over an engine, without Ray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.routing import Route
+
+from service.api.chat import chat_completions
+from service.api.completions import completions
+from service.api.errors import add_handlers
+from service.api.guard import Guard
+from service.api.state import State, saccade_version
+from service.api.status import health, metrics, model, models, version
+from service.api.tokens import detokenize, tokenize
+
+if TYPE_CHECKING:
+    from service.config import ServiceConfig
+    from service.engine.engine import Engine
+
+
+def create_app(engine: Engine, config: ServiceConfig) -> FastAPI:
+    """The application over a started engine.
+
+    The caller starts and stops the engine; any ASGI server can run the application.
+    """
+    app = FastAPI(
+        title="Saccade",
+        version=saccade_version(),
+        # Plain routes: the handlers read bodies themselves, with bounds on size and on errors.
+        routes=[
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/health", health),
+            Route("/version", version),
+            Route("/metrics", metrics),
+        ],
+        openapi_url=None,
+    )
+    app.state.saccade = State(engine, config)
+    add_handlers(app)
+    app.add_middleware(Guard, config=config)
+    return app

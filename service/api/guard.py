@@ -1,0 +1,64 @@
+"""What surrounds every request: the API key, a request id, and the last line of defence."""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from starlette.requests import ClientDisconnect
+
+from service.api.errors import error_response, internal_error
+from service.errors import AuthError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from service.config import ServiceConfig
+
+
+class Guard:
+    """ASGI middleware; checks the key on every path that is not explicitly open."""
+
+    def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
+        self._app = app
+        self._key = config.api_key.get_secret_value().encode() if config.api_key else None
+        self._open = {"/health"} if config.metrics_need_key else {"/health", "/metrics"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection's scope."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+        request_id = uuid4().hex.encode()
+
+        async def tagged_send(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            await send(message)
+
+        if not self._allowed(scope):
+            refusal = error_response(
+                AuthError("the API key is missing or wrong", code="invalid_api_key")
+            )
+            await refusal(scope, receive, tagged_send)
+            return
+        try:
+            await self._app(scope, receive, tagged_send)
+        except ClientDisconnect:
+            return
+        except Exception:
+            answer = error_response(internal_error())
+            if started:
+                raise  # half an answer is out: breaking the connection is all that can tell
+            await answer(scope, receive, tagged_send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        if self._key is None or scope["path"] in self._open:
+            return True
+        headers = dict(scope["headers"])
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key)

@@ -1,0 +1,124 @@
+"""A Ray cluster of this process's own, on this machine, for `saccade serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import tempfile
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.errors import ConfigError
+from service.processes import descendants, end
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from service.config import ServiceConfig
+
+OBJECT_STORE_BYTES = 200 * 2**20
+"""Shared memory for request bodies on their way to a replica; Ray's default is 30% of all."""
+
+PATIENCE = 5.0
+"""Seconds that Ray's processes have to end by themselves."""
+
+_OUR_ERROR = re.compile(r"^(?:kernels|models|service)\.errors\.\w+: (.+)$", re.MULTILINE)
+"""The last line of a remote traceback that ends in an error of ours."""
+
+
+@contextmanager
+def local_cluster(config: ServiceConfig) -> Iterator[None]:
+    """Run the application on a private Ray cluster; all of it ends with the block.
+
+    Private: random ports and names, a token and a folder of its own, and no look at an existing
+    cluster's address, so that several run on one machine and none joins another.
+
+    Raises:
+        ConfigError: the application did not start; the message has the reason.
+    """
+    # Before Ray's import, which reads some of them.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray would otherwise write a token into the user's home.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+    import ray
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from service.deployment import NAME, build
+
+    # Short, because sockets lie in it and their paths may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="saccade-", dir="/tmp"))
+    keep_logs = False
+    try:
+        try:
+            _init(folder, max(len(os.sched_getaffinity(0)), config.replicas))
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": config.host, "port": config.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+            serve.run(build(config), name=NAME, route_prefix="/")
+        except (RuntimeError, OSError, RayError) as error:
+            reason = _replica_error(NAME) if ray.is_initialized() else None
+            keep_logs = reason is None
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                reason or f"Ray Serve did not start ({line}); its logs are in {folder}"
+            ) from None
+        try:
+            yield
+        finally:
+            # Waits for running requests, up to the deployment's limit.
+            serve.delete(NAME)
+    finally:
+        started = descendants()
+        ray.shutdown()
+        # Where it was interrupted while starting, Ray leaves some behind.
+        end(started, PATIENCE)
+        if not keep_logs:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(folder: Path, cores: int) -> None:
+    import ray
+
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    before = signal.getsignal(signal.SIGTERM)
+    # In another thread, because in this one Ray would take the signals over. One that arrives
+    # meanwhile waits for the end of it, so that what has been started is known and can be ended.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(
+            ray.init,
+            address="local",
+            namespace=f"saccade-{uuid.uuid4().hex}",
+            num_cpus=cores,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            _temp_dir=str(folder),
+        ).result()
+    # Ray's native code has installed a handler of its own, which aborts.
+    signal.signal(signal.SIGTERM, before)
+
+
+def _replica_error(name: str) -> str | None:
+    """What one of our errors said in a replica's constructor, if one ended it."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    for deployment in application.deployments.values() if application else ():
+        if found := _OUR_ERROR.findall(deployment.message):
+            return str(found[-1]).strip()
+    return None

@@ -1,0 +1,157 @@
+"""`saccade serve`: an OpenAI-compatible service over one model."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import socket
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path  # noqa: TC003  typer reads the annotations
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from service.commands.options import as_fields, with_config_options
+from service.config import load_config
+from service.engine.build import build_engine, check_config
+from service.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from service.config import ServiceConfig
+
+
+@with_config_options
+def serve(
+    model: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder; the bundled one by default.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file; SACCADE_* variables and flags win.")
+    ] = None,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="One process with uvicorn instead of Ray Serve.")
+    ] = False,
+    **flags: Any,
+) -> None:
+    """Serve a model over OpenAI's HTTP API until Ctrl-C."""
+    given = as_fields(flags)
+    if model is not None:
+        given["model"] = model
+    settings = load_config(given, config)
+    check_config(settings)
+    with _stopping_on_signals(), _free_port(settings) as listener:
+        if standalone:
+            _serve_standalone(settings, listener)
+        else:
+            listener.close()
+            _serve_with_ray(settings)
+
+
+def _serve_with_ray(config: ServiceConfig) -> None:
+    from service.cluster import local_cluster
+
+    _say(f"Starting Ray Serve with {config.model_name} ...")
+    with local_cluster(config):
+        _say(_greeting(config))
+        threading.Event().wait()
+
+
+def _serve_standalone(config: ServiceConfig, listener: socket.socket) -> None:
+    import uvicorn
+
+    from service.api.app import create_app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            _say(_greeting(config))
+
+    engine = build_engine(config)
+    engine.start()
+    try:
+        settings = uvicorn.Config(
+            create_app(engine, config), log_level="warning", timeout_graceful_shutdown=10
+        )
+        Server(settings).run(sockets=[listener])
+    finally:
+        engine.stop()
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Leave the block on the first SIGINT or SIGTERM; later ones cannot disturb the cleaning up."""
+
+    def stop(*_: object) -> NoReturn:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        _say("Stopping ...")
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("Stopped.")
+
+
+@contextmanager
+def _free_port(config: ServiceConfig) -> Iterator[socket.socket]:
+    """A socket bound to the configured address, to know before loading that it can be had.
+
+    Raises:
+        ConfigError: the port is in use, or the address is not this machine's.
+    """
+    where = f"port {config.port} of {config.host}"
+    try:
+        family, kind, *_, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from None
+    with listener:
+        # A port whose last connections linger in TIME_WAIT is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            # Bound alone would not conflict with a listener that allows sharing.
+            listener.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"{where} is in use; stop what uses it or choose another with --port"
+                ) from None
+            raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None
+        yield listener
+
+
+def _greeting(config: ServiceConfig) -> str:
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+    request = {"model": config.model_name, "prompt": "The old man went to", "max_tokens": 24}
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key else ""
+    return f"""
+Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
+
+  curl {url}/v1/completions{key} \\
+    -H 'Content-Type: application/json' -d '{json.dumps(request)}'
+
+The answer is OpenAI's, plus `sparsity`, which says where the attention looked:
+  policy         dynamic: each step chose its keys; fixed: a pattern did; dense: it read them all
+  density        keys read over keys that could be read; 1 is everything
+  coverage       share of the attention mass on the keys read (estimated); coverage_p5: the 5th
+                 percentile over layers and heads
+  keys_attended  keys read a step, mean over layers and heads
+  fallbacks      tokens that did not follow the policy, by reason; short_context: fewer than
+                 {config.sparsity.dense_below} tokens, where reading them all is faster
+"""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stdout, flush=True)

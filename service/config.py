@@ -1,0 +1,234 @@
+"""The service's configuration: flags over SACCADE_* variables over a file over these defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
+
+from kernels.errors import KernelError, PatternError
+from kernels.patterns import Pattern
+from kernels.policy import Dynamic
+from service.engine.types import SparsityParams
+from service.errors import ConfigError
+
+ENV_PREFIX = "SACCADE_"
+BUNDLED_CHECKPOINT = (
+    Path(__file__).resolve().parent.parent / "models" / "checkpoints" / "saccade-12m"
+)
+
+
+class SparsityConfig(BaseModel):
+    """Where attention looks unless a request says otherwise; the fields of `sparsity` requests."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    policy: Literal["dynamic", "fixed", "dense", "auto"] = "dynamic"
+    coverage: float = Field(default=0.98, gt=0, le=1, description="attention mass to keep, 0 to 1")
+    min_keys: int = Field(default=256, ge=0, description="fewest keys a query")
+    max_keys: int = Field(default=1024, ge=1, description="most keys a query")
+    min_coverage: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="estimate under which a request falls back to dense; 0: never",
+    )
+    pattern: str = Field(
+        default="sinks:16+window:1024", max_length=256, description="keys of the fixed policy"
+    )
+    allow_brownout: bool = Field(default=True, description="budgets may shrink under overload")
+    dense_below: int = Field(
+        default=2048, ge=0, description="context, in tokens, below which dense attention runs"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_parses(cls, pattern: str) -> str:
+        try:
+            return str(Pattern.parse(pattern))
+        except PatternError as error:
+            raise ValueError(str(error)) from None
+
+    def resolve(self) -> SparsityParams:
+        """These defaults as the engine takes them.
+
+        Raises:
+            KernelError: the budget contradicts itself or the keys that are always kept.
+        """
+        Dynamic(coverage=self.coverage, min_keys=self.min_keys, max_keys=self.max_keys)
+        return SparsityParams(
+            policy="dynamic" if self.policy == "auto" else self.policy,
+            coverage=self.coverage,
+            min_keys=self.min_keys,
+            max_keys=self.max_keys,
+            min_coverage=self.min_coverage,
+            pattern=self.pattern,
+            allow_brownout=self.allow_brownout,
+        )
+
+
+class LimitsConfig(BaseModel):
+    """Caps on what one request may ask for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n: int = Field(default=8, ge=1, description="choices a prompt")
+    prompts: int = Field(default=128, ge=1, description="prompts a request")
+    choices: int = Field(default=256, ge=1, description="prompts x n")
+    stop: int = Field(default=16, ge=0, description="stop strings")
+    stop_chars: int = Field(default=256, ge=1, description="characters a stop string")
+    stop_token_ids: int = Field(default=128, ge=0, description="stop token ids")
+    logprobs: int = Field(default=20, ge=0, description="rivals reported a token")
+    logit_bias: int = Field(default=1024, ge=0, description="entries of logit_bias")
+    messages: int = Field(default=4096, ge=1, description="messages of a chat")
+
+
+class ServiceConfig(BaseSettings):
+    """Everything that `saccade serve` and the Ray Serve application can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+    model: Path = Field(
+        default=BUNDLED_CHECKPOINT, description="checkpoint folder, Hugging Face format"
+    )
+    served_model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="name in requests and answers; the folder's by default",
+    )
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:1"
+    )
+    load_format: Literal["safetensors", "dummy"] = Field(
+        default="safetensors", description="dummy: random weights from config.json alone"
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="most tokens of prompt and answer; the checkpoint's by default",
+    )
+    kv_cache_gib: float = Field(default=2.0, gt=0, description="memory for keys and values, GiB")
+    max_num_seqs: int = Field(default=16, ge=1, description="sequences that run at once")
+    max_queue: int = Field(
+        default=256, ge=0, description="requests that may wait; more are told 503"
+    )
+    prefill_chunk: int = Field(
+        default=512, ge=1, description="prompt tokens of one sequence a step"
+    )
+    max_step_tokens: int = Field(default=1024, ge=1, description="tokens of all sequences a step")
+    api_key: SecretStr | None = Field(
+        default=None, description="clients send it as `Authorization: Bearer KEY`; none: no check"
+    )
+    metrics_need_key: bool = Field(default=False, description="/metrics also asks for the API key")
+    max_body_mib: float = Field(default=32.0, gt=0, description="largest request body, MiB")
+    replicas: int = Field(default=1, ge=1, description="copies of the model (Ray Serve)")
+    sparsity: SparsityConfig = SparsityConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("sparsity")
+    @classmethod
+    def _budget_is_possible(cls, sparsity: SparsityConfig) -> SparsityConfig:
+        try:
+            sparsity.resolve()
+        except KernelError as error:
+            raise ValueError(str(error)) from None
+        return sparsity
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in requests and answers."""
+        return self.served_model_name or self.model.resolve().name
+
+
+def load_config(flags: dict[str, Any] | None = None, file: Path | None = None) -> ServiceConfig:
+    """Merge the sources of configuration.
+
+    Args:
+        flags: by field name, nested groups as dictionaries; only what was given.
+        file: YAML or JSON with the fields of `ServiceConfig`.
+
+    Raises:
+        ConfigError: one sentence with the key, what is wrong, and where.
+    """
+    _refuse_unknown_variables()
+    values = _read(file) if file is not None else {}
+    try:
+        values = _merge(values, EnvSettingsSource(ServiceConfig)())
+        return ServiceConfig(**_merge(values, flags or {}))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+    except SettingsError as error:
+        raise ConfigError(
+            f"invalid configuration: {error}; write groups as JSON or one by one, such as "
+            f"{ENV_PREFIX}SPARSITY__COVERAGE=0.95"
+        ) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"cannot read the configuration file {file}: {reason}") from None
+    try:
+        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark is not None else getattr(error, "lineno", "?")
+        raise ConfigError(
+            f"the configuration file {file} is not valid YAML or JSON (line {line})"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"the configuration file {file} must hold `key: value` lines")
+    return values
+
+
+def _refuse_unknown_variables() -> None:
+    fields = ServiceConfig.model_fields
+    for name in sorted(os.environ):
+        upper = name.upper()
+        key = upper.removeprefix(ENV_PREFIX).lower()
+        if upper.startswith(ENV_PREFIX) and key.split("__")[0] not in fields:
+            raise ConfigError(
+                f"invalid configuration: the environment variable {name} is unknown; unset it or "
+                f"use one of {', '.join(ENV_PREFIX + field.upper() for field in fields)}"
+            )
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`high` over `low`, group by group."""
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        both_groups = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = _merge(below, value) if both_groups else value  # type: ignore[arg-type]
+    return merged
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"invalid configuration: {key} is unknown; remove it or correct its spelling"
+    message = first["msg"].removeprefix("Value error, ")
+    given = repr(first["input"])
+    said_already = first["type"] == "value_error" or "api_key" in key or len(given) > 60
+    shown = "" if said_already else f", not {given}"
+    return f"invalid configuration: {key}: {message}{shown}"

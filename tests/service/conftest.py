@@ -1,0 +1,170 @@
+"""A tiny random checkpoint, an engine over it, and a server on a port of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import uvicorn
+import yaml
+from safetensors.torch import save_file
+
+from models.config import ModelConfig
+from models.decoder import Decoder
+from service.api.app import create_app
+from service.config import ServiceConfig
+from service.engine.build import build_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+VOCAB_SIZE = 256 + len(SPECIAL)
+MAX_MODEL_LEN = 512
+
+
+def write_checkpoint(folder):
+    """A Llama of two layers and bytes as tokens, whose greedy text is printable ASCII."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token": "<|begin|>",
+                "eos_token": "<|end|>",
+                "add_bos_token": True,
+                "chat_template": CHAT_TEMPLATE,
+            }
+        )
+    )
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "vocab_size": VOCAB_SIZE,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": MAX_MODEL_LEN,
+                "rms_norm_eps": 1e-6,
+                "bos_token_id": 256,
+                "eos_token_id": 257,
+                "torch_dtype": "float32",
+            }
+        )
+    )
+    decoder = Decoder(ModelConfig.from_folder(folder), torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in decoder.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        weights[name] = noise * 0.3 if parameter.dim() > 1 else 1.0 + 0.1 * noise
+    printable = [index for letter, index in vocab.items() if letter.isascii()]
+    silent = torch.ones(VOCAB_SIZE, dtype=torch.bool)
+    silent[printable] = False
+    weights["lm_head.weight"][silent] = 0.0
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def saccade(*arguments, python_path=ROOT, **options):
+    """Start the command in an interpreter of its own."""
+    environment = os.environ | {"PYTHONPATH": str(python_path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "service.cli", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@contextmanager
+def serving(app):
+    """Serve `app` with uvicorn in a thread; gives the base URL."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of the tiny checkpoint."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def service_config(checkpoint):
+    """A configuration for the tiny checkpoint."""
+    return ServiceConfig(
+        model=checkpoint,
+        dtype="float32",
+        kv_cache_gib=0.01,
+        max_num_seqs=4,
+        sparsity={"dense_below": 16, "min_keys": 16, "max_keys": 160},
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(service_config):
+    """A running engine over the tiny checkpoint."""
+    engine = build_engine(service_config)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="session")
+def server(engine, service_config):
+    """Base URL of the application over the real engine."""
+    with serving(create_app(engine, service_config)) as url:
+        yield url
+
+
+@pytest.fixture
+def port():
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    """A configuration file for the tiny checkpoint."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({"dtype": "float32", "kv_cache_gib": 0.01, "max_num_seqs": 4}))
+    return file
