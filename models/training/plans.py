@@ -105,7 +105,7 @@ PLANS: dict[str, Plan] = {
         ),
         Plan(
             name="long",
-            minutes=16.5,
+            minutes=14.5,
             stages=(
                 Stage(2048, 0.09),
                 Stage(8192, 0.27),
