@@ -160,7 +160,8 @@ def _summaries(cache: LayerCache, tables: Tensor) -> Tensor:
         chosen = cache.summary[:, int(first) : int(first) + count]
     else:
         chosen = cache.summary.index_select(1, flat)
-    return chosen.unflatten(1, tables.shape).flatten(3).flatten(0, 1)
+    kv_heads, head_dim = cache.kv_heads, cache.head_dim
+    return chosen.reshape(kv_heads * tables.shape[0], tables.shape[1], 2 * head_dim)
 
 
 def _best_pages(pages: _Pages, policy: Dynamic) -> Tensor:

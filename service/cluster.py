@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from service.processes import descendants, end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Executor
 
     from service.config import ServiceConfig
 
@@ -59,9 +60,11 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
     # Short, because sockets lie in it and their paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="saccade-", dir="/tmp"))
     keep_logs = False
+    # Ray's processes die with the thread that started them, not with the process: it stays.
+    starter = ThreadPoolExecutor(1)
     try:
         try:
-            _init(folder, max(len(os.sched_getaffinity(0)), config.replicas))
+            _init(starter, folder, max(len(os.sched_getaffinity(0)), config.replicas))
             serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": config.host, "port": config.port},
@@ -85,11 +88,12 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
         ray.shutdown()
         # Where it was interrupted while starting, Ray leaves some behind.
         end(started, PATIENCE)
+        starter.shutdown()
         if not keep_logs:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _init(folder: Path, cores: int) -> None:
+def _init(starter: Executor, folder: Path, cores: int) -> None:
     import ray
 
     for name in ("ray", "ray.serve"):
@@ -97,18 +101,21 @@ def _init(folder: Path, cores: int) -> None:
     before = signal.getsignal(signal.SIGTERM)
     # In another thread, because in this one Ray would take the signals over. One that arrives
     # meanwhile waits for the end of it, so that what has been started is known and can be ended.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(
-            ray.init,
-            address="local",
-            namespace=f"saccade-{uuid.uuid4().hex}",
-            num_cpus=cores,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            _temp_dir=str(folder),
-        ).result()
+    starting = starter.submit(
+        ray.init,
+        address="local",
+        namespace=f"saccade-{uuid.uuid4().hex}",
+        num_cpus=cores,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.CRITICAL,
+        _temp_dir=str(folder),
+    )
+    try:
+        starting.result()
+    finally:
+        wait([starting])
     # Ray's native code has installed a handler of its own, which aborts.
     signal.signal(signal.SIGTERM, before)
 
