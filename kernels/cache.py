@@ -10,6 +10,8 @@ import torch
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 
@@ -115,6 +117,17 @@ class Rows:
         if window is None:
             return self
         return Rows(self.block_tables, self.lengths, (self.lengths - window).clamp_min(0))
+
+    def pieces(self, most: int) -> Iterator[tuple[slice, Rows]]:
+        """These rows in pieces of at most `most`: whole sequences together, or a part of one."""
+        queries, total = self.queries, self.sequences
+        together = max(1, most // queries)
+        for sequence in range(0, total, together):
+            tables = self.block_tables[sequence : sequence + together]
+            stop = min(sequence + together, total) * queries
+            for start in range(sequence * queries, stop, most):
+                part = slice(start, min(start + most, stop))
+                yield part, Rows(tables, self.lengths[part], self.starts[part])
 
     def slots(self, positions: Tensor) -> Tensor:
         """Physical slots of logical positions.

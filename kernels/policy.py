@@ -27,7 +27,9 @@ class Dynamic:
         max_keys: most keys kept a row and KV head; sinks and the recent window count.
         sinks: keys at the start of the sequence that are always kept (Xiao et al. 2023,
             "Efficient Streaming Language Models with Attention Sinks").
-        survivors: share of the pages whose keys are scored one by one.
+        survivors: share of a long context's pages whose keys are scored one by one.
+        whole: contexts of at most so many keys are scored one by one throughout: the coarse level
+            would save little time there, and it misses single sharp keys.
 
     Raises:
         KernelError: when a field is outside its range.
@@ -37,7 +39,8 @@ class Dynamic:
     min_keys: int = 256
     max_keys: int = 1024
     sinks: int = 16
-    survivors: float = 1 / 16
+    survivors: float = 1 / 32
+    whole: int = 16_384
 
     def __post_init__(self) -> None:
         if not 0.0 < self.coverage <= 1.0:
@@ -60,12 +63,14 @@ class Dynamic:
         return self.sinks + 2 * PAGE - 1
 
     def pages_scored(self, pages: int) -> int:
-        """How many of `pages` complete pages survive the coarse scores.
+        """How many of `pages` complete pages have their keys scored one by one.
 
-        Never fewer than hold four times the budget, so that a short context is scored almost whole
-        and a budget of every key scores every page.
+        In a long context never fewer than hold twice the budget, so that a budget of every
+        key scores every page.
         """
-        return min(pages, max(-int(-pages * self.survivors // 1), -(-4 * self.max_keys // PAGE)))
+        if pages * PAGE <= self.whole:
+            return pages
+        return min(pages, max(-int(-pages * self.survivors // 1), -(-2 * self.max_keys // PAGE)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,19 +30,16 @@ class Selection:
 
         Args:
             mask: bool [rows, kv_heads, candidates], True where the candidate is chosen.
-            positions: int64 [rows, kv_heads, candidates], ascending logical positions.
+            positions: int64, broadcast to the mask's shape, ascending logical positions.
         """
-        rows, heads, candidates = mask.shape
-        chosen = mask.flatten().nonzero().flatten()  # [chosen], row by row, ascending
-        owner = chosen // max(candidates, 1)  # [chosen]
-        counts = torch.bincount(owner, minlength=rows * heads)  # [rows * kv_heads]
+        counts = mask.sum(-1)  # [rows, kv_heads]
         capacity = int(counts.max()) if counts.numel() else 0
-        # A candidate's place in its row is its running number minus those of the rows before.
-        before = counts.cumsum(0) - counts  # [rows * kv_heads]
-        place = torch.arange(chosen.shape[0], device=mask.device) - before[owner]
-        indices = counts.new_full((rows * heads, capacity), -1)
-        indices[owner, place] = positions.reshape(-1)[chosen]
-        return Selection(indices.view(rows, heads, capacity), counts.view(rows, heads))
+        # By three indices, so that broadcast positions are never laid out. Row by row, ascending:
+        # the order in which the packed places are filled below.
+        chosen = positions.expand(mask.shape)[mask.nonzero(as_tuple=True)]  # [chosen]
+        packed = torch.arange(capacity, device=mask.device) < counts[..., None]
+        indices = counts.new_full(packed.shape, -1).masked_scatter_(packed, chosen)
+        return Selection(indices, counts)
 
     def rows(self, start: int, stop: int) -> Selection:
         """The selection of rows `start` to `stop`."""

@@ -65,6 +65,16 @@ def selected_attention(
     return output.reshape(count, heads, head_dim), lse.reshape(count, heads)
 
 
+def neighbours(pages: Tensor) -> int | None:
+    """The first of physical `pages` [n] when each lies right behind the one before it."""
+    count = pages.shape[0]
+    if count == 0:
+        return None
+    first = int(pages[0])
+    run = torch.arange(first, first + count, device=pages.device)
+    return first if torch.equal(pages, run) else None
+
+
 def head_offsets(cache: LayerCache, device: torch.device) -> Tensor:
     """int64 [kv_heads, 1], where each head's slots begin in the cache seen as one list of rows."""
     slots = cache.kv.shape[1] * PAGE

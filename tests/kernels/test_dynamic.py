@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import dynamic, reference
+from kernels import budget, dynamic, reference
 from kernels.attention import dense_attention, selected_attention
 from kernels.cache import Segment
 from kernels.errors import KernelError
@@ -16,6 +16,7 @@ from kernels.patterns import Pattern
 from kernels.policy import Dynamic
 
 SCALE = 0.25
+WHOLE = pytest.mark.parametrize("whole", [0, 16_384], ids=["two levels", "every key scored"])
 
 
 def exact_coverage(case, query, selection):
@@ -35,13 +36,14 @@ def exact_coverage(case, query, selection):
     return torch.stack(rows)
 
 
+@WHOLE
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (2, 3), (3, 4), (1, 8)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_budget_of_every_key_is_dense_attention(paged, kv_heads, group, dtype):
+def test_a_budget_of_every_key_is_dense_attention(paged, whole, kv_heads, group, dtype):
     lengths = [1, 64, 130, 700]
     case = paged(lengths, kv_heads, 16, dtype)
     query = case.query(group)
-    policy = Dynamic(coverage=1.0, min_keys=700, max_keys=700)
+    policy = Dynamic(coverage=1.0, min_keys=700, max_keys=700, whole=whole)
     choice = dynamic.select(query, case.cache, case.rows, policy, SCALE)
     choice.selection.validate(case.rows.lengths)
     assert (choice.selection.counts == case.rows.lengths[:, None]).all()
@@ -72,7 +74,7 @@ def test_the_budget_is_the_reference_budget(data):
     # Targets that no sum of equal shares meets exactly, whatever the order of the sum.
     coverage = data.draw(st.sampled_from([0.4987, 0.9013, 0.9999]))
     policy = Dynamic(coverage=coverage, min_keys=least, max_keys=most)
-    actual = dynamic.cut_by_mass(importance, kept, eligible, policy)
+    actual = budget.cut_by_mass(importance, kept, eligible, policy)
     for row in range(3):
         for head in range(2):
             one = (importance[row, head], kept[row, head], eligible[row, head])
@@ -80,10 +82,11 @@ def test_the_budget_is_the_reference_budget(data):
             assert torch.equal(actual[row, head], expected)
 
 
-def test_sinks_and_the_recent_window_are_always_kept(paged):
+@WHOLE
+def test_sinks_and_the_recent_window_are_always_kept(paged, whole):
     lengths = [5, 64, 127, 128, 1000, 1024]
     case = paged(lengths, 2, 16)
-    policy = Dynamic(coverage=0.01, min_keys=0, max_keys=200, sinks=7)
+    policy = Dynamic(coverage=0.01, min_keys=0, max_keys=200, sinks=7, whole=whole)
     choice = dynamic.select(case.query(2), case.cache, case.rows, policy, SCALE)
     for row, n in enumerate(lengths):
         for head in range(2):
@@ -93,7 +96,8 @@ def test_sinks_and_the_recent_window_are_always_kept(paged):
             assert min(n, 64) <= len(window) <= 127 or n < 64
 
 
-def test_one_sharp_key_is_found_wherever_it_stands(paged):
+@WHOLE
+def test_one_sharp_key_is_found_wherever_it_stands(paged, whole):
     generator = torch.Generator().manual_seed(3)
     for position in torch.randint(20, 7900, (12,), generator=generator).tolist():
         case = paged([8192], 2, 64, seed=position)
@@ -102,13 +106,16 @@ def test_one_sharp_key_is_found_wherever_it_stands(paged):
         slots = case.rows.slots(torch.tensor([[position]]))[0]
         case.cache.write(slots, spike[None], case.values[0][position][None])
         case.cache.summarise(slots // PAGE)
-        choice = dynamic.select(query, case.cache, case.rows, Dynamic(max_keys=256), 0.125)
+        choice = dynamic.select(
+            query, case.cache, case.rows, Dynamic(max_keys=256, whole=whole), 0.125
+        )
         assert (choice.selection.indices == position).any(-1).all()
 
 
-def test_a_row_is_chosen_alike_alone_and_in_company(paged):
+@WHOLE
+def test_a_row_is_chosen_alike_alone_and_in_company(paged, whole):
     together = paged([900, 3000, 70], 2, 16, torch.float64, queries=3)
-    policy = Dynamic(coverage=0.9, min_keys=150, max_keys=300)
+    policy = Dynamic(coverage=0.9, min_keys=150, max_keys=300, whole=whole)
     query = together.query(2)
     all_rows = dynamic.select(query, together.cache, together.rows, policy, SCALE)
     alone = paged([900, 3000, 70], 2, 16, torch.float64, queries=1)
@@ -128,25 +135,27 @@ def test_a_row_is_chosen_alike_alone_and_in_company(paged):
             torch.testing.assert_close(choice.log_rest[0], all_rows.log_rest[index])
 
 
-def test_rows_are_chosen_alike_when_gathers_are_cut(paged, monkeypatch):
+@WHOLE
+def test_rows_are_chosen_alike_when_gathers_are_cut(paged, whole, monkeypatch):
     case = paged([2000], 2, 16, torch.float64, queries=9)
-    query, policy = case.query(3), Dynamic(coverage=0.8, min_keys=0, max_keys=500)
-    whole = dynamic.select(query, case.cache, case.rows, policy, SCALE)
-    expected = selected_attention(query, case.cache, case.rows, whole.selection, SCALE)
+    query, policy = case.query(3), Dynamic(coverage=0.8, min_keys=0, max_keys=500, whole=whole)
+    uncut = dynamic.select(query, case.cache, case.rows, policy, SCALE)
+    expected = selected_attention(query, case.cache, case.rows, uncut.selection, SCALE)
     monkeypatch.setattr(dynamic, "GATHER_BYTES", 1 << 18)
     monkeypatch.setattr("kernels.torch_backend.GATHER_BYTES", 1 << 18)
     cut = dynamic.select(query, case.cache, case.rows, policy, SCALE)
-    assert torch.equal(cut.selection.indices, whole.selection.indices)
+    assert torch.equal(cut.selection.indices, uncut.selection.indices)
     actual = selected_attention(query, case.cache, case.rows, cut.selection, SCALE)
     for left, right in zip(actual, expected, strict=True):
         torch.testing.assert_close(left, right)
 
 
-def test_the_coverage_estimate_is_near_the_truth_on_normal_keys(paged):
+@WHOLE
+def test_the_coverage_estimate_is_near_the_truth_on_normal_keys(paged, whole):
     case = paged([4096, 8192], 2, 32)
     query = case.query(2)
-    for budget in (200, 500, 1000):
-        policy = Dynamic(coverage=1.0, min_keys=0, max_keys=budget)
+    for most in (200, 500, 1000):
+        policy = Dynamic(coverage=1.0, min_keys=0, max_keys=most, whole=whole)
         choice = dynamic.select(query, case.cache, case.rows, policy, SCALE)
         _, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
         truth = exact_coverage(case, query, choice.selection)
@@ -167,21 +176,26 @@ def test_a_fixed_pattern_is_judged_by_the_same_summaries(paged, text):
     assert (choice.coverage(lse).double() - truth).abs().max() < 0.08
 
 
-def test_keys_behind_a_sliding_window_are_never_chosen(paged):
+@WHOLE
+def test_keys_behind_a_sliding_window_are_never_chosen(paged, whole):
     case = paged([3000], 2, 16)
     rows = case.rows.within(1000)
-    for policy in (Dynamic(min_keys=600), Dynamic(min_keys=2000, max_keys=2000)):
+    for policy in (
+        Dynamic(min_keys=600, whole=whole),
+        Dynamic(min_keys=2000, max_keys=2000, whole=whole),
+    ):
         choice = dynamic.select(case.query(2), case.cache, rows, policy, SCALE)
         chosen = choice.selection.indices[choice.selection.indices >= 0]
         assert int(chosen.min()) >= 2000
         assert int(choice.selection.counts.max()) <= 1000
 
 
-def test_a_score_that_is_not_finite_shows_as_nan_coverage_of_its_row_alone(paged):
+@WHOLE
+def test_a_score_that_is_not_finite_shows_as_nan_coverage_of_its_row_alone(paged, whole):
     case = paged([700, 900], 1, 16)
     query = case.query(2)
     query[0, 1, 3] = torch.inf
-    choice = dynamic.select(query, case.cache, case.rows, Dynamic(), SCALE)
+    choice = dynamic.select(query, case.cache, case.rows, Dynamic(whole=whole), SCALE)
     _, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
     coverage = choice.coverage(lse)
     assert torch.isnan(coverage[0]).any()
