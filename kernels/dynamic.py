@@ -17,6 +17,7 @@ from kernels.budget import cut_by_mass
 from kernels.coarse import best_pages, score_pages
 from kernels.page import PAGE
 from kernels.selection import Selection
+from kernels.timing import Phases
 from kernels.torch_backend import GATHER_BYTES, head_offsets, neighbours, wide
 
 if TYPE_CHECKING:
@@ -43,7 +44,14 @@ class Choice:
         return torch.sigmoid(lse - self.log_rest)
 
 
-def select(query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float) -> Choice:
+def select(
+    query: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    policy: Dynamic,
+    scale: float,
+    phases: Phases | None = None,
+) -> Choice:
     """Choose the keys of each row by content.
 
     Args:
@@ -52,6 +60,7 @@ def select(query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale:
         rows: where each row's keys lie.
         policy: the budget.
         scale: factor on the scores.
+        phases: notes the time of scoring and of selecting, where it is on.
 
     Returns:
         The choice; the recent window (64 to 127 keys) and the visible sinks are always in it. It
@@ -62,14 +71,45 @@ def select(query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale:
     every = scored_pages >= before
     # Bytes a candidate: scores and their exponentials, or the copy of its key.
     each = 8 * query.shape[1] if every else cache.kv_heads * cache.head_dim * query.itemsize
+    phases = phases or Phases()
     parts = []
-    for part, piece in rows.pieces(max(1, GATHER_BYTES // ((scored_pages + 2) * PAGE * each))):
-        if every:
-            scored = _score_every_key(query[part], cache, piece, scale)
-        else:
-            scored = _score_likely_keys(query[part], cache, piece, policy, scale)
-        parts.append(_choose(scored, piece, policy))
+    for part, piece in rows.pieces(_rows_at_once((scored_pages + 2) * PAGE * each)):
+        with phases.time("score", query.device):
+            if every:
+                scored = _score_every_key(query[part], cache, piece, scale)
+            else:
+                scored = _score_likely_keys(query[part], cache, piece, policy, scale)
+        with phases.time("select", query.device):
+            parts.append(_choose(scored, piece, policy))
     return _join(parts)
+
+
+def true_coverage(
+    query: Tensor, cache: LayerCache, rows: Rows, lse: Tensor, scale: float
+) -> Tensor:
+    """Share of the attention mass that a selection carries, exactly: every key is read.
+
+    Args:
+        query: [rows, heads, head_dim].
+        cache: the layer's paged cache.
+        rows: where each row's keys lie.
+        lse: [rows, heads], log-sum-exp of attention over the selection.
+        scale: factor on the scores.
+
+    Returns:
+        [rows, heads], 0 to 1.
+    """
+    longest = int((rows.lengths - rows.starts).max()) + 2 * PAGE
+    parts = [
+        _score_every_key(query[part], cache, piece, scale).scores.logsumexp(-1).flatten(1)
+        for part, piece in rows.pieces(_rows_at_once(8 * query.shape[1] * longest))
+    ]
+    return (lse - torch.cat(parts)).exp().clamp(max=1)
+
+
+def _rows_at_once(each: int) -> int:
+    """How many rows of `each` bytes make a piece."""
+    return max(1, GATHER_BYTES // each)
 
 
 def rest_of(

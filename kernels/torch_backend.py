@@ -41,17 +41,16 @@ def selected_attention(
     if capacity == 0:
         lse = query.new_full((count, heads), -torch.inf, dtype=wide(query.dtype))
         return torch.zeros_like(query), lse
-    slots = rows.slots(selection.indices.clamp_min(0))  # [rows, kv_heads, capacity]
-    slots = slots + head_offsets(cache, slots.device)
     flat = cache.kv.view(-1, 2 * head_dim)
     place = torch.arange(capacity, device=query.device)
     mask = place < selection.counts[..., None]  # [rows, kv_heads, capacity]
     grouped = query.view(count, kv_heads, -1, head_dim)  # [rows, kv_heads, group, head_dim]
     outputs, lses = [], []
     step = max(1, GATHER_BYTES // (kv_heads * capacity * flat.shape[1] * flat.itemsize))
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        picked = flat.index_select(0, slots[part].flatten())
+    for part, piece in rows.pieces(step):
+        slots = piece.slots(selection.indices[part].clamp_min(0))  # [rows, kv_heads, capacity]
+        slots = slots + head_offsets(cache, slots.device)
+        picked = flat.index_select(0, slots.flatten())
         picked = picked.view(-1, kv_heads, capacity, 2, head_dim)
         output, lse = _attend(
             grouped[part], picked[..., 0, :], picked[..., 1, :], mask[part][:, :, None], scale

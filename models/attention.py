@@ -14,12 +14,17 @@ import torch
 from kernels import dynamic
 from kernels.attention import Impl, dense_attention, selected_attention
 from kernels.policy import Dynamic
+from kernels.timing import Phases
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kernels.cache import LayerCache
+    from kernels.cache import LayerCache, Rows
+    from kernels.policy import Fixed
     from models.step import SparseGroup, StepInput
+
+SELECTION_BYTES = 32 << 20
+"""Most bytes of one piece's selection: a request for a million keys a row is served in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +36,19 @@ class Entry:
     keys: Tensor  # int64 [rows, kv_heads]  keys attended
     visible: Tensor  # int64 [rows]  keys causally visible
     coverage: Tensor  # [rows, heads]  estimated share of the attention mass on them
+    true_coverage: Tensor | None  # [rows, heads]  the exact share, in an audited step
 
 
 @dataclass(frozen=True, slots=True)
 class Recorder:
-    """Takes note of what a step's sparse rows looked at, layer by layer."""
+    """Takes note of what a step's sparse rows looked at, layer by layer.
 
+    Attributes:
+        audit: also read every key, to know the exact coverage, and time the phases.
+    """
+
+    audit: bool = False
+    phases: Phases = field(default_factory=Phases)
     entries: list[Entry] = field(default_factory=list)
 
 
@@ -94,18 +106,47 @@ class LayerAttention:
         self, query: Tensor, cache: LayerCache, group: SparseGroup, recorder: Recorder
     ) -> Tensor:
         rows = group.rows.within(self.window)
-        if isinstance(group.policy, Dynamic):
-            choice = dynamic.select(query, cache, rows, group.policy, self.scale)
-        else:
-            selection = group.policy.pattern.select(
-                rows.lengths.tolist(), rows.starts.tolist(), cache.kv_heads, query.device
+        output = torch.empty_like(query)
+        for part, piece in rows.pieces(self._rows_at_once(cache, rows, group.policy)):
+            choice = self._choose(query[part], cache, piece, group.policy, recorder.phases)
+            with recorder.phases.time("attend", query.device):
+                output[part], lse = selected_attention(
+                    query[part], cache, piece, choice.selection, self.scale, self.impl
+                )
+            exact = None
+            if recorder.audit:
+                exact = dynamic.true_coverage(query[part], cache, piece, lse, self.scale)
+            recorder.entries.append(
+                Entry(
+                    layer=self.layer,
+                    tokens=group.tokens[part],
+                    keys=choice.selection.counts,
+                    visible=piece.visible,
+                    coverage=choice.coverage(lse),
+                    true_coverage=exact,
+                )
             )
-            choice = dynamic.rest_of(query, cache, rows, selection, self.scale)
-        output, lse = selected_attention(
-            query, cache, rows, choice.selection, self.scale, self.impl
-        )
-        counts = choice.selection.counts
-        recorder.entries.append(
-            Entry(self.layer, group.tokens, counts, rows.visible, choice.coverage(lse))
-        )
         return output
+
+    def _choose(
+        self,
+        query: Tensor,
+        cache: LayerCache,
+        rows: Rows,
+        policy: Dynamic | Fixed,
+        phases: Phases,
+    ) -> dynamic.Choice:
+        if isinstance(policy, Dynamic):
+            return dynamic.select(query, cache, rows, policy, self.scale, phases)
+        selection = policy.pattern.select(
+            rows.lengths.tolist(), rows.starts.tolist(), cache.kv_heads, query.device
+        )
+        return dynamic.rest_of(query, cache, rows, selection, self.scale)
+
+    @staticmethod
+    def _rows_at_once(cache: LayerCache, rows: Rows, policy: Dynamic | Fixed) -> int:
+        """Rows whose selections together stay small, however many keys each may hold."""
+        keys = int(rows.visible.max())
+        if isinstance(policy, Dynamic):
+            keys = min(keys, policy.max_keys)
+        return max(1, SELECTION_BYTES // (8 * cache.kv_heads * max(keys, 1)))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from kernels.errors import KernelError, PatternError
@@ -84,6 +93,9 @@ class LimitsConfig(BaseModel):
     stop_chars: int = Field(default=256, ge=1, description="characters a stop string")
     stop_token_ids: int = Field(default=128, ge=0, description="stop token ids")
     logprobs: int = Field(default=20, ge=0, description="rivals reported a token")
+    echo_logprobs: int = Field(
+        default=1_000_000, ge=0, description="prompt tokens x (rivals + 1) x n of an echo"
+    )
     logit_bias: int = Field(default=1024, ge=0, description="entries of logit_bias")
     messages: int = Field(default=4096, ge=1, description="messages of a chat")
 
@@ -132,13 +144,27 @@ class ServiceConfig(BaseSettings):
     )
     max_step_tokens: int = Field(default=1024, ge=1, description="tokens of all sequences a step")
     api_key: SecretStr | None = Field(
-        default=None, description="clients send it as `Authorization: Bearer KEY`; none: no check"
+        default=None,
+        min_length=1,
+        description="clients send it as `Authorization: Bearer KEY`; none: no check",
     )
     metrics_need_key: bool = Field(default=False, description="/metrics also asks for the API key")
     max_body_mib: float = Field(default=32.0, gt=0, description="largest request body, MiB")
     replicas: int = Field(default=1, ge=1, description="copies of the model (Ray Serve)")
     sparsity: SparsityConfig = SparsityConfig()
     limits: LimitsConfig = LimitsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variables_are_known(cls, values: Any) -> Any:
+        for name in sorted(os.environ):
+            path = name.upper().removeprefix(ENV_PREFIX).lower().split("__")
+            if name.upper().startswith(ENV_PREFIX) and not _is_field(cls, path):
+                known = ", ".join(ENV_PREFIX + field.upper() for field in cls.model_fields)
+                raise ValueError(
+                    f"the environment variable {name} is unknown; unset it or use one of {known}"
+                )
+        return values
 
     @field_validator("sparsity")
     @classmethod
@@ -165,7 +191,6 @@ def load_config(flags: dict[str, Any] | None = None, file: Path | None = None) -
     Raises:
         ConfigError: one sentence with the key, what is wrong, and where.
     """
-    _refuse_unknown_variables()
     values = _read(file) if file is not None else {}
     try:
         values = _merge(values, EnvSettingsSource(ServiceConfig)())
@@ -200,16 +225,14 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_unknown_variables() -> None:
-    fields = ServiceConfig.model_fields
-    for name in sorted(os.environ):
-        upper = name.upper()
-        key = upper.removeprefix(ENV_PREFIX).lower()
-        if upper.startswith(ENV_PREFIX) and key.split("__")[0] not in fields:
-            raise ConfigError(
-                f"invalid configuration: the environment variable {name} is unknown; unset it or "
-                f"use one of {', '.join(ENV_PREFIX + field.upper() for field in fields)}"
-            )
+def _is_field(model: type[BaseModel], path: list[str]) -> bool:
+    """Whether `path` leads to a field of `model`, through groups only."""
+    field = model.model_fields.get(path[0])
+    if field is None or len(path) == 1:
+        return field is not None
+    kind = field.annotation
+    group = inspect.isclass(kind) and issubclass(kind, BaseModel)
+    return group and _is_field(kind, path[1:])  # type: ignore[arg-type]
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
@@ -225,6 +248,8 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     key = ".".join(str(part) for part in first["loc"])
+    if not key:
+        return f"invalid configuration: {first['msg'].removeprefix('Value error, ')}"
     if first["type"] == "extra_forbidden":
         return f"invalid configuration: {key} is unknown; remove it or correct its spelling"
     message = first["msg"].removeprefix("Value error, ")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 LAYER_GROUPS = ("first", "middle", "last")
+PHASES = ("score", "select", "attend")
 FALLBACKS = (
     ("short_context", "dense"),
     ("low_coverage", "dense"),
@@ -40,6 +41,8 @@ _PHASE = (
 )
 _DENSITY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0)
 _COVERAGE = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+_ERROR = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+_ATTENTION = tuple(1e-5 * 4**power for power in range(10))
 _KEYS = tuple(float(2**power) for power in range(6, 21))
 
 
@@ -94,13 +97,34 @@ class Metrics:
         self._selected_keys = self._histogram(
             "attention_selected_keys", "Keys attended a row and KV head.", _KEYS, "layers"
         )
+        self._audit_error = self._histogram(
+            "attention_audit_coverage_error",
+            "Estimated minus exact coverage, in sampled steps.",
+            _ERROR,
+            "layers",
+        )
+        self._attention_seconds = self._histogram(
+            "attention_seconds", "A layer's attention by phase, in sampled steps.", _ATTENTION,
+            "phase",
+        )  # fmt: skip
+        # Zero until there is a prefix cache and a brownout; dashboards know the names already.
+        self._counter("prefix_cache_queries", "Prompt tokens looked up.").labels(model_name)
+        self._counter("prefix_cache_hits", "Prompt tokens found.").labels(model_name)
+        self._gauge("brownout_level", "How far budgets are cut under overload; 0 is not.")
         for finished_reason in FINISHED_REASONS:
             self._success.labels(model_name, finished_reason)
         for reason, to in FALLBACKS:
             self._fallback.labels(model_name, reason, to)
         for layers in LAYER_GROUPS:
-            for histogram in (self._density, self._coverage, self._selected_keys):
+            for histogram in (
+                self._density,
+                self._coverage,
+                self._selected_keys,
+                self._audit_error,
+            ):
                 histogram.labels(model_name, layers)
+        for phase in PHASES:
+            self._attention_seconds.labels(model_name, phase)
 
     def set_load(self, running: int, waiting: int, kv_usage: float) -> None:
         """State after a step; `kv_usage` is the share of KV pages in use, 0 to 1."""
@@ -108,9 +132,9 @@ class Metrics:
         self._waiting.set(waiting)
         self._kv_usage.set(kv_usage)
 
-    def preempted(self) -> None:
-        """A running request went back to the queue."""
-        self._preemptions.inc()
+    def preempted(self, requests: int) -> None:
+        """`requests` running requests went back to the queue."""
+        self._preemptions.inc(requests)
 
     def prompt_tokens(self, n: int) -> None:
         """`n` more prompt tokens processed."""
@@ -146,6 +170,14 @@ class Metrics:
         self._selected_keys.labels(self._model_name, layers).observe(selected_keys)
         if coverage is not None:
             self._coverage.labels(self._model_name, layers).observe(coverage)
+
+    def audited(self, layers: str, error: float) -> None:
+        """Estimated minus exact coverage of a sampled step in a group of layers."""
+        self._audit_error.labels(self._model_name, layers).observe(error)
+
+    def attention_seconds(self, phase: str, seconds: float) -> None:
+        """One layer's share of a phase ("score", "select", "attend") in a sampled step."""
+        self._attention_seconds.labels(self._model_name, phase).observe(seconds)
 
     def fallback(self, reason: str, to: str, tokens: int) -> None:
         """`tokens` tokens were attended through `to` ("dense", "fixed") because of `reason`."""

@@ -6,12 +6,15 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from models.training.bpe import BOS_ID, END_ID, EOS_ID, PAD_ID, save_tokenizer
+from models.training.filler import prose
 from models.training.model_card import model_card
+from models.training.tasks import held_out_key, magic_number, needle_document
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,12 +106,38 @@ def write_checkpoint(
         folder / "generation_config.json",
         {"bos_token_id": BOS_ID, "eos_token_id": [EOS_ID, END_ID], "pad_token_id": PAD_ID},
     )
-    save_tokenizer(Tokenizer.from_file(str(tokenizer)), folder, max_length)
+    encoder = Tokenizer.from_file(str(tokenizer))
+    save_tokenizer(encoder, folder, max_length)
+    _write_json(folder / "example_request.json", example_request(folder.name, encoder, max_length))
     if log.exists():
         shutil.copyfile(log, folder / "training_log.jsonl")
     size = sum(tensor.numel() * tensor.element_size() for tensor in named.values())
     card = model_card(shape, facts, max_length=max_length, weight_bytes=size)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def example_request(model: str, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
+    """A chat request over a long document with one fact in it, to try the model with.
+
+    `metadata`, which OpenAI's API has for the caller's own use, holds the right answer.
+    """
+    rng = np.random.default_rng(0)
+    tokens = min(8192, max_length // 2)
+    document = needle_document(
+        prose(3, 8 * tokens, held_out=True),
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        tokens=tokens,
+        depth=0.37,
+        key=held_out_key(rng),
+        value=magic_number(rng),
+    )
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": document.user_message}],
+        "temperature": 0,
+        "max_tokens": 48,
+        "metadata": {"answer": document.value},
+    }
 
 
 def _write_weights(folder: Path, named: dict[str, Tensor], max_shard: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,7 +82,7 @@ async def respond(
         if stream is None:
             whole = _whole(generation, shape, head, usage)
             try:
-                return JSONResponse(await unless_gone(request, whole))
+                return await unless_gone(request, whole)
             finally:
                 generation.close()
         deltas = generation.deltas()
@@ -97,7 +98,7 @@ async def respond(
         return Response(status_code=499)
 
 
-async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage) -> Json:
+async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage) -> JSONResponse:
     reports = Reports(generation.choices)
     by_choice: list[list[Delta]] = [[] for _ in range(generation.choices)]
     async with aclosing(generation.deltas()) as deltas:
@@ -105,10 +106,16 @@ async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage)
             by_choice[delta.index].append(delta)
             usage.completion_tokens += len(delta.token_ids)
             reports.add(delta)
-    choices = [
-        shape.whole(deltas) | reports.of_choice(index) for index, deltas in enumerate(by_choice)
-    ]
-    return {**head, "choices": choices, "usage": usage.as_json(), **reports.of_answer()}
+
+    def written() -> JSONResponse:
+        choices = [
+            shape.whole(deltas) | reports.of_choice(index) for index, deltas in enumerate(by_choice)
+        ]
+        usage_and_report = {"usage": usage.as_json(), **reports.of_answer()}
+        return JSONResponse({**head, "choices": choices, **usage_and_report})
+
+    # A long echo's log-probabilities take a while to write; other streams go on meanwhile.
+    return await asyncio.to_thread(written)
 
 
 async def _next(deltas: AsyncIterator[Delta]) -> Delta:

@@ -13,6 +13,7 @@ from service.api.logprobs import completion_logprobs
 from service.api.sampling import sampling_params, sparsity_params, token_budget
 from service.api.schemas import CompletionRequest, StreamOptions
 from service.api.state import state_of
+from service.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +37,7 @@ async def completions(request: Request) -> Response:
     max_tokens = token_budget(
         asked, max(map(len, prompts)), engine.max_model_len, DEFAULT_MAX_TOKENS, "prompt"
     )
+    _check_echo(asked, prompts, state.config.limits.echo_logprobs)
     request_id = f"cmpl-{uuid4().hex}"
     generation = Generation(
         engine,
@@ -60,6 +62,23 @@ async def completions(request: Request) -> Response:
         prompt_tokens=sum(map(len, prompts)),
         stream=(asked.stream_options or StreamOptions()) if asked.stream else None,
     )
+
+
+def _check_echo(asked: CompletionRequest, prompts: list[list[int]], cap: int) -> None:
+    """Refuse an echo whose log-probabilities would fill the memory.
+
+    Raises:
+        RequestError: naming logprobs.
+    """
+    if not asked.echo or asked.logprobs is None:
+        return
+    entries = sum(map(len, prompts)) * (asked.logprobs + 1) * asked.n
+    if entries > cap:
+        raise RequestError(
+            f"logprobs: echoing {entries} log-probabilities (prompt tokens x rivals x n) is more "
+            f"than the {cap} that this service gives at once; lower logprobs or n",
+            param="logprobs",
+        )
 
 
 def _prompts(asked: CompletionRequest, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:

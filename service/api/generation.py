@@ -47,6 +47,7 @@ class Generation:
         self._n = n
         self._streams: list[Stream] = []
         self._tasks: list[asyncio.Task[None]] = []
+        engine.check_room(self.choices)
         try:
             for number, prompt in enumerate(prompts):
                 self._streams.append(

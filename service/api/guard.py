@@ -22,7 +22,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
         self._app = app
-        self._key = config.api_key.get_secret_value().encode() if config.api_key else None
+        self._key = None if config.api_key is None else config.api_key.get_secret_value().encode()
         self._open = {"/health"} if config.metrics_need_key else {"/health", "/metrics"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

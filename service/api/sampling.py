@@ -109,7 +109,7 @@ def sparsity_params(request: SparsityRequest, defaults: SparsityConfig) -> Spars
     Raises:
         RequestError: the request's own fields contradict each other.
     """
-    given = request.model_dump(exclude_none=True)
+    given = request.model_dump(exclude_none=True, exclude={"explain"})
     if "max_keys" in given:
         given.setdefault("min_keys", min(defaults.min_keys, given["max_keys"]))
     elif "min_keys" in given:

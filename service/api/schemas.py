@@ -70,6 +70,7 @@ class SparsityRequest(_Request):
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
     pattern: Annotated[str, Field(max_length=256)] | None = None
     allow_brownout: bool | None = None
+    explain: Literal[False] | None = None  # what it would ask for is not offered yet
 
     @field_validator("pattern")
     @classmethod

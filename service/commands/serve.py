@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from service.commands.options import as_fields, with_config_options
-from service.config import load_config
+from service.config import BUNDLED_CHECKPOINT, load_config
 from service.engine.build import build_engine, check_config
 from service.errors import ConfigError
 
@@ -134,15 +135,15 @@ def _free_port(config: ServiceConfig) -> Iterator[socket.socket]:
 def _greeting(config: ServiceConfig) -> str:
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
-    request = {"model": config.model_name, "prompt": "The old man went to", "max_tokens": 24}
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key is not None else ""
+    path, body, about = _example(config)
     return f"""
 Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
 
-  curl {url}/v1/completions{key} \\
-    -H 'Content-Type: application/json' -d '{json.dumps(request)}'
+  curl {url}{path}{key} \\
+    -H 'Content-Type: application/json' -d {body}
 
-The answer is OpenAI's, plus `sparsity`, which says where the attention looked:
+{about}The answer is OpenAI's, plus `sparsity`, which says where the attention looked:
   policy         dynamic: each step chose its keys; fixed: a pattern did; dense: it read them all
   density        keys read over keys that could be read; 1 is everything
   coverage       share of the attention mass on the keys read (estimated); coverage_p5: the 5th
@@ -151,6 +152,20 @@ The answer is OpenAI's, plus `sparsity`, which says where the attention looked:
   fallbacks      tokens that did not follow the policy, by reason; short_context: fewer than
                  {config.sparsity.dense_below} tokens, where reading them all is faster
 """
+
+
+def _example(config: ServiceConfig) -> tuple[str, str, str]:
+    """A request to try: its path, curl's argument for its body, and what it asks."""
+    file = BUNDLED_CHECKPOINT / "example_request.json"
+    example = json.loads(file.read_text(encoding="utf-8"))
+    if config.model.resolve() == BUNDLED_CHECKPOINT and config.model_name == example["model"]:
+        about = (
+            "It asks for a number that one sentence of a long document states: "
+            f"{example['metadata']['answer']}.\n"
+        )
+        return "/v1/chat/completions", f"@{shlex.quote(str(file))}", about
+    request = {"model": config.model_name, "prompt": "The old man went to", "max_tokens": 24}
+    return "/v1/completions", shlex.quote(json.dumps(request)), ""
 
 
 def _say(text: str) -> None:

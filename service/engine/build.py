@@ -68,11 +68,12 @@ def build_engine(config: ServiceConfig) -> Engine:
         LayerCache.allocate(pages, model.kv_heads, model.head_dim, dtype, device)
         for _ in range(model.layers)
     ]
+    metrics = Metrics(config.model_name)
     return Engine(
-        Runner(decoder, caches, model.heads),
+        Runner(decoder, caches, model.heads, model.windows, metrics),
         model,
         Tokenizer.from_folder(config.model),
-        Metrics(config.model_name),
+        metrics,
         pool=PagePool(pages),
         limits=Limits(
             max_seqs=config.max_num_seqs,

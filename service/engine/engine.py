@@ -98,7 +98,9 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[Request, int] | _Abort | None] = queue.SimpleQueue()
         self._arriving = 0  # sequences in the inbox
         self._waiting = 0  # sequences that the scheduler has not started
-        self._lock = threading.Lock()  # guards the two counts and the stop flag
+        self._running = 0  # sequences that it has
+        self._lock = threading.Lock()  # guards the three counts and the stop flag
+        self._preemptions = 0  # those that the metrics know of
         self._requests: dict[str, Request] = {}
         self._progress: dict[Sequence, _Progress] = {}
         self._outbox: dict[Request, list[Delta]] = {}
@@ -138,6 +140,7 @@ class Engine:
             EngineDeadError: the step loop has stopped.
         """
         self._check(prompt, sampling, sparsity)
+        self.check_room(n)
         stream = Stream(n, lambda: self.abort(request_id))
         request = Request(
             request_id,
@@ -153,13 +156,29 @@ class Engine:
                 raise EngineDeadError(
                     "the engine has stopped: " + (self._failure or "shutting down")
                 )
-            if self._arriving + self._waiting + n > self._limits.max_queue:
-                raise OverloadedError(
-                    f"the queue is full ({self._limits.max_queue} waiting): try again later"
-                )
             self._arriving += n
             self._inbox.put((request, n))
         return stream
+
+    def check_room(self, choices: int) -> None:
+        """Whether so many more choices may come; for a request that submits several prompts.
+
+        Raises:
+            RequestError: more than ever run and wait together.
+            OverloadedError: more than may come now; try again later.
+        """
+        most = self._limits.max_queue + self._limits.max_seqs
+        if choices > most:
+            raise RequestError(
+                f"n: {choices} choices over all prompts are more than the {most} that this service "
+                "runs and queues at once; send fewer prompts a request",
+                param="n",
+            )
+        with self._lock:
+            if self._arriving + self._waiting + self._running + choices > most:
+                raise OverloadedError(
+                    f"the queue is full ({self._waiting} waiting): try again later"
+                )
 
     def abort(self, request_id: str) -> None:
         """Stop a request; its unfinished choices end with finish_reason "abort"."""
@@ -272,23 +291,24 @@ class Engine:
         for item in work:
             if item.sequence.started is None:
                 item.sequence.started = now
-        preempted = self._scheduler.preemptions
-        outcomes = self._runner.run(work)
-        self._observe(outcomes)
-        for outcome in outcomes:
+        looked: list[Looked] = []
+        for outcome in self._runner.run(work):
             sequence = outcome.work.sequence
             if sequence.state is not State.RUNNING:
                 continue
             try:
-                self._advance(outcome)
+                self._advance(outcome, looked)
             except Exception as error:  # noqa: BLE001  one request's trouble stays its own
                 _log.error("request %s failed", sequence.request.id, exc_info=error)
                 self._finish(sequence, "", Ending("error"), error="sampling failed on this request")
-        for _ in range(self._scheduler.preemptions - preempted):
-            self.metrics.preempted()
+        if looked:
+            self._observe(looked)
 
-    def _advance(self, outcome: Outcome) -> None:
-        """Book one outcome: its keys, its statistics, and its next token if it has one."""
+    def _advance(self, outcome: Outcome, looked: list[Looked]) -> None:
+        """Book one outcome: its keys, its statistics, and its next token if it has one.
+
+        What its tokens looked at for the first time is added to `looked`.
+        """
         item, sequence = outcome.work, outcome.work.sequence
         request, progress = sequence.request, self._progress[sequence]
         if outcome.error is not None or outcome.hidden is None:
@@ -301,7 +321,9 @@ class Engine:
 
         skip = decide(item, note)
         if outcome.looked is not None and skip < item.count:
-            progress.tally.add(outcome.looked.behind(skip))
+            fresh = outcome.looked.cut(slice(skip, None))
+            progress.tally.add(fresh)
+            looked.append(fresh)
         self._rank_prompt(outcome, progress)
         sequence.computed = item.stop
         if not item.samples:
@@ -310,6 +332,9 @@ class Engine:
             self.metrics.prompt_tokens(sequence.prompt_len)
             if request.sampling.max_tokens > 0:
                 self._runner.copy_pages(self._scheduler.fork(request))
+            for other in request.sequences[1:]:
+                if other.state is not State.FINISHED:
+                    self._progress[other].tally = progress.tally.shared()
         if request.sampling.max_tokens == 0:
             for choice in request.sequences:
                 self._finish(choice, "", Ending("length"))
@@ -422,15 +447,8 @@ class Engine:
 
     # -- measures ---------------------------------------------------------------------------
 
-    def _observe(self, outcomes: list[Outcome]) -> None:
+    def _observe(self, looked: list[Looked]) -> None:
         """One observation a layer group of what the step's tail and decode tokens looked at."""
-        looked: list[Looked] = []
-        for outcome in outcomes:
-            skip = max(0, outcome.work.sequence.request.tail_start - outcome.work.start)
-            if outcome.looked is not None and skip < outcome.work.count:
-                looked.append(outcome.looked.behind(skip))
-        if not looked:
-            return
         layers = looked[0].density.shape[0]
         third = max(1, layers // 3)
         groups = {
@@ -448,6 +466,13 @@ class Engine:
                 sum(float(entry.coverage[part].mean(-1).sum()) for entry in looked) / rows,
                 sum(float(entry.keys[part].sum()) for entry in looked) / rows,
             )
+            errors = [
+                float((entry.coverage[part] - entry.exact[part]).mean(-1).sum())
+                for entry in looked
+                if entry.exact is not None
+            ]
+            if errors:
+                self.metrics.audited(name, sum(errors) / rows)
 
     def _report_load(self) -> None:
         scheduler = self._scheduler
@@ -459,7 +484,10 @@ class Engine:
         waiting = len(scheduler.waiting) + forking
         with self._lock:
             self._waiting = waiting
+            self._running = len(scheduler.running)
             waiting += self._arriving
+        self.metrics.preempted(scheduler.preemptions - self._preemptions)
+        self._preemptions = scheduler.preemptions
         self.metrics.set_load(len(scheduler.running), waiting, scheduler.pool.usage)
 
     def _time_token(self, sequence: Sequence) -> None:

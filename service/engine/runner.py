@@ -7,12 +7,13 @@ its fallback; a request that breaks the model alone fails alone.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from kernels.timing import Phases
 from models.attention import Recorder
 from service.engine.batch import build_step
 from service.engine.sequence import Fallback, Mode
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache
     from models.step import StepInput
     from service.engine.scheduler import Work
+    from service.metrics import Metrics
 
+AUDIT_EVERY = 256
+"""Of so many steps with sparse rows one is audited: it also reads every key, and is timed."""
 HOLD = 32
 """Tokens that stay on a fallback before the dynamic policy is tried again."""
 
@@ -57,21 +61,43 @@ class Outcome:
 class Runner:
     """Executes work on one model and its caches; used by the engine's thread alone."""
 
-    def __init__(self, model: Model, caches: Seq[LayerCache], heads: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        caches: Seq[LayerCache],
+        heads: int,
+        windows: Seq[int | None],
+        metrics: Metrics,
+    ) -> None:
         self._model = model
         self._caches = caches
         self._heads = heads
+        self._windows = windows
+        self._metrics = metrics
         self._device = caches[0].kv.device
+        self._sparse_steps = 0
+        self._trouble: str | None = None  # what went wrong with dynamic selection in this step
         self.degraded: str | None = None  # why dynamic selection does not run at present
 
     def run(self, work: Seq[Work]) -> list[Outcome]:
         """Compute `work`; one outcome each, in order, whatever happens to the others."""
+        self._trouble = None
+        dynamic = any(dynamic_rows(item) for item in work)
+        outcomes = self._run(work)
+        held = any(_held_by_error(item) for item in work)
+        if self._trouble is not None:
+            self.degraded = self._trouble
+        elif dynamic and not held:
+            self.degraded = None
+        return outcomes
+
+    def _run(self, work: Seq[Work]) -> list[Outcome]:
         try:
             return self._judged(work)
         except Exception as error:  # noqa: BLE001  the boundary that keeps one request's
             # failure from the others: whatever the model raises, find whose it is.
             if len(work) > 1:
-                return [outcome for item in work for outcome in self.run([item])]
+                return [outcome for item in work for outcome in self._run([item])]
             return [self._rescue(work[0], error)]
 
     def copy_pages(self, pairs: Seq[tuple[int, int]]) -> None:
@@ -103,7 +129,7 @@ class Runner:
         failure = error
         if dynamic_rows(item):
             _log.warning("dynamic selection failed, using the fixed pattern", exc_info=error)
-            self.degraded = f"dynamic selection failed: {type(error).__name__}"
+            self._trouble = f"dynamic selection failed: {type(error).__name__}"
             hold(item, Fallback.KERNEL_ERROR)
             try:
                 return _finite(self._forward([item])[0])
@@ -120,27 +146,24 @@ class Runner:
         assert outcome.looked is not None
         coverage = outcome.looked.coverage[:, rows]
         if not np.isfinite(coverage).all():
-            self.degraded = "dynamic selection met scores that are not finite"
+            self._trouble = "dynamic selection met scores that are not finite"
             return Fallback.KERNEL_ERROR
-        self.degraded = None
         floor = outcome.work.sequence.request.sparsity.min_coverage
         return Fallback.LOW_COVERAGE if coverage.mean() < floor else None
 
     def _forward(self, work: Seq[Work]) -> list[Outcome]:
         step = build_step(work, self._device)
-        recorder = Recorder()
+        self._sparse_steps += bool(step.sparse)
+        audit = bool(step.sparse) and self._sparse_steps % AUDIT_EVERY == 1
+        recorder = Recorder(audit, Phases(on=audit))
         hidden = self._model(step, self._caches, recorder)  # [tokens, hidden]
-        looked = _looked(step, recorder, len(self._caches), self._heads)
+        for phase, seconds in recorder.phases.seconds.items():
+            self._metrics.attention_seconds(phase, seconds / len(self._caches))
+        looked = _looked(step, recorder, self._windows, self._heads)
         outcomes, first = [], 0
         for item in work:
             part = slice(first, first + item.count)
-            outcomes.append(
-                Outcome(
-                    item,
-                    hidden[part],
-                    Looked(looked.density[:, part], looked.keys[:, part], looked.coverage[:, part]),
-                )
-            )
+            outcomes.append(Outcome(item, hidden[part], looked.cut(part)))
             first += item.count
         return outcomes
 
@@ -149,6 +172,11 @@ def hold(item: Work, reason: Fallback) -> None:
     """Send the item's undecided tokens, and `HOLD` more, to the fallback for `reason`."""
     item.sequence.hold_reason = reason
     item.sequence.hold_until = item.stop + HOLD
+
+
+def _held_by_error(item: Work) -> bool:
+    sequence = item.sequence
+    return sequence.hold_reason is Fallback.KERNEL_ERROR and item.start < sequence.hold_until
 
 
 def dynamic_rows(item: Work) -> list[int]:
@@ -179,20 +207,27 @@ def decide(item: Work, note: Callable[[Fallback, Mode], None]) -> int:
     return max(0, min(first, item.stop) - item.start)
 
 
-def _looked(step: StepInput, recorder: Recorder, layers: int, heads: int) -> Looked:
-    """What every token looked at; a token that attends densely sees all."""
-    visible = step.positions.to("cpu", torch.float64) + 1  # [tokens]
-    tokens = visible.shape[0]
-    keys = visible.expand(layers, tokens).clone()
+def _looked(step: StepInput, recorder: Recorder, windows: Seq[int | None], heads: int) -> Looked:
+    """What every token looked at; a token that attends densely sees all that its layer lets it."""
+    positions = step.positions.cpu()
+    visible = torch.stack(
+        [(positions + 1).clamp(max=window or 2**62) for window in windows]
+    )  # [layers, tokens]
+    layers, tokens = visible.shape
+    keys = visible.double()
     density = torch.ones(layers, tokens, dtype=torch.float64)
     coverage = torch.ones(layers, tokens, heads, dtype=torch.float64)
+    exact = torch.ones_like(coverage) if recorder.audit else None
     for entry in recorder.entries:
         place = entry.tokens.cpu()
         attended = entry.keys.to("cpu", torch.float64).mean(-1)  # [rows]
         keys[entry.layer, place] = attended
         density[entry.layer, place] = attended / entry.visible.to("cpu", torch.float64)
         coverage[entry.layer, place] = entry.coverage.to("cpu", torch.float64)
-    return Looked(density.numpy(), keys.numpy(), coverage.numpy())
+        if exact is not None and entry.true_coverage is not None:
+            exact[entry.layer, place] = entry.true_coverage.to("cpu", torch.float64)
+    audited = None if exact is None else exact.numpy()
+    return Looked(density.numpy(), keys.numpy(), coverage.numpy(), audited)
 
 
 def _finite(outcome: Outcome) -> Outcome:
@@ -203,7 +238,7 @@ def _finite(outcome: Outcome) -> Outcome:
         return Outcome(outcome.work, None, None, "the model's output for this is not finite")
     # A fixed pattern's coverage is informative only: where its scores overflow, nothing is known
     # to be covered.
-    known = Looked(looked.density, looked.keys, np.nan_to_num(looked.coverage, nan=0.0))
+    known = replace(looked, coverage=np.nan_to_num(looked.coverage, nan=0.0))
     return Outcome(outcome.work, hidden, known)
 
 

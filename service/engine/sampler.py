@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from service.engine.types import SamplingParams
 
 
+GREEDY_BELOW = 1e-5
+"""Temperatures under it mean greedy: the quotient would leave float32's range."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranked:
     """A token's log-probability (natural log) and the best rivals', best first."""
@@ -60,7 +64,7 @@ class Sampler:
         """
         params = self._params
         scores = self._adjusted(logits.detach().cpu().clone(), generated)
-        if params.temperature == 0:
+        if params.temperature < GREEDY_BELOW:
             token = int(scores.argmax())
         else:
             weights = _nucleus(scores / params.temperature, params)

@@ -124,12 +124,10 @@ class Scheduler:
 
     def _admit(self) -> None:
         # Running prompts have yet to take most of their pages; those are not free to give.
-        promised = sum(
-            max(0, self._pages_for(len(s.tokens) + 1) - len(s.pages)) for s in self.running
-        )
+        promised = sum(max(0, self._needs(s) - len(s.pages)) for s in self.running)
         while self.waiting and len(self.running) < self.limits.max_seqs:
             sequence = self.waiting[0]
-            promised += self._pages_for(len(sequence.tokens) + 1)
+            promised += self._needs(sequence)
             if promised > self.pool.free:
                 return
             self.waiting.popleft()
@@ -171,6 +169,11 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages = []
+
+    def _needs(self, sequence: Sequence) -> int:
+        """Pages for what is known of `sequence` and its next token, if there is to be one."""
+        last = sequence.prompt_len + sequence.request.sampling.max_tokens
+        return self._pages_for(min(len(sequence.tokens) + 1, last))
 
     @staticmethod
     def _pages_for(tokens: int) -> int:

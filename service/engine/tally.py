@@ -23,10 +23,12 @@ class Looked:
     density: NDArray[np.float64]  # [layers, tokens]  keys attended over keys visible
     keys: NDArray[np.float64]  # [layers, tokens]  mean over KV heads
     coverage: NDArray[np.float64]  # [layers, tokens, heads]  estimated; 1 where dense
+    exact: NDArray[np.float64] | None = None  # [layers, tokens, heads]  in an audited step
 
-    def behind(self, skip: int) -> Looked:
-        """Without the first `skip` tokens."""
-        return Looked(self.density[:, skip:], self.keys[:, skip:], self.coverage[:, skip:])
+    def cut(self, part: slice) -> Looked:
+        """The tokens of `part`."""
+        exact = None if self.exact is None else self.exact[:, part]
+        return Looked(self.density[:, part], self.keys[:, part], self.coverage[:, part], exact)
 
 
 @dataclass(slots=True)
@@ -50,6 +52,11 @@ class Tally:
     def fell_back(self, reason: Fallback) -> None:
         """Count one token that left the dynamic policy."""
         self.fallbacks[reason.value] += 1
+
+    def shared(self) -> Tally:
+        """For another choice on the same prompt: it looked there too; its tokens count once."""
+        coverage = None if self.coverage is None else self.coverage.copy()
+        return Tally(self.rows, self.density, self.keys, coverage)
 
     def report(self, policy: str) -> SparsityReport:
         """Means over everything counted; coverage's 5th percentile is over layers and heads."""

@@ -39,12 +39,13 @@ def harness():
             LayerCache.allocate(pages, config.kv_heads, config.head_dim, dtype, "cpu")
             for _ in range(config.layers)
         ]
-        runner = Runner(wrap(decoder), caches, config.heads)
+        metrics = Metrics("tiny")
+        runner = Runner(wrap(decoder), caches, config.heads, config.windows, metrics)
         engine = Engine(
             runner,
             config,
             letters(),
-            Metrics("tiny"),
+            metrics,
             pool=PagePool(pages),
             limits=Limits(max_seqs, max_queue, prefill_chunk, step_tokens),
             model_name="tiny",
