@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 LAYER_GROUPS = ("first", "middle", "last")
+SIGNS = ("over", "under")
 PHASES = ("score", "select", "attend")
 FALLBACKS = (
     ("short_context", "dense"),
@@ -41,7 +42,7 @@ _PHASE = (
 )
 _DENSITY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.75, 1.0)
 _COVERAGE = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
-_ERROR = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+_ERROR = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _ATTENTION = tuple(1e-5 * 4**power for power in range(10))
 _KEYS = tuple(float(2**power) for power in range(6, 21))
 
@@ -99,9 +100,10 @@ class Metrics:
         )
         self._audit_error = self._histogram(
             "attention_audit_coverage_error",
-            "Estimated minus exact coverage, in sampled steps.",
+            "Distance of the estimated coverage from the exact one, in sampled steps.",
             _ERROR,
             "layers",
+            "sign",
         )
         self._attention_seconds = self._histogram(
             "attention_seconds", "A layer's attention by phase, in sampled steps.", _ATTENTION,
@@ -116,13 +118,10 @@ class Metrics:
         for reason, to in FALLBACKS:
             self._fallback.labels(model_name, reason, to)
         for layers in LAYER_GROUPS:
-            for histogram in (
-                self._density,
-                self._coverage,
-                self._selected_keys,
-                self._audit_error,
-            ):
+            for histogram in (self._density, self._coverage, self._selected_keys):
                 histogram.labels(model_name, layers)
+            for sign in SIGNS:
+                self._audit_error.labels(model_name, layers, sign)
         for phase in PHASES:
             self._attention_seconds.labels(model_name, phase)
 
@@ -173,7 +172,8 @@ class Metrics:
 
     def audited(self, layers: str, error: float) -> None:
         """Estimated minus exact coverage of a sampled step in a group of layers."""
-        self._audit_error.labels(self._model_name, layers).observe(error)
+        sign = "over" if error > 0 else "under"
+        self._audit_error.labels(self._model_name, layers, sign).observe(abs(error))
 
     def attention_seconds(self, phase: str, seconds: float) -> None:
         """One layer's share of a phase ("score", "select", "attend") in a sampled step."""

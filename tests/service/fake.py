@@ -82,6 +82,9 @@ class FakeEngine:
         self.streams = []
         self._health = health or Health(True, 0.0)
 
+    def check_room(self, choices):
+        assert choices > 0
+
     def submit(self, prompt, sampling, sparsity, *, n=1, request_id):
         script = self.scripts.pop(0)
         if isinstance(script, BaseException):

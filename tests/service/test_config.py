@@ -60,6 +60,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ({"device": "tpu"}, ["device", "tpu"]),
         ({"kv_cache_gib": "nan"}, ["kv_cache_gib", "finite"]),
         ({"replicas": 0}, ["replicas"]),
+        ({"api_key": ""}, ["api_key"]),
         ({"sparsity": {"coverage": 1.5}}, ["sparsity.coverage"]),
         ({"sparsity": {"max_keys": 10}}, ["sparsity", "max_keys"]),
         ({"sparsity": {"min_keys": 2000}}, ["sparsity", "min_keys"]),
@@ -75,10 +76,16 @@ def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_key(flags, word
         assert word in message
 
 
-def test_an_unknown_variable_is_refused(monkeypatch):
-    monkeypatch.setenv("SACCADE_PROT", "1")
-    with pytest.raises(ConfigError, match="SACCADE_PROT"):
+@pytest.mark.parametrize(
+    "name",
+    ["SACCADE_PROT", "SACCADE_PORT__X", "SACCADE_SPARSITY__X", "SACCADE_SPARSITY__POLICY__X"],
+)
+def test_an_unknown_variable_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=name):
         load_config()
+    with pytest.raises(ValueError, match=name):
+        ServiceConfig.model_validate({})  # as Ray Serve reads a manifest's arguments
 
 
 def test_a_group_variable_that_is_not_json_is_refused_in_one_sentence(monkeypatch):

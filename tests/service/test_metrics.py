@@ -23,6 +23,11 @@ NAMES = [
     "attention_coverage_count",
     "attention_selected_keys_count",
     "attention_fallback_total",
+    "attention_audit_coverage_error_count",
+    "attention_seconds_count",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "brownout_level",
 ]
 
 
@@ -58,7 +63,7 @@ def test_labels_that_are_known_have_their_series():
 def test_what_the_engine_reports_is_what_a_scrape_shows():
     metrics = Metrics("tiny")
     metrics.set_load(3, 2, 0.25)
-    metrics.preempted()
+    metrics.preempted(2)
     metrics.prompt_tokens(100)
     metrics.generation_tokens(7)
     metrics.first_token(0.03)
@@ -67,11 +72,13 @@ def test_what_the_engine_reports_is_what_a_scrape_shows():
     metrics.attention("first", 0.1, 0.98, 500.0)
     metrics.attention("last", 0.2, None, 600.0)
     metrics.fallback("low_coverage", "dense", 4)
+    metrics.audited("middle", -0.015)
+    metrics.attention_seconds("score", 3e-4)
     found = samples(metrics)
     assert found[("num_requests_running",)] == 3
     assert found[("num_requests_waiting",)] == 2
     assert found[("kv_cache_usage_perc",)] == 0.25
-    assert found[("num_preemptions_total",)] == 1
+    assert found[("num_preemptions_total",)] == 2
     assert found[("prompt_tokens_total",)] == 100
     assert found[("generation_tokens_total",)] == 7
     assert found[("request_success_total", ("finished_reason", "stop"))] == 1
@@ -81,6 +88,10 @@ def test_what_the_engine_reports_is_what_a_scrape_shows():
     assert found[("inter_token_latency_seconds_bucket", ("le", "0.0025"))] == 1
     assert found[("attention_density_sum", ("layers", "first"))] == 0.1
     assert found[("attention_coverage_count", ("layers", "last"))] == 0
+    error = "attention_audit_coverage_error"
+    assert found[(f"{error}_sum", ("layers", "middle"), ("sign", "under"))] == 0.015
+    assert found[(f"{error}_count", ("layers", "middle"), ("sign", "over"))] == 0
+    assert found[("attention_seconds_sum", ("phase", "score"))] == 3e-4
     assert found[("attention_selected_keys_sum", ("layers", "last"))] == 600
     assert found[("attention_fallback_total", ("reason", "low_coverage"), ("to", "dense"))] == 4
 

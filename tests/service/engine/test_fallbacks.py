@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 
@@ -136,6 +138,55 @@ def test_scores_that_are_not_finite_take_the_fixed_pattern(harness, monkeypatch)
     assert tokens_of(deltas) == expected
     assert last(deltas).fallbacks == {"kernel_error": 128 + 7}
     assert one.engine.health().degraded
+
+
+def test_one_healthy_request_does_not_hide_that_another_has_no_selection(harness, monkeypatch):
+    one = harness()
+    select = dynamic_kernel.select
+
+    def broken_for_one(query, cache, rows, *rest):
+        choice = select(query, cache, rows, *rest)
+        choice.log_rest[rows.lengths < 600] = torch.nan
+        return choice
+
+    monkeypatch.setattr(dynamic_kernel, "select", broken_for_one)
+    seen = []
+
+    async def watch():
+        long = one.generate(prompt_of(900), greedy(80))
+        short = one.generate(prompt_of(300), greedy(80))
+
+        async def look():
+            while True:
+                seen.append(one.engine.health().degraded)
+                await asyncio.sleep(0.001)
+
+        looking = asyncio.ensure_future(look())
+        answers = await asyncio.gather(long, short)
+        looking.cancel()
+        return answers
+
+    [[healthy, broken]] = one.run(watch())
+    assert last(healthy).fallbacks == {}
+    assert set(last(broken).fallbacks) == {"kernel_error"}
+    first = seen.index(True)
+    assert all(seen[first:-1])
+    one.tokens(prompt_of(900), greedy(2))
+    assert not one.engine.health().degraded
+
+
+def test_a_sampled_step_is_audited_against_every_key(harness):
+    one = harness()
+    one.tokens(prompt_of(1500), greedy(3), dynamic(max_keys=143))
+    for layers in ("first", "middle", "last"):
+        signs = [{"layers": layers, "sign": sign} for sign in ("over", "under")]
+        error = "attention_audit_coverage_error"
+        assert sum(counter(one, f"{error}_count", **labels) for labels in signs) == 1
+        # Contexts that are scored whole are estimated without an error but rounding.
+        assert sum(counter(one, f"{error}_sum", **labels) for labels in signs) < 1e-9
+    for phase in ("score", "select", "attend"):
+        assert counter(one, "attention_seconds_count", phase=phase) == 1
+        assert counter(one, "attention_seconds_sum", phase=phase) > 0
 
 
 class Poisoned:

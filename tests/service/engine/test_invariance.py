@@ -52,7 +52,10 @@ def test_greedy_answers_survive_preemption(harness, policy):
     pair = crowd.run(
         crowd.generate(prompt_of(200, 1), *long), crowd.generate(prompt_of(200, 2), *long)
     )
-    assert crowd.engine._scheduler.preemptions > 0
+    preempted = crowd.engine.metrics.registry.get_sample_value(
+        "saccade_num_preemptions_total", {"model_name": "tiny"}
+    )
+    assert preempted == crowd.engine._scheduler.preemptions > 0
     assert tokens_of(pair[0]) == first
     assert tokens_of(pair[1]) == harness().tokens(prompt_of(200, 2), *long)
 

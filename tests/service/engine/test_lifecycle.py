@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from service.errors import EngineDeadError, OverloadedError, RequestError
-from tests.service.engine.tiny import VOCAB, dynamic, greedy, prompt_of, text_of, tokens_of
+from tests.service.engine.tiny import (
+    VOCAB,
+    dynamic,
+    greedy,
+    prompt_of,
+    text_of,
+    tiny_config,
+    tokens_of,
+)
 
 
 def sample(harness, name, **labels):
@@ -106,6 +115,47 @@ def test_a_full_queue_refuses_at_once(harness):
 
     one.run(crowd())
     assert len(one.tokens(prompt_of(20), greedy(4))) == 4
+
+
+def test_an_idle_engine_without_a_queue_takes_what_it_can_run(harness):
+    one = harness(max_seqs=2, max_queue=0)
+    assert len(one.tokens(prompt_of(20), greedy(4))) == 4
+    assert len(one.run(one.generate(prompt_of(20), greedy(4), n=2))[0]) == 8
+
+    async def never():
+        with pytest.raises(RequestError, match="3 choices") as caught:
+            one.engine.submit(prompt_of(20), greedy(4), dynamic(), n=3, request_id="x")
+        assert caught.value.param == "n"
+
+    one.run(never())
+
+
+def test_a_prompt_as_long_as_the_model_and_the_cache_is_served(harness):
+    one = harness(pages=8, max_model_len=512)
+    exact = greedy(0, prompt_logprobs=0)
+    [deltas] = one.run(one.generate(prompt_of(512), exact))
+    assert len(deltas[0].prompt_logprobs) == 512
+    assert len(one.tokens(prompt_of(511), greedy(1))) == 1
+
+
+def test_choices_report_the_question_that_they_share(harness):
+    one = harness()
+    [single] = one.run(one.generate(prompt_of(1000), greedy(1)))
+    [deltas] = one.run(one.generate(prompt_of(1000), greedy(1), n=3))
+    reports = [delta.sparsity for delta in deltas if delta.finish_reason]
+    assert len(reports) == 3
+    for report in reports:
+        assert report.density == pytest.approx(single[-1].sparsity.density)
+        assert report.coverage == pytest.approx(single[-1].sparsity.coverage)
+
+
+def test_a_dense_layer_with_a_window_reads_the_window(harness):
+    windows = (128, None, 128)
+    one = harness(config=replace(tiny_config(), windows=windows))
+    [deltas] = one.run(one.generate(prompt_of(1000), greedy(1), dynamic(policy="dense")))
+    report = deltas[-1].sparsity
+    assert report.density == 1.0
+    assert report.keys_attended == pytest.approx((128 + 936.5 + 128) / 3)
 
 
 @pytest.mark.parametrize(

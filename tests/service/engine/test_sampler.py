@@ -64,6 +64,11 @@ def test_a_seed_fixes_the_answer_and_choices_differ():
     assert answer(seed=None) != answer(seed=None)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-38, 9e-6])
+def test_a_vanishing_temperature_is_greedy(temperature):
+    assert sampler(temperature=temperature).sample(LOGITS, 0) == int(LOGITS.argmax())
+
+
 def test_repetition_penalty_weighs_on_prompt_and_answer():
     one = sampler(prompt=(3,), repetition_penalty=2.0)
     assert one.sample(LOGITS, 0) == 2  # 3 / 2 < 2
