@@ -129,6 +129,11 @@ class Rows:
                 part = slice(start, min(start + most, stop))
                 yield part, Rows(tables, self.lengths[part], self.starts[part])
 
+    def only(self, rows: Tensor) -> Rows:
+        """The rows numbered `rows` int64 [some], each as a sequence of its own."""
+        tables = self.block_tables[rows // self.queries]
+        return Rows(tables, self.lengths[rows], self.starts[rows])
+
     def slots(self, positions: Tensor) -> Tensor:
         """Physical slots of logical positions.
 

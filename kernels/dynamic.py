@@ -18,7 +18,7 @@ from kernels.coarse import best_pages, score_pages
 from kernels.page import PAGE
 from kernels.selection import Selection
 from kernels.timing import Phases
-from kernels.torch_backend import GATHER_BYTES, head_offsets, neighbours, wide
+from kernels.torch_backend import GATHER_BYTES, head_offsets, neighbours, prescaled, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,16 +66,42 @@ def select(
         The choice; the recent window (64 to 127 keys) and the visible sinks are always in it. It
         depends on a row's own keys and position alone, never on other rows or on chunk sizes.
     """
-    before = int((_recent(rows) - rows.starts // PAGE).max())  # most pages to judge of any row
-    scored_pages = policy.pages_scored(before)
-    every = scored_pages >= before
-    # Bytes a candidate: scores and their exponentials, or the copy of its key.
-    each = 8 * query.shape[1] if every else cache.kv_heads * cache.head_dim * query.itemsize
     phases = phases or Phases()
+    before = (_recent(rows) - rows.starts // PAGE).tolist()  # complete pages to judge, by row
+    whole = [policy.pages_scored(pages) >= pages for pages in before]
+    if len(set(whole)) == 1:
+        return _select(query, cache, rows, policy, scale, phases, whole=whole[0])
+    # Short contexts must not pay for a long one in their company: each kind on its own.
+    kinds = [torch.tensor([i for i, w in enumerate(whole) if w is kind]) for kind in (True, False)]
+    parts = [
+        _select(query[some], cache, rows.only(some), policy, scale, phases, whole=kind)
+        for some, kind in zip((k.to(query.device) for k in kinds), (True, False), strict=True)
+    ]
+    joined = _join(parts)
+    order = torch.cat(kinds).argsort().to(query.device)
+    selection = Selection(joined.selection.indices[order], joined.selection.counts[order])
+    return Choice(selection, joined.log_rest[order])
+
+
+def _select(
+    query: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    policy: Dynamic,
+    scale: float,
+    phases: Phases,
+    *,
+    whole: bool,
+) -> Choice:
+    """`select` for rows of one kind: scored `whole`, or in two levels."""
+    before = int((_recent(rows) - rows.starts // PAGE).max())
+    candidates = (policy.pages_scored(before) + 2) * PAGE
+    # Bytes a candidate: scores and their exponentials, or the copy of its key.
+    each = 8 * query.shape[1] if whole else cache.kv_heads * cache.head_dim * query.itemsize
     parts = []
-    for part, piece in rows.pieces(_rows_at_once((scored_pages + 2) * PAGE * each)):
+    for part, piece in rows.pieces(_rows_at_once(candidates * each)):
         with phases.time("score", query.device):
-            if every:
+            if whole:
                 scored = _score_every_key(query[part], cache, piece, scale)
             else:
                 scored = _score_likely_keys(query[part], cache, piece, policy, scale)
@@ -85,26 +111,33 @@ def select(
 
 
 def true_coverage(
-    query: Tensor, cache: LayerCache, rows: Rows, lse: Tensor, scale: float
+    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, lse: Tensor, scale: float
 ) -> Tensor:
-    """Share of the attention mass that a selection carries, exactly: every key is read.
+    """Share of the attention mass that a selection carries: every key is read, in float32.
 
     Args:
         query: [rows, heads, head_dim].
         cache: the layer's paged cache.
         rows: where each row's keys lie.
+        selection: the keys each row attends to.
         lse: [rows, heads], log-sum-exp of attention over the selection.
         scale: factor on the scores.
 
     Returns:
         [rows, heads], 0 to 1.
     """
-    longest = int((rows.lengths - rows.starts).max()) + 2 * PAGE
-    parts = [
-        _score_every_key(query[part], cache, piece, scale).scores.logsumexp(-1).flatten(1)
-        for part, piece in rows.pieces(_rows_at_once(8 * query.shape[1] * longest))
-    ]
-    return (lse - torch.cat(parts)).exp().clamp(max=1)
+    longest = int(rows.visible.max()) + 2 * PAGE
+    parts = []
+    for part, piece in rows.pieces(_rows_at_once(8 * query.shape[1] * longest)):
+        scored = _score_every_key(query[part].to(wide(query.dtype)), cache, piece, scale)
+        taken = selection.indices[part]
+        column = torch.where(taken >= 0, taken - scored.position[..., :1], scored.scores.shape[-1])
+        # One column more takes the writes of the padding.
+        mask = torch.zeros(*taken.shape[:2], scored.scores.shape[-1] + 1, dtype=torch.bool)
+        mask = mask.to(query.device).scatter_(2, column, True)[..., :-1]
+        rest = scored.scores.masked_fill(mask[:, :, None], -torch.inf).logsumexp(-1)
+        parts.append(torch.sigmoid(lse[part] - rest.flatten(1)))
+    return torch.cat(parts)
 
 
 def _rows_at_once(each: int) -> int:
@@ -155,7 +188,11 @@ class _Scored:
 
 
 def _score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> _Scored:
-    """Every visible key is a candidate; a sequence's keys are read once for all its rows."""
+    """Every visible key is a candidate; a sequence's keys are read once for all its rows.
+
+    A query wider than the cache has its products computed in its own dtype.
+    """
+    query, scale = prescaled(query, scale)
     count, heads, head_dim = query.shape
     kv_heads, queries = cache.kv_heads, rows.queries
     first = rows.starts.view(-1, queries).amin(1) // PAGE  # [sequences]
@@ -170,7 +207,7 @@ def _score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float)
         keys = _keys_of_pages(cache, rows.block_tables[number, low:high])
         grouped = query[part].view(queries, kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
         for head in range(kv_heads):  # one product over them all would copy the keys first
-            product = grouped[head] @ keys[head].T  # [queries * group, keys]
+            product = grouped[head] @ keys[head].to(query.dtype).T  # [queries * group, keys]
             target = scores[part, head, :, : keys.shape[1]]  # [queries, group, keys]
             target.copy_(product.view(target.shape)).mul_(scale)
     scores.masked_fill_(~visible[:, :, None], -torch.inf)
@@ -215,6 +252,7 @@ def _score_keys(
 
     Keys that are not visible get some finite-or-not score; the caller masks them.
     """
+    query, scale = prescaled(query, scale)
     count, kv_heads, wanted = pages.shape
     table = rows.block_tables.repeat_interleave(rows.queries, dim=0)  # [rows, pages]
     logical = pages.clamp(0, table.shape[1] - 1)

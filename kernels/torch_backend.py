@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,15 @@ def selected_attention(
     output = torch.cat(outputs).masked_fill(empty[..., None], 0.0)
     lse = torch.cat(lses).masked_fill(empty, -torch.inf)
     return output.reshape(count, heads, head_dim), lse.reshape(count, heads)
+
+
+def prescaled(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The query times a power of two near `scale`, which is exact, and what is left of the scale.
+
+    Products of unscaled queries and keys can leave float16's range where their scores do not.
+    """
+    power = 2.0 ** math.floor(math.log2(scale))
+    return query * power, scale / power
 
 
 def neighbours(pages: Tensor) -> int | None:
@@ -134,7 +144,8 @@ def _attend(
             query, keys, values, 0.0, False, attn_mask=bias, scale=scale
         )
         return output, lse
-    scores = (query @ keys.transpose(-1, -2)).to(wide(query.dtype)) * scale
+    small, left = prescaled(query, scale)
+    scores = (small @ keys.transpose(-1, -2)).to(wide(query.dtype)) * left
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)

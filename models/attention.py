@@ -115,7 +115,9 @@ class LayerAttention:
                 )
             exact = None
             if recorder.audit:
-                exact = dynamic.true_coverage(query[part], cache, piece, lse, self.scale)
+                exact = dynamic.true_coverage(
+                    query[part], cache, piece, choice.selection, lse, self.scale
+                )
             recorder.entries.append(
                 Entry(
                     layer=self.layer,

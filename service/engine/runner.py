@@ -68,12 +68,14 @@ class Runner:
         heads: int,
         windows: Seq[int | None],
         metrics: Metrics,
+        audit_every: int = AUDIT_EVERY,
     ) -> None:
         self._model = model
         self._caches = caches
         self._heads = heads
         self._windows = windows
         self._metrics = metrics
+        self._audit_every = audit_every
         self._device = caches[0].kv.device
         self._sparse_steps = 0
         self._trouble: str | None = None  # what went wrong with dynamic selection in this step
@@ -154,7 +156,7 @@ class Runner:
     def _forward(self, work: Seq[Work]) -> list[Outcome]:
         step = build_step(work, self._device)
         self._sparse_steps += bool(step.sparse)
-        audit = bool(step.sparse) and self._sparse_steps % AUDIT_EVERY == 1
+        audit = bool(step.sparse) and (self._sparse_steps - 1) % self._audit_every == 0
         recorder = Recorder(audit, Phases(on=audit))
         hidden = self._model(step, self._caches, recorder)  # [tokens, hidden]
         for phase, seconds in recorder.phases.seconds.items():

@@ -15,7 +15,7 @@ from kernels.selection import Selection
 
 SHAPES = [(1, 1), (2, 3), (3, 4), (1, 8), (5, 2)]  # (kv_heads, group)
 LENGTHS = [1, 63, 64, 65, 200, 256]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def in_low_precision(query, keys, values, mask, scale):

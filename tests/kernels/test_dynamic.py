@@ -135,6 +135,49 @@ def test_a_row_is_chosen_alike_alone_and_in_company(paged, whole):
             torch.testing.assert_close(choice.log_rest[0], all_rows.log_rest[index])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_short_and_long_contexts_together_are_chosen_as_alone(paged, dtype):
+    lengths = [100, 5000, 64, 9000, 3, 8191]
+    case = paged(lengths, 3, 16, dtype, queries=2)
+    policy = Dynamic(coverage=0.9, min_keys=0, max_keys=200, whole=2000)
+    query = case.query(2)
+    together = dynamic.select(query, case.cache, case.rows, policy, SCALE)
+    together.selection.validate(case.rows.lengths)
+    for row in range(len(lengths) * 2):
+        one = case.rows.only(torch.tensor([row]))
+        alone = dynamic.select(query[row : row + 1], case.cache, one, policy, SCALE)
+        count = alone.selection.indices.shape[2]
+        assert torch.equal(alone.selection.indices[0], together.selection.indices[row, :, :count])
+        torch.testing.assert_close(alone.log_rest[0], together.log_rest[row])
+
+
+@WHOLE
+def test_products_beyond_float16_are_scored(paged, whole):
+    case = paged([3000], 1, 64, torch.float16)
+    case.cache.kv[..., 0, :8] = 100.0
+    case.cache.summarise(torch.tensor(case.tables[0][:46]))
+    query = case.query(2)
+    query[..., :8] = 90.0  # 72,000 before the scale, over float16's 65,504
+    choice = dynamic.select(query, case.cache, case.rows, Dynamic(whole=whole), 0.125)
+    _, lse = selected_attention(query, case.cache, case.rows, choice.selection, 0.125)
+    assert torch.isfinite(choice.coverage(lse)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gain", [1, 4, 8])
+def test_the_audit_knows_the_true_coverage(paged, dtype, gain):
+    case = paged([700, 4096], 2, 32, dtype, queries=2)
+    query = case.query(2) * gain
+    policy = Dynamic(coverage=0.7, min_keys=0, max_keys=300, whole=0)
+    choice = dynamic.select(query, case.cache, case.rows, policy, SCALE)
+    _, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
+    rest = (query, case.cache, case.rows, choice.selection, lse, SCALE)
+    audited = dynamic.true_coverage(*rest).double()
+    truth = exact_coverage(case, query, choice.selection)
+    tolerance = 3e-3 if dtype is torch.bfloat16 else 1e-5
+    assert (audited - truth).abs().max() < tolerance
+
+
 @WHOLE
 def test_rows_are_chosen_alike_when_gathers_are_cut(paged, whole, monkeypatch):
     case = paged([2000], 2, 16, torch.float64, queries=9)

@@ -1,0 +1,53 @@
+"""Policies as they are named on the command line and in tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from service.errors import ConfigError
+
+if TYPE_CHECKING:
+    from service.config import SparsityConfig
+    from service.engine.types import SparsityParams
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPolicy:
+    """A policy and its name."""
+
+    name: str
+    sparsity: SparsityParams
+
+
+def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
+    """Read `dense`, `dynamic`, `dynamic:coverage=0.95,max_keys=512`, `dynamic:k=512`, `fixed:...`.
+
+    `k` keys are plain top-k: neither fewer nor more, whatever mass they carry. What follows
+    `fixed:` is a pattern, such as `sinks:16+window:1024`.
+
+    Raises:
+        ConfigError: naming what cannot be read.
+    """
+    kind, _, rest = text.strip().partition(":")
+    fields: dict[str, object] = {"policy": kind}
+    if kind == "fixed":
+        fields["pattern"] = rest or defaults.pattern
+    elif kind == "dynamic" and rest:
+        for part in rest.split(","):
+            name, _, value = part.partition("=")
+            if name.strip() == "k":
+                fields |= {"coverage": 1.0, "min_keys": value, "max_keys": value}
+            else:
+                fields[name.strip()] = value
+    elif kind not in ("dense", "dynamic") or rest:
+        raise ConfigError(
+            f"cannot read the policy {text!r}: write dense, dynamic, dynamic:coverage=0.95, "
+            "dynamic:k=512 or fixed:sinks:16+window:1024"
+        )
+    try:
+        merged = {**defaults.model_dump(), **fields}
+        return NamedPolicy(text.strip(), type(defaults).model_validate(merged).resolve())
+    except ValueError as error:
+        reason = str(error).splitlines()
+        raise ConfigError(f"cannot read the policy {text!r}: {' '.join(reason[1:3])}") from None

@@ -1,0 +1,202 @@
+"""One document, read once, and many questions about it under many policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kernels.cache import LayerCache
+from kernels.page import PAGE
+from service.engine.runner import Runner, decide
+from service.engine.scheduler import Work
+from service.engine.sequence import TAIL, Request, Sequence
+from service.engine.tally import Tally
+from service.engine.types import SamplingParams, SparsityReport
+from service.errors import GenerationError
+from service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from models.config import ModelConfig
+    from models.decoder import Decoder
+    from models.tokenizer import Tokenizer
+    from service.engine.runner import Outcome
+    from service.engine.types import SparsityParams
+
+CHUNK = 2048
+"""Tokens of a prefill step."""
+OWN = 2048
+"""Most tokens of a question and its answer, with what stands before it in an unfinished page."""
+AUDIT_EVERY = 4
+"""Of so many sparse steps one is audited: often, since errors are what is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer and what its attention did.
+
+    Attributes:
+        exact: exact coverage of the audited tokens, [audited], mean over layers and heads.
+        estimated: the estimate for the same tokens.
+    """
+
+    text: str
+    report: SparsityReport
+    exact: NDArray[np.float64]
+    estimated: NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class _Open:
+    """An answer in the making."""
+
+    sequence: Sequence
+    tally: Tally = field(default_factory=Tally)
+    exact: list[NDArray[np.float64]] = field(default_factory=list)
+    estimated: list[NDArray[np.float64]] = field(default_factory=list)
+
+
+class Session:
+    """A model with room for one document and some questions at a time.
+
+    The document is prefilled densely once; the last 128 tokens of every prompt, where the question
+    is, and the answer attend under the policy, exactly as they do in the engine.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        tokens: int,
+        together: int = 8,
+        dense_below: int = 0,
+    ) -> None:
+        weight = decoder.model.embed_tokens.weight
+        self._shared = -(-tokens // PAGE)
+        self._own = OWN // PAGE
+        pages = self._shared + together * self._own
+        caches = [
+            LayerCache.allocate(
+                pages, config.kv_heads, config.head_dim, weight.dtype, weight.device
+            )
+            for _ in range(config.layers)
+        ]
+        self._runner = Runner(
+            decoder, caches, config.heads, config.windows, Metrics("eval"), AUDIT_EVERY
+        )
+        self._ends = frozenset(config.eos_ids)
+        self._tokenizer = tokenizer
+        self._together = together
+        self._dense_below = dense_below
+        self._read: tuple[int, ...] = ()  # tokens whose keys lie in the shared pages
+
+    @torch.inference_mode()
+    def answers(
+        self, prompts: list[list[int]], sparsity: SparsityParams, max_tokens: int
+    ) -> list[Answer]:
+        """Greedy answers to prompts that begin with the same document.
+
+        Raises:
+            GenerationError: the model failed on one of them.
+        """
+        self._prefill(_common(prompts), sparsity)
+        done: list[Answer] = []
+        for start in range(0, len(prompts), self._together):
+            part = prompts[start : start + self._together]
+            done += self._answer(part, sparsity, max_tokens)
+        return done
+
+    def _prefill(self, common: list[int], sparsity: SparsityParams) -> None:
+        shared = tuple(common[: len(common) // PAGE * PAGE])
+        if shared == self._read:
+            return
+        # As the front of a longer prompt, whose tail is yet to come.
+        request = _request((*shared, *[0] * TAIL), sparsity, 1, self._dense_below)
+        sequence = Sequence(request, 0, list(request.prompt), pages=list(range(self._shared)))
+        self._read = ()
+        while sequence.computed < len(shared):
+            count = min(CHUNK, len(shared) - sequence.computed)
+            [outcome] = self._runner.run([Work(sequence, sequence.computed, count)])
+            if outcome.error is not None:
+                raise GenerationError(outcome.error)
+            sequence.computed += count
+        self._read = shared
+
+    def _answer(
+        self, prompts: list[list[int]], sparsity: SparsityParams, max_tokens: int
+    ) -> list[Answer]:
+        shared = len(self._read) // PAGE
+        everything = []
+        for number, prompt in enumerate(prompts):
+            if len(prompt) - len(self._read) + max_tokens > OWN:
+                raise GenerationError(
+                    f"a question and its answer need more than {OWN} tokens behind the document"
+                )
+            request = _request(tuple(prompt), sparsity, max_tokens, self._dense_below)
+            first = self._shared + number * self._own
+            pages = [*range(shared), *range(first, first + self._own)]
+            sequence = Sequence(request, 0, list(prompt), pages=pages, computed=len(self._read))
+            everything.append(_Open(sequence))
+        running = list(everything)
+        while running:
+            outcomes = self._runner.run([_next_work(one.sequence) for one in running])
+            pairs = zip(running, outcomes, strict=True)
+            running = [one for one, outcome in pairs if self._goes_on(one, outcome, max_tokens)]
+        return [self._finished(one, sparsity) for one in everything]
+
+    def _goes_on(self, one: _Open, outcome: Outcome, max_tokens: int) -> bool:
+        """Book a step of one answer; whether it needs another."""
+        if outcome.error is not None or outcome.hidden is None or outcome.looked is None:
+            raise GenerationError(outcome.error or "the model failed on this prompt")
+        item, sequence = outcome.work, one.sequence
+        skip = decide(item, lambda reason, _: one.tally.fell_back(reason))
+        if skip < item.count:
+            looked = outcome.looked.cut(slice(skip, None))
+            one.tally.add(looked)
+            if looked.exact is not None:
+                one.exact.append(looked.exact.mean((0, 2)))
+                one.estimated.append(looked.coverage.mean((0, 2)))
+        sequence.computed = item.stop
+        if not item.samples:
+            return True
+        token = int(self._runner.logits(outcome.hidden[-1:])[0].argmax())
+        sequence.tokens.append(token)
+        return token not in self._ends and sequence.generated < max_tokens
+
+    def _finished(self, one: _Open, sparsity: SparsityParams) -> Answer:
+        generated = one.sequence.tokens[one.sequence.prompt_len :]
+        empty = [np.empty(0)]
+        return Answer(
+            self._tokenizer.decode(generated),
+            one.tally.report(sparsity.policy),
+            np.concatenate(one.exact or empty),
+            np.concatenate(one.estimated or empty),
+        )
+
+
+def _common(prompts: list[list[int]]) -> list[int]:
+    """What the prompts begin with together, without any tokens of their tails."""
+    shortest = min(map(len, prompts)) - TAIL
+    columns = zip(*prompts, strict=False)
+    same = takewhile(lambda column: len(set(column)) == 1, columns)
+    return [column[0] for column, _ in zip(same, range(max(0, shortest)), strict=False)]
+
+
+def _next_work(sequence: Sequence) -> Work:
+    before_tail = sequence.request.tail_start - sequence.computed
+    left = len(sequence.tokens) - sequence.computed
+    return Work(sequence, sequence.computed, min(before_tail, CHUNK) if before_tail > 0 else left)
+
+
+def _request(
+    prompt: tuple[int, ...], sparsity: SparsityParams, max_tokens: int, dense_below: int
+) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    return Request("eval", prompt, sampling, sparsity, dense_below, lambda _: None, 0.0)

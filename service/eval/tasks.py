@@ -1,0 +1,210 @@
+"""Tasks that a model can fail: documents with facts in them, and questions about these facts.
+
+The forms are RULER's (Hsieh et al. 2024); an answer's score is the share of its references that it
+mentions. Everything is drawn from a generator, so a seed repeats it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from models.training.filler import prose
+from models.training.tasks import RULER, held_out_key, magic_number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+
+_SENTENCE = re.compile(r'(?<=[.!?"”])(?=\s)')
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question and what its answer must mention."""
+
+    text: str
+    references: tuple[str, ...]
+
+    def score(self, answer: str) -> float:
+        """Share of the references that the answer mentions, upper or lower case, 0 to 1."""
+        found = sum(reference.lower() in answer.lower() for reference in self.references)
+        return found / len(self.references)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and the questions about it."""
+
+    text: str
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Text to hide facts in.
+
+    Attributes:
+        encode: token ids of a text, without special tokens.
+        texts: texts of the user's own; generated prose where there are none.
+    """
+
+    encode: Callable[[str], Sequence[int]]
+    texts: tuple[str, ...] = ()
+
+    def sentences(self, rng: np.random.Generator, tokens: int) -> list[str]:
+        """Consecutive sentences of at most `tokens` tokens in all, from a random place."""
+        if self.texts:
+            text = self.texts[int(rng.integers(len(self.texts)))]
+            # No tokenizer makes fewer than one token of sixteen characters of prose.
+            start = int(rng.integers(max(1, len(text) - 16 * tokens)))
+            text = text[start : start + 16 * tokens].partition(" ")[2]
+        else:
+            text = prose(int(rng.integers(2**31)), 8 * tokens, held_out=True)
+        kept: list[str] = []
+        for piece in _SENTENCE.split(text):
+            tokens -= len(self.encode(piece))
+            if tokens < 0:
+                break
+            kept.append(piece)
+        return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A kind of document.
+
+    Attributes:
+        make: from a generator, a source, the document's tokens and the most questions to ask.
+        answer_tokens: most tokens of an answer to one question.
+    """
+
+    name: str
+    make: Callable[[np.random.Generator, Source, int, int], Document]
+    answer_tokens: int
+
+
+def _keys(rng: np.random.Generator, count: int) -> list[str]:
+    keys: dict[str, None] = {}
+    while len(keys) < count:
+        keys[held_out_key(rng)] = None
+    return list(keys)
+
+
+def _hidden(rng: np.random.Generator, source: Source, tokens: int, facts: Sequence[str]) -> str:
+    """`facts`, in their order, at random places of a text of `tokens` tokens, facts included."""
+    room = tokens - sum(len(source.encode(" " + fact)) for fact in facts)
+    sentences = source.sentences(rng, room)
+    places = sorted(rng.integers(0, len(sentences) + 1, len(facts)).tolist(), reverse=True)
+    for place, fact in zip(places, reversed(facts), strict=True):
+        sentences.insert(place, " " + fact)
+    return "".join(sentences).strip()
+
+
+def _fact(key: str, value: str) -> str:
+    return RULER.needle.format(key=key, value=value)
+
+
+def _about(keys: Sequence[str], values: Sequence[str]) -> Question:
+    """RULER's question about one key or several, answered by all of their values."""
+    named = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
+    return Question(RULER.question.format(key=named), tuple(values))
+
+
+def _needles(count: int) -> Callable[[np.random.Generator, Source, int, int], Document]:
+    """`count` facts about different keys, asked for one by one."""
+
+    def make(rng: np.random.Generator, source: Source, tokens: int, most: int) -> Document:
+        keys = _keys(rng, count)
+        values = [magic_number(rng) for _ in keys]
+        text = _hidden(
+            rng, source, tokens, [_fact(*pair) for pair in zip(keys, values, strict=True)]
+        )
+        asked = rng.permutation(count)[:most].tolist()
+        return Document(text, tuple(_about([keys[i]], [values[i]]) for i in asked))
+
+    return make
+
+
+def _multi_key(rng: np.random.Generator, source: Source, tokens: int, most: int) -> Document:
+    """Nothing but facts, each the others' distractor."""
+    facts: list[tuple[str, str, str]] = []
+    used: set[str] = set()
+    while True:
+        key, value = held_out_key(rng), magic_number(rng)
+        sentence = _fact(key, value)
+        tokens -= len(source.encode(" " + sentence))
+        if tokens < 0:
+            break
+        if key not in used:
+            used.add(key)
+            facts.append((key, value, sentence))
+    asked = [facts[i] for i in rng.permutation(len(facts))[:most].tolist()]
+    text = " ".join(sentence for _, _, sentence in facts)
+    return Document(text, tuple(_about([key], [value]) for key, value, _ in asked))
+
+
+def _multi_value(rng: np.random.Generator, source: Source, tokens: int, most: int) -> Document:
+    """Four values of each of four keys, all to be named."""
+    keys = _keys(rng, 4)
+    values = [[magic_number(rng) for _ in range(4)] for _ in keys]
+    facts = [_fact(key, value) for key, some in zip(keys, values, strict=True) for value in some]
+    shuffled = [facts[i] for i in rng.permutation(len(facts)).tolist()]
+    text = _hidden(rng, source, tokens, shuffled)
+    questions = [_about([key], some) for key, some in zip(keys, values, strict=True)]
+    return Document(text, tuple(questions[:most]))
+
+
+def _multi_query(count: int) -> Callable[[np.random.Generator, Source, int, int], Document]:
+    """Sixteen facts, of which each question asks for `count` at once."""
+
+    def make(rng: np.random.Generator, source: Source, tokens: int, most: int) -> Document:
+        keys = _keys(rng, 16)
+        values = [magic_number(rng) for _ in keys]
+        text = _hidden(
+            rng, source, tokens, [_fact(*pair) for pair in zip(keys, values, strict=True)]
+        )
+        groups = [range(start, start + count) for start in range(0, 16, count)]
+        questions = [_about([keys[i] for i in one], [values[i] for i in one]) for one in groups]
+        return Document(text, tuple(questions[:most]))
+
+    return make
+
+
+def _variables(rng: np.random.Generator, source: Source, tokens: int, most: int) -> Document:
+    """Four chains of assignments over four hops, to be walked back in writing."""
+    letters = rng.integers(0, 26, (64, 5)) + ord("A")
+    names = list(dict.fromkeys("".join(map(chr, row)) for row in letters.tolist()))
+    chains, values = [names[5 * i : 5 * i + 5] for i in range(4)], []
+    queues: list[list[str]] = []
+    for chain in chains:
+        value = magic_number(rng, digits=5)
+        values.append(value)
+        first = f"VAR {chain[0]} = {value}."
+        rest = [f"VAR {b} = VAR {a}." for a, b in pairwise(chain)]
+        queues.append([first, *rest])
+    # Chains are mixed, each in its own order.
+    order = rng.permutation([number for number in range(4) for _ in range(5)]).tolist()
+    text = _hidden(rng, source, tokens, [queues[number].pop(0) for number in order])
+    questions = [
+        Question(f"Trace VAR {chain[-1]}.", (*chain, value))
+        for chain, value in zip(chains, values, strict=True)
+    ]
+    return Document(text, tuple(questions[:most]))
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("needle", _needles(1), 48),
+        Task("needles", _needles(16), 48),
+        Task("multi-key", _multi_key, 48),
+        Task("multi-value", _multi_value, 96),
+        Task("multi-query-4", _multi_query(4), 128),
+        Task("multi-query-16", _multi_query(16), 400),
+        Task("variables", _variables, 96),
+    )
+}
