@@ -1,5 +1,6 @@
-# A virtual environment that is already active is used; otherwise .venv is made.
-VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+# A virtual environment that is already active is used, unless make cannot name its path for the
+# spaces in it; otherwise .venv is made.
+VENV ?= $(if $(filter 1,$(words $(VIRTUAL_ENV))),$(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 BASE_PYTHON ?= python3
 JOBS ?= auto
@@ -15,7 +16,9 @@ help:
 	@echo "make bench   time one decode step's attention on this machine's CPU"
 
 $(PYTHON):
-	$(BASE_PYTHON) -m venv $(VENV)
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(BASE_PYTHON) is older than Python 3.11: name a newer one, make BASE_PYTHON=python3.12"; exit 1; }
+	$(BASE_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The stamps carry the lock's checksum, so that a changed lock installs again.
 RUN_STAMP := $(VENV)/.saccade-run-$(shell cksum < requirements.lock | cut -d' ' -f1)

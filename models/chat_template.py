@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 
+LARGEST = 1 << 26
+"""Characters of a text, or items of a list, that a template may build by one operation."""
+
+
 class ChatTemplate:
     """A checkpoint's Jinja template, rendered in a sandbox and within a time limit.
 
@@ -81,8 +85,8 @@ class ChatTemplate:
         source = fields.values.get("chat_template")
         if isinstance(source, list):
             # Several templates by name, for example one for tools.
-            named = {item.get("name"): item.get("template") for item in source}
-            source = named.get("default")
+            items = [item for item in source if isinstance(item, dict)]
+            source = {item.get("name"): item.get("template") for item in items}.get("default")
         if source is None:
             return None
         if not isinstance(source, str):
@@ -141,6 +145,7 @@ class ChatTemplate:
             AttributeError,
             ArithmeticError,
             RecursionError,
+            MemoryError,
         ) as error:
             raise TemplateError(
                 f"The chat template fails on these messages ({type(error).__name__}: {error}); "
@@ -158,9 +163,13 @@ class _TimeOver(Exception):  # noqa: N818  (never leaves this file)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """A sandbox that looks at the clock wherever a template touches its data."""
+    """A sandbox that looks at the clock wherever a template touches its data or multiplies.
+
+    What it cannot interrupt is a loop over a list that touches nothing.
+    """
 
     deadline: float = float("inf")
+    intercepted_binops = frozenset(("*", "**", "+"))
 
     def check_deadline(self) -> None:
         if time.monotonic() > self.deadline:
@@ -174,9 +183,26 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.check_deadline()
         return super().getitem(obj, argument)
 
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.check_deadline()
+        if operator == "**":
+            raise TypeError("templates do not raise to powers")
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if hasattr(one, "__len__") and isinstance(other, int):
+                    _check_size(len(one) * other)
+        elif hasattr(left, "__len__") and hasattr(right, "__len__"):
+            _check_size(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         self.check_deadline()
         return super().call(context, function, *args, **kwargs)
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST:
+        raise MemoryError(f"a text or list of {size} items")
 
 
 class _Generation(Extension):

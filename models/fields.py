@@ -37,7 +37,7 @@ class Fields:
                 f"{file} cannot be read ({error.strerror}); "
                 "give a folder that holds a Hugging Face checkpoint."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{file} is not valid JSON ({error}); fetch the file again."
             ) from error

@@ -89,7 +89,7 @@ def load(
         ModelError: when `dtype` or `device` cannot be had.
     """
     folder = Path(path)
-    place = _device(device)
+    place = usable_device(device)
     config = ModelConfig.from_folder(folder)
     if load_format == "dummy":
         decoder = Decoder(config, resolve_dtype(dtype, config.dtype, place), place)
@@ -146,7 +146,12 @@ def _cpu_computes_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def _device(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ModelError: there is no such device here.
+    """
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -168,6 +173,11 @@ def _tensors(folder: Path) -> dict[str, _Stored]:
     stored: dict[str, _Stored] = {}
     files = {name: str(shard) for name, shard in weight_map.values.items()}
     for shard in sorted(set(files.values())):
+        if not shard or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{folder / INDEX} names the file {shard!r}, which is not in its folder; fetch the "
+                "checkpoint again."
+            )
         if not (folder / shard).exists():
             raise CheckpointError(
                 f"{folder / shard} is missing, but {INDEX} names it; fetch the file."

@@ -44,6 +44,7 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
     Raises:
         ConfigError: the application did not start; the message has the reason.
     """
+    config.check_ray_device()
     # Before Ray's import, which reads some of them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_AUTH_MODE" not in os.environ:
@@ -53,7 +54,6 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
 
     import ray
     from ray import serve
-    from ray.exceptions import RayError
 
     from service.deployment import NAME, build
 
@@ -65,13 +65,16 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
     try:
         try:
             _init(starter, folder, max(len(os.sched_getaffinity(0)), config.replicas))
+            _check_gpus(config)
             serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": config.host, "port": config.port},
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
             serve.run(build(config), name=NAME, route_prefix="/")
-        except (RuntimeError, OSError, RayError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001  Ray raises bare ones when it starts too slowly
             reason = _replica_error(NAME) if ray.is_initialized() else None
             keep_logs = reason is None
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -98,7 +101,6 @@ def _init(starter: Executor, folder: Path, cores: int) -> None:
 
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    before = signal.getsignal(signal.SIGTERM)
     # In another thread, because in this one Ray would take the signals over. One that arrives
     # meanwhile waits for the end of it, so that what has been started is known and can be ended.
     starting = starter.submit(
@@ -116,8 +118,24 @@ def _init(starter: Executor, folder: Path, cores: int) -> None:
         starting.result()
     finally:
         wait([starting])
-    # Ray's native code has installed a handler of its own, which aborts.
-    signal.signal(signal.SIGTERM, before)
+        # Ray's native code has installed a handler of its own, which aborts; Python still knows
+        # which one it was to be.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def _check_gpus(config: ServiceConfig) -> None:
+    """Refuse replicas that would wait for ever for GPUs that are not there."""
+    import ray
+
+    from service.deployment import replica_resources
+
+    need = config.replicas * replica_resources(config).get("num_gpus", 0)
+    have = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    if need > have:
+        raise ConfigError(
+            f"invalid configuration: {config.replicas} replicas need {need:g} GPUs and this "
+            f"machine has {have:g}; lower replicas or choose --device cpu"
+        )
 
 
 def _replica_error(name: str) -> str | None:

@@ -175,6 +175,18 @@ class ServiceConfig(BaseSettings):
             raise ValueError(str(error)) from None
         return sparsity
 
+    def check_ray_device(self) -> None:
+        """Refuse one of several GPUs by number under Ray.
+
+        Raises:
+            ConfigError: `device` names one; Ray gives each replica a GPU of its own.
+        """
+        if ":" in self.device:
+            raise ConfigError(
+                f"invalid configuration: device {self.device}: Ray gives each replica a GPU of its "
+                "own; write cuda, or serve with --standalone"
+            )
+
     @property
     def model_name(self) -> str:
         """The model's name in requests and answers."""

@@ -51,11 +51,16 @@ class Replica:
 
 
 def build(args: ServiceConfig) -> Application:
-    """The Ray Serve application for a configuration."""
+    """The Ray Serve application for a configuration.
+
+    Raises:
+        ConfigError: it names one of several GPUs, which is Ray's to choose.
+    """
+    args.check_ray_device()
     configured = serve.deployment(
         name=NAME,
         num_replicas=args.replicas,
-        ray_actor_options=_resources(args),
+        ray_actor_options=replica_resources(args),
         # The engine's own queue refuses what is too much, in OpenAI's shape; Serve's limit, which
         # answers in plain text, only has to be out of its way.
         max_ongoing_requests=4 * (args.max_num_seqs + args.max_queue),
@@ -71,7 +76,7 @@ def build(args: ServiceConfig) -> Application:
     return application
 
 
-def _resources(config: ServiceConfig) -> dict[str, Any]:
+def replica_resources(config: ServiceConfig) -> dict[str, Any]:
     """A GPU a replica, or an equal share of the cores."""
     if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()):
         return {"num_cpus": 1, "num_gpus": 1}

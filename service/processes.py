@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -37,7 +38,9 @@ def end(processes: set[Process], patience: float) -> None:
     while alive := {one for one in processes if _runs(one)}:
         if time.monotonic() > deadline:
             for one in alive:
-                os.kill(one.pid, signal.SIGKILL)
+                # Killing one may have ended the next.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one.pid, signal.SIGKILL)
             return
         time.sleep(0.05)
 

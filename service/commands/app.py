@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from service.commands.bench import decode
+from service.commands.evaluate import evaluate
 from service.commands.generate import generate
 from service.commands.serve import serve
 
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command("eval")(evaluate)
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 bench.command()(decode)
 app.add_typer(bench, name="bench")

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+from models.loader import usable_device
 from service.bench import decode as decode_bench
 from service.errors import ConfigError
 
@@ -28,6 +29,7 @@ def decode(
     sizes = [one.strip() for one in contexts.split(",")]
     if not all(one.isascii() and one.isdigit() and int(one) > 0 for one in sizes):
         raise ConfigError(f"--contexts must be numbers such as 8192,65536, not {contexts}")
+    usable_device(device)
     records = decode_bench.measure(
         [int(one) for one in sizes],
         keys=keys,

@@ -45,7 +45,7 @@ def serve(
         given["model"] = model
     settings = load_config(given, config)
     check_config(settings)
-    with _stopping_on_signals(), _free_port(settings) as listener:
+    with _stopping_on_signals(), _claim(settings), _free_port(settings) as listener:
         if standalone:
             _serve_standalone(settings, listener)
         else:
@@ -102,6 +102,31 @@ def _stopping_on_signals() -> Iterator[None]:
 
 
 @contextmanager
+def _claim(config: ServiceConfig) -> Iterator[None]:
+    """Hold the address from before loading to the end, so that two starts cannot both take it.
+
+    Ray binds late and shares ports: it would let a second service in. The claim is a name in
+    Linux's abstract socket namespace, which goes when the process does.
+
+    Raises:
+        ConfigError: another `saccade serve` has the address.
+    """
+    with socket.socket(socket.AF_UNIX) as claim:
+        try:
+            claim.bind(f"\0saccade-serve-{config.host}-{config.port}")
+        except OSError:
+            raise _in_use(config) from None
+        yield
+
+
+def _in_use(config: ServiceConfig) -> ConfigError:
+    return ConfigError(
+        f"port {config.port} of {config.host} is in use; stop what uses it or choose another with "
+        "--port"
+    )
+
+
+@contextmanager
 def _free_port(config: ServiceConfig) -> Iterator[socket.socket]:
     """A socket bound to the configured address, to know before loading that it can be had.
 
@@ -125,9 +150,7 @@ def _free_port(config: ServiceConfig) -> Iterator[socket.socket]:
             listener.listen()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ConfigError(
-                    f"{where} is in use; stop what uses it or choose another with --port"
-                ) from None
+                raise _in_use(config) from None
             raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None
         yield listener
 

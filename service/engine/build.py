@@ -51,7 +51,7 @@ def build_engine(config: ServiceConfig) -> Engine:
         ModelError: the checkpoint cannot be loaded.
     """
     wanted_len = check_config(config)
-    device = torch.device(_device(config.device))
+    device = torch.device(device_name(config.device))
     decoder, model = load(config.model, config.dtype, device, config.load_format)
     dtype = decoder.model.embed_tokens.weight.dtype
     page_bytes = model.layers * LayerCache.bytes_per_page(model.kv_heads, model.head_dim, dtype)
@@ -64,10 +64,16 @@ def build_engine(config: ServiceConfig) -> Engine:
             f"invalid configuration: kv_cache_gib {config.kv_cache_gib:g} holds {pages * PAGE} "
             f"tokens; raise it to at least {need:.3g} or lower max_model_len"
         )
-    caches = [
-        LayerCache.allocate(pages, model.kv_heads, model.head_dim, dtype, device)
-        for _ in range(model.layers)
-    ]
+    try:
+        caches = [
+            LayerCache.allocate(pages, model.kv_heads, model.head_dim, dtype, device)
+            for _ in range(model.layers)
+        ]
+    except RuntimeError:  # torch.OutOfMemoryError is one too
+        raise ConfigError(
+            f"invalid configuration: kv_cache_gib {config.kv_cache_gib:g} is more memory than "
+            f"{device} has to give; lower it"
+        ) from None
     metrics = Metrics(config.model_name)
     return Engine(
         Runner(decoder, caches, model.heads, model.windows, metrics),
@@ -87,7 +93,15 @@ def build_engine(config: ServiceConfig) -> Engine:
     )
 
 
-def _device(name: str) -> str:
+def device_name(name: str) -> str:
+    """The device that a configuration's `device` means on this machine."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
+
+
+def machine_name(device: torch.device) -> str:
+    """What results say they were made on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

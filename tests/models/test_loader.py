@@ -217,6 +217,20 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(sharded):
     refused(sharded, "lacks 'weight_map'")
 
 
+@pytest.mark.parametrize("where", ["../other/x.safetensors", "/etc/x.safetensors", "a/b", ""])
+def test_an_index_names_no_file_outside_its_folder(sharded, where):
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = where
+    index.write_text(json.dumps(content))
+    refused(sharded, "not in its folder")
+
+
+def test_a_configuration_that_nests_without_end_is_refused(folder):
+    (folder / "config.json").write_text('{"a":' * 100_000)
+    refused(folder, "not valid JSON")
+
+
 def test_quantised_tensors_are_refused(folder):
     edit_tensors(
         folder,

@@ -397,6 +397,20 @@ def test_messages_are_data_and_never_templates(chat):
     assert "{{ bos_token }}{% for x in y %}" in chat(CHATML, messages=messages)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ 'a' * 9999999999 }}",
+        "{{ [1] * 9999999999 }}",
+        "{% set x = 'a' * 50000000 %}{{ x + x }}",
+    ],
+)
+def test_a_template_builds_nothing_that_fills_the_memory(chat, template):
+    with pytest.raises(TemplateError, match="fails on these messages"):
+        chat(template)
+
+
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
 
 

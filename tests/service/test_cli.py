@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from service import cli
+from service.commands import serve
+from service.config import ServiceConfig
 from tests.service.conftest import ROOT, saccade
 
 
@@ -93,6 +95,32 @@ def test_a_busy_port_is_told_before_anything_is_loaded(monkeypatch, checkpoint, 
     assert f"port {port}" in said
     assert "in use" in said
     assert "Loading" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [["--standalone"], []])
+def test_a_port_is_taken_as_soon_as_another_start_claims_it(monkeypatch, checkpoint, port, mode):
+    # Ray binds late, and its proxy shares ports: until then the claim alone keeps others out.
+    with serve._claim(ServiceConfig(port=port)):
+        said = refusal(monkeypatch, "serve", checkpoint, "--port", port, *mode)
+    assert f"port {port}" in said
+    assert "in use" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--standalone", "--kv-cache-gib", "1e8"], "kv_cache_gib"),
+        (["serve", "--device", "cuda:1"], "cuda"),
+        (["bench", "decode", "--device", "cuda"], "cuda"),
+        (["bench", "decode", "--device", "tpu"], "tpu"),
+    ],
+)
+def test_what_this_machine_lacks_is_one_sentence(monkeypatch, checkpoint, port, arguments, words):
+    if arguments[0] == "serve":
+        arguments = [*arguments, "--port", port, checkpoint]
+    said = refusal(monkeypatch, *arguments)
+    assert words in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
