@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
+from kernels.errors import KernelError
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,6 +51,9 @@ def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
     try:
         merged = {**defaults.model_dump(), **fields}
         return NamedPolicy(text.strip(), type(defaults).model_validate(merged).resolve())
-    except ValueError as error:
-        reason = str(error).splitlines()
-        raise ConfigError(f"cannot read the policy {text!r}: {' '.join(reason[1:3])}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except KernelError as error:
+        reason = str(error)
+    raise ConfigError(f"cannot read the policy {text!r}: {reason}")

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint, an engine over it, and a server on a port of its own."""
+"""Tiny random checkpoints, engines over them, and a server on a port of its own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ import uvicorn
 import yaml
 from safetensors.torch import save_file
 
+from kernels.cache import LayerCache
 from models.config import ModelConfig
 from models.decoder import Decoder
 from service.api.app import create_app
 from service.config import ServiceConfig
 from service.engine.build import build_engine
+from service.engine.engine import Engine
+from service.engine.pages import PagePool
+from service.engine.runner import Runner
+from service.engine.scheduler import Limits
+from service.metrics import Metrics
+from tests.service.engine.tiny import Harness, letters, make_decoder, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAT_TEMPLATE = (
@@ -168,3 +175,50 @@ def tiny_file(tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump({"dtype": "float32", "kv_cache_gib": 0.01, "max_num_seqs": 4}))
     return file
+
+
+@pytest.fixture
+def harness():
+    """Factory of running engines; all are stopped at the end."""
+    started = []
+
+    def start(
+        *,
+        dtype=torch.float64,
+        pages=400,
+        max_seqs=8,
+        max_queue=64,
+        prefill_chunk=512,
+        step_tokens=1024,
+        dense_below=0,
+        seed=0,
+        config=None,
+        wrap=lambda model: model,
+        max_model_len=4096,
+    ):
+        config = config or tiny_config()
+        decoder = make_decoder(dtype, seed, config)
+        caches = [
+            LayerCache.allocate(pages, config.kv_heads, config.head_dim, dtype, "cpu")
+            for _ in range(config.layers)
+        ]
+        metrics = Metrics("tiny")
+        runner = Runner(wrap(decoder), caches, config.heads, config.windows, metrics)
+        engine = Engine(
+            runner,
+            config,
+            letters(),
+            metrics,
+            pool=PagePool(pages),
+            limits=Limits(max_seqs, max_queue, prefill_chunk, step_tokens),
+            model_name="tiny",
+            max_model_len=min(max_model_len, pages * 64),
+            dense_below=dense_below,
+        )
+        engine.start()
+        started.append(engine)
+        return Harness(engine, runner, decoder)
+
+    yield start
+    for engine in started:
+        engine.stop()
