@@ -173,7 +173,7 @@ Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
                  percentile over layers and heads
   keys_attended  keys read a step, mean over layers and heads
   fallbacks      tokens that did not follow the policy, by reason; short_context: fewer than
-                 {config.sparsity.dense_below} tokens, where reading them all is faster
+                 {config.sparsity.dense_below} tokens, too few to leave any out
 """
 
 
