@@ -131,10 +131,11 @@ def true_coverage(
     for part, piece in rows.pieces(_rows_at_once(8 * query.shape[1] * longest)):
         scored = _score_every_key(query[part].to(wide(query.dtype)), cache, piece, scale)
         taken = selection.indices[part]
-        column = torch.where(taken >= 0, taken - scored.position[..., :1], scored.scores.shape[-1])
+        width = scored.scores.shape[-1]
+        column = torch.where(taken >= 0, taken - scored.position[..., :1], width)
         # One column more takes the writes of the padding.
-        mask = torch.zeros(*taken.shape[:2], scored.scores.shape[-1] + 1, dtype=torch.bool)
-        mask = mask.to(query.device).scatter_(2, column, True)[..., :-1]
+        mask = torch.zeros(*taken.shape[:2], width + 1, dtype=torch.bool, device=query.device)
+        mask = mask.scatter_(2, column, True)[..., :-1]
         rest = scored.scores.masked_fill(mask[:, :, None], -torch.inf).logsumexp(-1)
         parts.append(torch.sigmoid(lse[part] - rest.flatten(1)))
     return torch.cat(parts)
