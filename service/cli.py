@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
     """Entry point of `saccade`."""
+    # Ctrl-C ends the process without a traceback until a command takes it over: loading takes a
+    # second or two.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     shadow = _shadowing_package()
     if shadow is not None:
         _stop(

@@ -173,6 +173,12 @@ class ServiceConfig(BaseSettings):
             sparsity.resolve()
         except KernelError as error:
             raise ValueError(str(error)) from None
+        if not Pattern.parse(sparsity.pattern).keeps_previous:
+            raise ValueError(
+                f"the pattern {sparsity.pattern} is also what a failed selection falls back to, "
+                "and models lose their thread where a token cannot see the one before it; add "
+                "window:64"
+            )
         return sparsity
 
     def check_ray_device(self) -> None:

@@ -65,6 +65,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ({"sparsity": {"max_keys": 10}}, ["sparsity", "max_keys"]),
         ({"sparsity": {"min_keys": 2000}}, ["sparsity", "min_keys"]),
         ({"sparsity": {"pattern": "windw:3"}}, ["sparsity.pattern", "windw", "window"]),
+        ({"sparsity": {"pattern": "sinks:16+strided:8"}}, ["sparsity", "strided:8", "window:64"]),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_key(flags, words):
