@@ -76,7 +76,6 @@ class Session:
         *,
         tokens: int,
         together: int = 8,
-        dense_below: int = 0,
     ) -> None:
         weight = decoder.model.embed_tokens.weight
         self._shared = -(-tokens // PAGE)
@@ -94,7 +93,6 @@ class Session:
         self._ends = frozenset(config.eos_ids)
         self._tokenizer = tokenizer
         self._together = together
-        self._dense_below = dense_below
         self._read: tuple[int, ...] = ()  # tokens whose keys lie in the shared pages
 
     @torch.inference_mode()
@@ -118,7 +116,7 @@ class Session:
         if shared == self._read:
             return
         # As the front of a longer prompt, whose tail is yet to come.
-        request = _request((*shared, *[0] * TAIL), sparsity, 1, self._dense_below)
+        request = _request((*shared, *[0] * TAIL), sparsity, 1)
         sequence = Sequence(request, 0, list(request.prompt), pages=list(range(self._shared)))
         self._read = ()
         while sequence.computed < len(shared):
@@ -139,7 +137,7 @@ class Session:
                 raise GenerationError(
                     f"a question and its answer need more than {OWN} tokens behind the document"
                 )
-            request = _request(tuple(prompt), sparsity, max_tokens, self._dense_below)
+            request = _request(tuple(prompt), sparsity, max_tokens)
             first = self._shared + number * self._own
             pages = [*range(shared), *range(first, first + self._own)]
             sequence = Sequence(request, 0, list(prompt), pages=pages, computed=len(self._read))
@@ -195,8 +193,7 @@ def _next_work(sequence: Sequence) -> Work:
     return Work(sequence, sequence.computed, min(before_tail, CHUNK) if before_tail > 0 else left)
 
 
-def _request(
-    prompt: tuple[int, ...], sparsity: SparsityParams, max_tokens: int, dense_below: int
-) -> Request:
+def _request(prompt: tuple[int, ...], sparsity: SparsityParams, max_tokens: int) -> Request:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    return Request("eval", prompt, sampling, sparsity, dense_below, lambda _: None, 0.0)
+    # Short contexts too run under the policy: its cost is what is asked for.
+    return Request("eval", prompt, sampling, sparsity, 0, lambda _: None, 0.0)

@@ -34,7 +34,7 @@ def test_answers_and_reports_are_those_of_the_engine(harness, sparsity):
     one = harness()
     document = prompt_of(700, 1)
     prompts = [document + prompt_of(n, n) for n in (30, 150, 31)]
-    session = Session(one.decoder, tiny_config(), letters(), tokens=800, together=2, dense_below=0)
+    session = Session(one.decoder, tiny_config(), letters(), tokens=800, together=2)
     answers = session.answers(prompts, sparsity, 9)
     ends = tiny_config().eos_ids
     for prompt, answer in zip(prompts, answers, strict=True):
