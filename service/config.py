@@ -50,7 +50,7 @@ class SparsityConfig(BaseModel):
     pattern: str = Field(
         default="sinks:16+window:1024", max_length=256, description="keys of the fixed policy"
     )
-    allow_brownout: bool = Field(default=True, description="budgets may shrink under overload")
+    allow_brownout: bool = Field(default=True, description="for a later version; not used yet")
     dense_below: int = Field(
         default=2048, ge=0, description="context, in tokens, below which dense attention runs"
     )
@@ -162,7 +162,8 @@ class ServiceConfig(BaseSettings):
             if name.upper().startswith(ENV_PREFIX) and not _is_field(cls, path):
                 known = ", ".join(ENV_PREFIX + field.upper() for field in cls.model_fields)
                 raise ValueError(
-                    f"the environment variable {name} is unknown; unset it or use one of {known}"
+                    f"the environment variable {name} is unknown; unset it or use one of {known} "
+                    f"(for a field of a group: {ENV_PREFIX}SPARSITY__COVERAGE)"
                 )
         return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import shlex
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from service.config import ServiceConfig
+
+GRACE = 10
+"""Seconds that running requests have to end when the service stops."""
 
 
 @with_config_options
@@ -72,11 +76,18 @@ def _serve_standalone(config: ServiceConfig, listener: socket.socket) -> None:
             await super().startup(sockets)
             _say(_greeting(config))
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # Streams that are still open then end with an error event, not with a cut connection.
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(GRACE - 2, loop.run_in_executor, None, engine.stop)
+            await super().shutdown(sockets)
+            timer.cancel()
+
     engine = build_engine(config)
     engine.start()
     try:
         settings = uvicorn.Config(
-            create_app(engine, config), log_level="warning", timeout_graceful_shutdown=10
+            create_app(engine, config), log_level="warning", timeout_graceful_shutdown=GRACE
         )
         Server(settings).run(sockets=[listener])
     finally:

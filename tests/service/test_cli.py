@@ -146,6 +146,26 @@ def test_standalone_serves_until_a_signal_and_exits_with_0(checkpoint, tiny_file
     assert "Traceback" not in errors
 
 
+def test_a_stream_that_outlives_the_service_ends_with_an_error_event(
+    checkpoint, tiny_file, port, monkeypatch
+):
+    process = saccade(*("serve", checkpoint, "--standalone", "--config", tiny_file, "--port", port))
+    while "short_context" not in process.stdout.readline():
+        assert process.poll() is None
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 500, "ignore_eos": True, "n": 4}
+    sent = {"json": body | {"stream": True}, "timeout": 60}
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    with httpx.stream("POST", url, **sent) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGINT)
+        *_, last = [line for line in lines if line]
+    _, errors = process.communicate(timeout=60)
+    assert last == "data: [DONE]"
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
 def test_generate_prints_the_text_and_then_the_report(checkpoint, tiny_file):
     process = saccade(
         *("generate", checkpoint, "--config", tiny_file),
