@@ -70,15 +70,18 @@ def select(
     before = (_recent(rows) - rows.starts // PAGE).tolist()  # complete pages to judge, by row
     whole = [policy.pages_scored(pages) >= pages for pages in before]
     if len(set(whole)) == 1:
-        return _select(query, cache, rows, policy, scale, phases, whole=whole[0])
+        return _select(query, cache, rows, policy, scale, phases, max(before), whole=whole[0])
     # Short contexts must not pay for a long one in their company: each kind on its own.
-    kinds = [torch.tensor([i for i, w in enumerate(whole) if w is kind]) for kind in (True, False)]
-    parts = [
-        _select(query[some], cache, rows.only(some), policy, scale, phases, whole=kind)
-        for some, kind in zip((k.to(query.device) for k in kinds), (True, False), strict=True)
-    ]
+    parts, places = [], []
+    for kind in (True, False):
+        some = [row for row, is_whole in enumerate(whole) if is_whole is kind]
+        place = torch.tensor(some, device=query.device)
+        most = max(before[row] for row in some)
+        own = rows.only(place)
+        parts.append(_select(query[place], cache, own, policy, scale, phases, most, whole=kind))
+        places.append(place)
     joined = _join(parts)
-    order = torch.cat(kinds).argsort().to(query.device)
+    order = torch.cat(places).argsort()
     selection = Selection(joined.selection.indices[order], joined.selection.counts[order])
     return Choice(selection, joined.log_rest[order])
 
@@ -90,11 +93,11 @@ def _select(
     policy: Dynamic,
     scale: float,
     phases: Phases,
+    before: int,
     *,
     whole: bool,
 ) -> Choice:
-    """`select` for rows of one kind: scored `whole`, or in two levels."""
-    before = int((_recent(rows) - rows.starts // PAGE).max())
+    """`select` for rows of one kind, scored `whole` or in two levels, with `before` pages each."""
     candidates = (policy.pages_scored(before) + 2) * PAGE
     # Bytes a candidate: scores and their exponentials, or the copy of its key.
     each = 8 * query.shape[1] if whole else cache.kv_heads * cache.head_dim * query.itemsize

@@ -41,15 +41,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Recorder:
-    """Takes note of what a step's sparse rows looked at, layer by layer.
+    """Takes note of what a step's sparse rows looked at, layer by layer."""
 
-    Attributes:
-        audit: also read every key, to know the exact coverage, and time the phases.
-    """
-
-    audit: bool = False
     phases: Phases = field(default_factory=Phases)
     entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def audit(self) -> bool:
+        """Whether to also read every key, to know the exact coverage: in timed steps."""
+        return self.phases.on
 
 
 @dataclass(frozen=True, slots=True)

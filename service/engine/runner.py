@@ -157,7 +157,7 @@ class Runner:
         step = build_step(work, self._device)
         self._sparse_steps += bool(step.sparse)
         audit = bool(step.sparse) and (self._sparse_steps - 1) % self._audit_every == 0
-        recorder = Recorder(audit, Phases(on=audit))
+        recorder = Recorder(Phases(on=audit))
         hidden = self._model(step, self._caches, recorder)  # [tokens, hidden]
         for phase, seconds in recorder.phases.seconds.items():
             self._metrics.attention_seconds(phase, seconds / len(self._caches))
