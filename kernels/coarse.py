@@ -61,15 +61,24 @@ def score_pages(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> P
     moments = moments.view(kv_heads, sequences, 2, rows.queries, group, pages)
     moments = moments.permute(2, 1, 3, 0, 4, 5).reshape(2, count, kv_heads, group, pages)
     mean, variance = moments[0], moments[1].clamp_min(0)
-    page = torch.arange(pages, device=query.device)
-    coarse = (page >= first[:, None]) & (page < recent[:, None])  # [rows, pages]
-    hidden = ~coarse[:, None, None]
-    log_mass = (mean + variance / 2 + math.log(PAGE)).masked_fill(hidden, -torch.inf)
-    peak = (mean + SPREAD * variance.sqrt()).masked_fill(hidden, -torch.inf)
+    log_mass = torch.add(mean, variance, alpha=0.5) + math.log(PAGE)
+    peak = torch.add(mean, variance.sqrt(), alpha=SPREAD)
+    # A lone row's pages are all its own, unless a sliding window hides the first of them.
+    hidden = None if count == 1 and not first.any() else _hidden(first, recent, pages)
+    if hidden is not None:
+        log_mass.masked_fill_(hidden, -torch.inf)
+        peak.masked_fill_(hidden, -torch.inf)
     # Heads of a group differ in scale; each votes with its own softmax over the pages.
-    normal = peak - peak.logsumexp(-1, keepdim=True)
-    rank = normal.amax(2).masked_fill(hidden[:, :, 0], -torch.inf)
+    rank = (peak - peak.logsumexp(-1, keepdim=True)).amax(2)
+    if hidden is not None:
+        rank.masked_fill_(hidden[:, :, 0], -torch.inf)
     return Pages(log_mass, rank, recent, first)
+
+
+def _hidden(first: Tensor, recent: Tensor, pages: int) -> Tensor:
+    """bool [rows, 1, 1, pages], the pages that are not between `first` and `recent` [rows]."""
+    page = torch.arange(pages, device=first.device)
+    return ((page < first[:, None]) | (page >= recent[:, None]))[:, None, None]
 
 
 def _summaries(cache: LayerCache, tables: Tensor) -> Tensor:
@@ -95,10 +104,8 @@ def best_pages(pages: Pages, policy: Dynamic) -> Tensor:
     """
     kv_heads = pages.rank.shape[1]
     rank = pages.rank.clone()
-    if rank.shape[-1]:
-        rank[:, :, 0] = torch.where(
-            rank[:, :, 0] == -torch.inf, -torch.inf, torch.inf
-        )  # the sinks' page
+    # The sinks' page comes first wherever it is visible.
+    rank[:, :, :1] = torch.where(rank[:, :, :1] == -torch.inf, -torch.inf, torch.inf)
     wanted = torch.tensor(
         [policy.pages_scored(n) for n in (pages.recent - pages.first).tolist()],
         device=rank.device,

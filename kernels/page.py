@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
-PAGE = 64
+PAGE_BITS = 6
+PAGE = 1 << PAGE_BITS
 """Keys a page holds."""

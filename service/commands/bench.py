@@ -19,7 +19,7 @@ def decode(
     contexts: Annotated[str, typer.Option(help="Keys in the cache, a list.")] = "8192,65536",
     keys: Annotated[int, typer.Option(min=1, help="Keys that dynamic keeps.")] = 1024,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 60,
     output: Annotated[Path | None, typer.Option(help="Also write the records as JSON.")] = None,
 ) -> None:
     """Time one decode step's attention: dynamic, dense, and torch's over contiguous keys."""
