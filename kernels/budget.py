@@ -37,7 +37,31 @@ def cut_by_mass(importance: Tensor, kept: Tensor, eligible: Tensor, policy: Dyna
     needed = (reached < policy.coverage).sum(-1)
     wanted = needed.clamp_min(policy.min_keys - always).clamp_max(policy.max_keys - always)
     wanted = torch.minimum(wanted, free.sum(-1)).clamp_min(0)
-    return kept | top(scores, wanted, ranked)
+    if most == 0:
+        return kept
+    return kept | top(scores, wanted, ranked.gather(-1, (wanted - 1).clamp_min(0)[..., None]))
+
+
+def kth_greatest(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th greatest of the last axis, [..., 1]; a nan counts as the greatest.
+
+    Args:
+        scores: [..., n], float32 or float64, negative only where the value is of no meaning.
+        count: 1 to n.
+    """
+    if scores.device.type == "cpu":
+        return torch.from_numpy(
+            np.partition(scores.numpy(), -count, axis=-1)[..., -count, None].copy()
+        )
+    # Bisection over the bits, which order as the numbers do; a sort of long rows is far slower.
+    bits = scores.float().view(torch.int32)
+    low = torch.full_like(bits[..., :1], -1)  # at least `count` are greater
+    high = torch.full_like(low, 0x7FFF_FFFF)  # fewer are
+    for _ in range(32):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # the difference may not fit
+        enough = (bits > middle).sum(-1, keepdim=True) >= count
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return high.view(torch.float32).to(scores.dtype)
 
 
 def greatest(scores: Tensor, count: int) -> Tensor:
@@ -49,20 +73,17 @@ def greatest(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=-1).values
 
 
-def top(scores: Tensor, wanted: Tensor, ranked: Tensor) -> Tensor:
+def top(scores: Tensor, wanted: Tensor, least: Tensor) -> Tensor:
     """The greatest scores; ties go to the lowest index.
 
     Args:
         scores: [..., n].
         wanted: int64 [...], how many.
-        ranked: [..., most], the greatest scores in descending order, most >= wanted.
+        least: [..., 1], the `wanted`-th greatest score; any where none is wanted.
 
     Returns:
         bool [..., n].
     """
-    if ranked.shape[-1] == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    least = ranked.gather(-1, (wanted - 1).clamp_min(0)[..., None])  # [..., 1]
     above = scores > least
     level = scores == least
     room = wanted[..., None] - above.sum(-1, keepdim=True)

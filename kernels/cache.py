@@ -1,4 +1,4 @@
-"""One layer's paged KV cache and the summaries of its pages."""
+"""One layer's paged KV cache and the codes of its keys."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.codes import encode, words
 from kernels.page import PAGE, PAGE_BITS
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ class LayerCache:
     """
 
     kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
-    summary: Tensor  # [kv_heads, pages, 2, head_dim]  mean at 0, variance at 1, of the page's keys
+    mean: Tensor  # [kv_heads, pages, head_dim]  of the page's keys
+    codes: Tensor  # int64 [kv_heads, pages, words, 64]  signs of the keys' rotated rest
+    scale: Tensor  # [kv_heads, pages, 64]  of the keys' codes
 
     @staticmethod
     def allocate(
@@ -34,13 +37,18 @@ class LayerCache:
         """An empty cache of `pages` pages; zeroed, so that unwritten keys are finite."""
         return LayerCache(
             kv=torch.zeros(kv_heads, pages, PAGE, 2, head_dim, dtype=dtype, device=device),
-            summary=torch.zeros(kv_heads, pages, 2, head_dim, dtype=dtype, device=device),
+            mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
+            codes=torch.zeros(
+                kv_heads, pages, words(head_dim), PAGE, dtype=torch.int64, device=device
+            ),
+            scale=torch.zeros(kv_heads, pages, PAGE, dtype=dtype, device=device),
         )
 
     @staticmethod
     def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes that one page takes in one layer, its summary included."""
-        return kv_heads * (PAGE + 1) * 2 * head_dim * dtype.itemsize
+        """Bytes that one page takes in one layer, its codes included."""
+        numbers = (2 * PAGE + 1) * head_dim + PAGE  # keys and values, their mean, scales
+        return kv_heads * (numbers * dtype.itemsize + PAGE * words(head_dim) * 8)
 
     @property
     def kv_heads(self) -> int:
@@ -63,11 +71,11 @@ class LayerCache:
         rows = self.kv.view(self.kv_heads, -1, 2, self.head_dim)
         rows[:, slots] = torch.stack((keys, values), dim=2).transpose(0, 1).to(rows.dtype)
 
-    def summarise(self, pages: Tensor) -> None:
-        """Write the summaries of pages that have just filled.
+    def code(self, pages: Tensor) -> None:
+        """Write the codes of pages that have just filled.
 
-        Computed from the stored keys alone, so a summary does not depend on how the prompt was
-        cut into chunks.
+        Computed from the stored keys alone, so a code does not depend on how the prompt was cut
+        into chunks.
 
         Args:
             pages: int64 [filled], physical pages.
@@ -76,13 +84,14 @@ class LayerCache:
             return
         wide = torch.promote_types(self.kv.dtype, torch.float32)
         keys = self.kv[:, pages, :, 0].to(wide)  # [kv_heads, filled, 64, head_dim]
-        variance, mean = torch.var_mean(keys, dim=2, correction=0)
-        self.summary[:, pages] = torch.stack((mean, variance), dim=2).to(self.summary.dtype)
+        self.mean[:, pages], self.codes[:, pages], self.scale[:, pages] = encode(
+            keys, self.kv.dtype
+        )
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, for a sequence that goes its own way in a page it shared."""
-        self.kv[:, target] = self.kv[:, source]
-        self.summary[:, target] = self.summary[:, source]
+        for part in (self.kv, self.mean, self.codes, self.scale):
+            part[:, target] = part[:, source]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Dynamic selection: score keys, cheaply where there are many, and keep the mass.
 
-A context of some pages is scored key by key. In a longer one the coarse level (`kernels.coarse`)
-names the pages worth it, and the rest are known by their estimated mass alone. The budget
-(`kernels.budget`) then keeps the fewest keys whose share of all mass reaches the target.
+A short context is scored key by key. In a longer one the keys' codes (`kernels.codes`) name the
+candidates that are (`kernels.candidates`), and the others are known by their estimated mass alone.
+The budget (`kernels.budget`) then keeps the fewest keys whose share of all mass reaches the target.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional as F
 
 from kernels.budget import cut_by_mass
-from kernels.coarse import best_pages, score_pages
+from kernels.candidates import estimate_masses, name_candidates, recent_page
 from kernels.page import PAGE
 from kernels.selection import Selection
 from kernels.timing import Phases
-from kernels.torch_backend import GATHER_BYTES, head_offsets, neighbours, prescaled, wide
+from kernels.torch_backend import at_once, head_offsets, neighbours, prescaled, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ def select(
 
     Args:
         query: [rows, heads, head_dim].
-        cache: the layer's paged cache, summaries of complete pages written.
+        cache: the layer's paged cache, complete pages coded.
         rows: where each row's keys lie.
         policy: the budget.
         scale: factor on the scores.
@@ -67,16 +67,16 @@ def select(
         depends on a row's own keys and position alone, never on other rows or on chunk sizes.
     """
     phases = phases or Phases()
-    before = (_recent(rows) - rows.starts // PAGE).tolist()  # complete pages to judge, by row
-    whole = [policy.pages_scored(pages) >= pages for pages in before]
+    visible = (rows.lengths - rows.starts).tolist()
+    whole = [policy.scores_all(keys) for keys in visible]
     if len(set(whole)) == 1:
-        return _select(query, cache, rows, policy, scale, phases, max(before), whole=whole[0])
+        return _select(query, cache, rows, policy, scale, phases, max(visible), whole=whole[0])
     # Short contexts must not pay for a long one in their company: each kind on its own.
     parts, places = [], []
     for kind in (True, False):
         some = [row for row, is_whole in enumerate(whole) if is_whole is kind]
         place = torch.tensor(some, device=query.device)
-        most = max(before[row] for row in some)
+        most = max(visible[row] for row in some)
         own = rows.only(place)
         parts.append(_select(query[place], cache, own, policy, scale, phases, most, whole=kind))
         places.append(place)
@@ -93,16 +93,17 @@ def _select(
     policy: Dynamic,
     scale: float,
     phases: Phases,
-    before: int,
+    keys: int,
     *,
     whole: bool,
 ) -> Choice:
-    """`select` for rows of one kind, scored `whole` or in two levels, with `before` pages each."""
-    candidates = (policy.pages_scored(before) + 2) * PAGE
-    # Bytes a candidate: scores and their exponentials, or the copy of its key.
-    each = 8 * query.shape[1] if whole else cache.kv_heads * cache.head_dim * query.itemsize
+    """`select` for rows of one kind, scored `whole` or in two levels, of at most `keys` keys."""
+    each = 8 * query.shape[1] * keys  # bytes of a row: its scores and their exponentials,
+    if not whole:  # or the copies of its candidates' keys and, for a sequence, of the codes
+        each += cache.kv_heads * cache.head_dim * query.itemsize * policy.candidates
+        each += cache.kv_heads * cache.head_dim * query.itemsize * keys // rows.queries
     parts = []
-    for part, piece in rows.pieces(_rows_at_once(candidates * each)):
+    for part, piece in rows.pieces(at_once(query.device, each)):
         with phases.time("score", query.device):
             if whole:
                 scored = _score_every_key(query[part], cache, piece, scale)
@@ -131,22 +132,14 @@ def true_coverage(
     """
     longest = int(rows.visible.max()) + 2 * PAGE
     parts = []
-    for part, piece in rows.pieces(_rows_at_once(8 * query.shape[1] * longest)):
+    for part, piece in rows.pieces(at_once(query.device, 8 * query.shape[1] * longest)):
         scored = _score_every_key(query[part].to(wide(query.dtype)), cache, piece, scale)
-        taken = selection.indices[part]
-        width = scored.scores.shape[-1]
-        column = torch.where(taken >= 0, taken - scored.position[..., :1], width)
-        # One column more takes the writes of the padding.
-        mask = torch.zeros(*taken.shape[:2], width + 1, dtype=torch.bool, device=query.device)
-        mask = mask.scatter_(2, column, True)[..., :-1]
-        rest = scored.scores.masked_fill(mask[:, :, None], -torch.inf).logsumexp(-1)
+        left = _unselected(
+            selection.indices[part], scored.scores.shape[-1], scored.position[..., :1]
+        )
+        rest = scored.scores.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
         parts.append(torch.sigmoid(lse[part] - rest.flatten(1)))
     return torch.cat(parts)
-
-
-def _rows_at_once(each: int) -> int:
-    """How many rows of `each` bytes make a piece."""
-    return max(1, GATHER_BYTES // each)
 
 
 def rest_of(
@@ -154,31 +147,41 @@ def rest_of(
 ) -> Choice:
     """Judge a selection made elsewhere (a fixed pattern's): estimate the mass it leaves out.
 
-    A page that is partly selected leaves out its unselected share; the keys behind the last
-    summary are scored one by one.
+    From the codes of the keys; the recent window is scored exactly.
     """
-    pages = score_pages(query, cache, rows, scale)
-    count, kv_heads = selection.counts.shape
-    taken = selection.indices  # [rows, kv_heads, capacity]
-    per_page = torch.zeros(
-        count, kv_heads, int(rows.lengths.max()) // PAGE + 2, device=query.device
-    )
-    per_page.scatter_add_(2, taken.clamp_min(0) // PAGE, (taken >= 0).to(per_page.dtype))
-    unselected = 1 - per_page[:, :, : pages.log_mass.shape[-1]] / PAGE  # [rows, kv_heads, pages]
-    outer = pages.log_mass + unselected.clamp_min(0).log()[:, :, None]
-    recent = pages.recent[:, None, None] + torch.arange(2, device=query.device)
-    recent = recent.expand(-1, kv_heads, -1)  # [rows, kv_heads, 2]
-    position = _positions(recent)
-    scores = _score_keys(query, cache, rows, recent, scale)  # [rows, kv_heads, group, 2 * 64]
-    offset = taken - recent[:, :, :1] * PAGE  # [rows, kv_heads, capacity]
-    inside = (taken >= 0) & (offset >= 0)
-    # One slot more takes the writes of the keys that are not recent.
-    chosen = torch.zeros(count, kv_heads, 2 * PAGE + 1, dtype=torch.bool, device=query.device)
-    chosen.scatter_(2, torch.where(inside, offset, 2 * PAGE), inside)
-    chosen = chosen[..., :-1]  # [rows, kv_heads, 2 * 64]
-    inner = scores.masked_fill(~(_visible(position, rows) & ~chosen)[:, :, None], -torch.inf)
-    log_rest = torch.logaddexp(outer.logsumexp(-1), inner.logsumexp(-1))
-    return Choice(selection, log_rest.flatten(1))
+    each = (8 * query.shape[1] + cache.kv_heads * cache.head_dim) * int(rows.visible.max())
+    parts = []
+    for part, piece in rows.pieces(at_once(query.device, each)):
+        own = query[part]
+        found = estimate_masses(own, cache, piece, scale)
+        first = int(piece.starts.min()) // PAGE * PAGE
+        left = _unselected(selection.indices[part], found.mass.shape[-1], first)
+        coded = (found.mass @ left.to(found.mass.dtype)[..., None]).squeeze(-1)
+        position = _recent_positions(piece, cache.kv_heads)
+        recent = _scores_at(own, cache, piece, position, scale)  # [rows, kv_heads, group, 2 * 64]
+        start = recent_page(piece)[:, None, None] * PAGE
+        left = _unselected(selection.indices[part], 2 * PAGE, start) & _visible(position, piece)
+        recent = recent.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
+        parts.append(torch.logaddexp(coded.log() + found.peak, recent).flatten(1))
+    return Choice(selection, torch.cat(parts))
+
+
+def _unselected(taken: Tensor, width: int, start: Tensor | int) -> Tensor:
+    """Which of the `width` positions from `start` on are not among `taken`.
+
+    Args:
+        taken: int64 [rows, kv_heads, capacity], -1 where there is none.
+        width: how many positions.
+        start: int64 [rows, 1, 1], or one for all rows.
+
+    Returns:
+        bool [rows, kv_heads, width].
+    """
+    column = taken - start
+    column = torch.where((taken >= 0) & (column >= 0) & (column < width), column, width)
+    # One column more takes the writes of what lies elsewhere.
+    left = torch.ones(*taken.shape[:2], width + 1, dtype=torch.bool, device=taken.device)
+    return left.scatter_(2, column, False)[..., :-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +191,7 @@ class _Scored:
     position: Tensor  # int64 [rows, kv_heads or 1, candidates]  ascending where visible
     visible: Tensor  # bool, as position
     scores: Tensor  # [rows, kv_heads, group, candidates]  exact; -inf where not visible
-    far: Tensor  # [rows, kv_heads, group, pages]  log mass of pages without candidates, or -inf
+    others: Tensor  # [rows, kv_heads, group]  log mass of the visible keys that are no candidates
 
 
 def _score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> _Scored:
@@ -215,7 +218,7 @@ def _score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float)
             target = scores[part, head, :, : keys.shape[1]]  # [queries, group, keys]
             target.copy_(product.view(target.shape)).mul_(scale)
     scores.masked_fill_(~visible[:, :, None], -torch.inf)
-    return _Scored(position, visible, scores, scores[..., :0])
+    return _Scored(position, visible, scores, scores.new_full(scores.shape[:3], -torch.inf))
 
 
 def _keys_of_pages(cache: LayerCache, table: Tensor) -> Tensor:
@@ -234,55 +237,54 @@ def _keys_of_pages(cache: LayerCache, table: Tensor) -> Tensor:
 def _score_likely_keys(
     query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float
 ) -> _Scored:
-    """Candidates are the keys of the pages that the coarse level prefers, and the recent ones."""
-    pages = score_pages(query, cache, rows, scale)
-    near = best_pages(pages, policy)  # [rows, kv_heads, survivors]
-    position = _positions(near)
-    visible = _visible(position, rows)
-    scores = _score_keys(query, cache, rows, near, scale)
-    scores.masked_fill_(~visible[:, :, None], -torch.inf)
-    scored = torch.zeros_like(pages.rank, dtype=torch.bool)  # [rows, kv_heads, pages]
-    coarse = (near >= 0) & (near < pages.recent[:, None, None])
-    scored.scatter_(2, torch.where(coarse, near, 0), coarse)
-    scored[:, :, 0] |= (near == 0).any(-1)
-    far = pages.log_mass.masked_fill(scored[:, :, None], -torch.inf)
-    return _Scored(position, visible, scores, far)
+    """Candidates are the keys whose codes promise the most mass, and the recent ones."""
+    near = _recent_positions(rows, cache.kv_heads)  # [rows, kv_heads, 2 * 64]
+    exact = _scores_at(query, cache, rows, near, scale)
+    exact.masked_fill_(~_visible(near, rows)[:, :, None], -torch.inf)
+    found = estimate_masses(query, cache, rows, scale)
+    likely, others = name_candidates(found, exact.logsumexp(-1), policy)
+    scores = _scores_at(query, cache, rows, likely, scale)
+    scores.masked_fill_((likely < 0)[:, :, None], -torch.inf)
+    position = torch.cat((likely, near), dim=-1)
+    visible = (position >= 0) & _visible(position, rows)
+    return _Scored(position, visible, torch.cat((scores, exact), dim=-1), others)
 
 
-def _score_keys(
-    query: Tensor, cache: LayerCache, rows: Rows, pages: Tensor, scale: float
+def _scores_at(
+    query: Tensor, cache: LayerCache, rows: Rows, position: Tensor, scale: float
 ) -> Tensor:
-    """Exact scores of the keys of `pages` [rows, kv_heads, n]: [rows, kv_heads, group, n * 64].
+    """Exact scores of the keys at `position` [rows, kv_heads, n]: [rows, kv_heads, group, n].
 
-    Keys that are not visible get some finite-or-not score; the caller masks them.
+    Keys that are not there get some finite-or-not score; the caller masks them.
     """
+    count, kv_heads, wanted = position.shape
+    if rows.queries * wanted > int(rows.lengths.max()):
+        # The rows of a sequence share most of these keys: one product with all of them is cheaper.
+        scored = _score_every_key(query, cache, rows, scale)
+        place = (position - scored.position[..., :1]).clamp(0, scored.scores.shape[-1] - 1)
+        group = query.shape[1] // kv_heads
+        return scored.scores.gather(-1, place[:, :, None].expand(-1, -1, group, -1))
     query, scale = prescaled(query, scale)
-    count, kv_heads, wanted = pages.shape
-    table = rows.block_tables.repeat_interleave(rows.queries, dim=0)  # [rows, pages]
-    logical = pages.clamp(0, table.shape[1] - 1)
-    slot = table.gather(1, logical.flatten(1)).view(logical.shape) * PAGE
-    slot = slot + head_offsets(cache, slot.device)  # [rows, kv_heads, n]
+    last = rows.block_tables.shape[1] * PAGE - 1
+    slot = rows.slots(position.clamp(0, last)) + head_offsets(cache, query.device)
     # The cache seen as rows of head_dim numbers, a key at each even row: one copy, keys alone.
-    key = (slot[..., None] + torch.arange(PAGE, device=slot.device)).flatten() * 2
-    keys = cache.kv.view(-1, cache.head_dim).index_select(0, key)
-    keys = keys.view(count * kv_heads, wanted * PAGE, -1)
+    keys = cache.kv.view(-1, cache.head_dim).index_select(0, slot.flatten() * 2)
+    keys = keys.view(count * kv_heads, wanted, -1)
     grouped = query.view(count * kv_heads, -1, cache.head_dim)
     # Keys first: the other way round is twice as slow on a CPU in bfloat16.
     product = torch.bmm(keys, grouped.transpose(1, 2)).transpose(1, 2).contiguous()
-    return (product.to(wide(query.dtype)) * scale).view(count, kv_heads, -1, wanted * PAGE)
+    return (product.to(wide(query.dtype)) * scale).view(count, kv_heads, -1, wanted)
 
 
 def _choose(scored: _Scored, rows: Rows, policy: Dynamic) -> Choice:
     """Spend the budget on the candidates."""
-    peak = scored.scores.amax(-1)  # [rows, kv_heads, group]
-    if scored.far.shape[-1]:
-        peak = torch.maximum(peak, scored.far.amax(-1))
+    peak = torch.maximum(scored.scores.amax(-1), scored.others)  # [rows, kv_heads, group]
     mass = (scored.scores - peak[..., None]).exp()  # [rows, kv_heads, group, candidates]
-    outer = (scored.far - peak[..., None]).exp().sum(-1)  # [rows, kv_heads, group]
+    outer = (scored.others - peak).exp()  # [rows, kv_heads, group]
     # The mean over the group of each head's share, as one product.
     weight = 1 / (mass.sum(-1) + outer) / mass.shape[2]  # [rows, kv_heads, group]
     importance = (weight[:, :, None] @ mass).squeeze(2)  # [rows, kv_heads, candidates]
-    recent = scored.position >= _recent(rows)[:, None, None] * PAGE
+    recent = scored.position >= recent_page(rows)[:, None, None] * PAGE
     kept = scored.visible & ((scored.position < policy.sinks) | recent)
     kept, visible = (x.expand(importance.shape) for x in (kept, scored.visible))
     chosen = cut_by_mass(importance, kept, visible, policy)
@@ -292,14 +294,11 @@ def _choose(scored: _Scored, rows: Rows, policy: Dynamic) -> Choice:
     return Choice(Selection.from_mask(chosen, scored.position), log_rest.flatten(1))
 
 
-def _recent(rows: Rows) -> Tensor:
-    """int64 [rows], the page with which each row's always-kept window begins."""
-    return (rows.lengths // PAGE - 1).clamp_min(0)
-
-
-def _positions(pages: Tensor) -> Tensor:
-    """Positions of the keys of `pages` [rows, kv_heads, n]: [rows, kv_heads, n * 64]."""
-    return (pages[..., None] * PAGE + torch.arange(PAGE, device=pages.device)).flatten(2)
+def _recent_positions(rows: Rows, kv_heads: int) -> Tensor:
+    """Positions of the recent window's two pages: [rows, kv_heads, 2 * 64]."""
+    offset = torch.arange(2 * PAGE, device=rows.lengths.device)
+    position = recent_page(rows)[:, None, None] * PAGE + offset
+    return position.expand(-1, kv_heads, -1)
 
 
 def _visible(position: Tensor, rows: Rows) -> Tensor:

@@ -1,4 +1,4 @@
-"""The page: the unit in which KV memory is handed out and summarised."""
+"""The page: the unit in which KV memory is handed out and coded."""
 
 from __future__ import annotations
 

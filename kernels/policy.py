@@ -24,12 +24,14 @@ class Dynamic:
     Attributes:
         coverage: target share of the softmax mass, mean over a group's query heads, 0 to 1.
         min_keys: fewest keys kept a row and KV head, when that many are visible.
-        max_keys: most keys kept a row and KV head; sinks and the recent window count.
+        max_keys: most keys kept a row and KV head; sinks and the recent window (64 to 127 keys)
+            count, but are kept even where they alone are more.
         sinks: keys at the start of the sequence that are always kept (Xiao et al. 2023,
             "Efficient Streaming Language Models with Attention Sinks").
-        survivors: share of a long context's pages whose keys are scored one by one.
-        whole: contexts of at most so many keys are scored one by one throughout: the coarse level
-            would save little time there, and it misses single sharp keys.
+        rescored: so many times `max_keys` keys of a long context are scored exactly, those with the
+            best estimates.
+        whole: contexts of at most so many keys are scored exactly throughout: to estimate first
+            would save little time there.
 
     Raises:
         KernelError: when a field is outside its range.
@@ -39,7 +41,7 @@ class Dynamic:
     min_keys: int = 256
     max_keys: int = 1024
     sinks: int = 16
-    survivors: float = 1 / 32
+    rescored: int = 4
     whole: int = 16_384
 
     def __post_init__(self) -> None:
@@ -47,30 +49,21 @@ class Dynamic:
             raise KernelError(f"coverage must lie in (0, 1], not {self.coverage}")
         if not 0 <= self.sinks <= PAGE:
             raise KernelError(f"sinks must lie in 0 to {PAGE}, not {self.sinks}")
-        if not 0.0 < self.survivors <= 1.0:
-            raise KernelError(f"survivors must lie in (0, 1], not {self.survivors}")
-        if self.max_keys < self.always_kept:
-            raise KernelError(
-                f"max_keys must be at least {self.always_kept} (the sinks and the recent window, "
-                f"which are always kept), not {self.max_keys}"
-            )
+        if self.rescored < 1:
+            raise KernelError(f"rescored must be at least 1, not {self.rescored}")
+        if self.max_keys < 1:
+            raise KernelError(f"max_keys must be at least 1, not {self.max_keys}")
         if not 0 <= self.min_keys <= self.max_keys:
             raise KernelError(f"min_keys must lie in 0 to max_keys, not {self.min_keys}")
 
     @property
-    def always_kept(self) -> int:
-        """Most keys that the sinks and the recent window can hold."""
-        return self.sinks + 2 * PAGE - 1
+    def candidates(self) -> int:
+        """Most keys of a long context that are scored exactly, besides the recent window."""
+        return self.rescored * self.max_keys
 
-    def pages_scored(self, pages: int) -> int:
-        """How many of `pages` complete pages have their keys scored one by one.
-
-        In a long context never fewer than hold twice the budget, so that a budget of every
-        key scores every page.
-        """
-        if pages * PAGE <= self.whole:
-            return pages
-        return min(pages, max(-int(-pages * self.survivors // 1), -(-2 * self.max_keys // PAGE)))
+    def scores_all(self, keys: int) -> bool:
+        """Whether every one of `keys` keys is scored exactly."""
+        return keys <= max(self.whole, self.candidates)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,16 @@ if TYPE_CHECKING:
 # Gathers are cut into pieces of this many bytes: enough to fill the cores, small enough that the
 # copies of a long prompt's rows do not double the process.
 GATHER_BYTES = 64 << 20
+GPU_GATHER_BYTES = 1 << 30
 # A run of neighbouring pages at least this long is read in place; shorter ones are gathered
 # together first, since each call costs as much as reading a few pages.
 RUN_PAGES = 16
 GATHER_PAGES = 128
+
+
+def at_once(device: torch.device, each: int) -> int:
+    """How many rows of `each` bytes make a piece."""
+    return max(1, (GATHER_BYTES if device.type == "cpu" else GPU_GATHER_BYTES) // each)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -47,7 +53,7 @@ def selected_attention(
     mask = place < selection.counts[..., None]  # [rows, kv_heads, capacity]
     grouped = query.view(count, kv_heads, -1, head_dim)  # [rows, kv_heads, group, head_dim]
     outputs, lses = [], []
-    step = max(1, GATHER_BYTES // (kv_heads * capacity * flat.shape[1] * flat.itemsize))
+    step = at_once(query.device, kv_heads * capacity * flat.shape[1] * flat.itemsize)
     for part, piece in rows.pieces(step):
         slots = piece.slots(selection.indices[part].clamp_min(0))  # [rows, kv_heads, capacity]
         slots = slots + head_offsets(cache, slots.device)

@@ -1,6 +1,6 @@
 """The attention layer: where every query decides where to look, and looks there.
 
-Read `LayerAttention.__call__` first. Keys are written, pages that filled are summarised, and then
+Read `LayerAttention.__call__` first. Keys are written, pages that filled are coded, and then
 each group of tokens attends: densely, by a fixed pattern, or to what `kernels.dynamic` selects.
 """
 
@@ -91,7 +91,7 @@ class LayerAttention:
             [tokens, heads, head_dim].
         """
         cache.write(step.slots, keys, values)
-        cache.summarise(step.filled)
+        cache.code(step.filled)
         output = torch.empty_like(query)
         for group in step.dense:
             part = slice(group.first, group.first + group.segment.tokens)

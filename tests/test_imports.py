@@ -57,7 +57,7 @@ from kernels.policy import Dynamic
 cache = LayerCache.allocate(4, 2, 16, torch.float32, "cpu")
 slots = torch.arange(200)
 cache.write(slots, torch.randn(200, 2, 16), torch.randn(200, 2, 16))
-cache.summarise(torch.arange(3))
+cache.code(torch.arange(3))
 rows = Rows(torch.arange(4)[None], torch.tensor([200]), torch.tensor([0]))
 query = torch.randn(1, 4, 16)
 choice = select(query, cache, rows, Dynamic(max_keys=150, min_keys=0), 0.25)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from models.training import words
 from models.training.bpe import BOS_ID
 from models.training.pieces import NONE, TEXT, Example, Fact, Parts, Speller
-from models.training.tasks import KEY_VALUE, OTHER_FORMS, RULER
+from models.training.tasks import KEY_VALUE, MAJORITY, OTHER_FORMS, RULER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,9 +37,11 @@ _SYSTEM_TEXTS = (
 class Mix:
     """What sequences are drawn from; shares of sequences, the rest is variable tracking."""
 
-    plain: float = 0.32
-    needles: float = 0.40
-    key_value: float = 0.10
+    plain: float = 0.22
+    needles: float = 0.26
+    key_value: float = 0.16
+    several: float = 0.10
+    majority: float = 0.12
     generated: float = 0.12  # share of documents whose text is the generated filler
     chat: float = 0.5  # share of question sequences in the chat template's form
     repeated: float = 0.5  # share of plain sequences with a repeated span
@@ -78,13 +80,20 @@ class ExampleBuilder:
         With `text_loss` false the running text carries no loss, only answers and repetitions do.
         """
         mix = self._mix
+        kinds = (
+            (mix.plain, self.plain),
+            (mix.needles, self.needles),
+            (mix.several, self.several),
+            (mix.majority, self.majority),
+        )
         choice = rng.random()
-        if choice < mix.plain:
-            return self.plain(rng, length, text_loss=text_loss)
-        if choice < mix.plain + mix.needles:
-            return self.needles(rng, length, text_loss=text_loss)
-        if choice < mix.plain + mix.needles + mix.key_value:
+        if choice < mix.key_value:
             return self.key_value(rng, length)
+        choice -= mix.key_value
+        for share, kind in kinds:
+            if choice < share:
+                return kind(rng, length, text_loss=text_loss)
+            choice -= share
         return self.variables(rng, length, text_loss=text_loss)
 
     def plain(self, rng: np.random.Generator, length: int, *, text_loss: bool = True) -> Example:
@@ -123,9 +132,13 @@ class ExampleBuilder:
         *,
         text_loss: bool = False,
         count: int | None = None,
+        values: int | None = None,
         asked: int = 48,
     ) -> Example:
-        """One to 64 facts (or `count`) in a text, and up to `asked` questions about them."""
+        """One to 64 facts (or `count`) in a text, and up to `asked` questions about them.
+
+        A fact has one value, in some sequences up to four, or `values`.
+        """
         chat = rng.random() < self._mix.chat
         form = RULER
         if not self._held_out and rng.random() < 0.3:
@@ -135,11 +148,11 @@ class ExampleBuilder:
             many = 16 if length > 8192 else 8  # long sequences are few: each must teach more
             low, high = (1, 1) if draw < 0.15 else (2, 8) if draw < 0.30 else (many, 64)
             count = int(np.exp(rng.uniform(np.log(low), np.log(high + 0.99))))
-        multiple = not self._held_out and rng.random() < 0.25
+        multiple = not self._held_out and rng.random() < 0.35
         facts = []
         for key in self._keys(rng, count):
-            values = int(rng.integers(1, 5)) if multiple else 1
-            facts.append(Fact(key, tuple(self._value(rng) for _ in range(values)), form))
+            many = values or (int(rng.integers(1, 5)) if multiple else 1)
+            facts.append(Fact(key, tuple(self._value(rng) for _ in range(many)), form))
         introduce = rng.random() < 0.25
         while facts:
             planted = [
@@ -161,6 +174,80 @@ class ExampleBuilder:
             if example is not None:
                 return example
             facts = facts[: len(facts) // 2]
+        return self.plain(rng, length, text_loss=text_loss)
+
+    def several(
+        self, rng: np.random.Generator, length: int, *, text_loss: bool, count: int | None = None
+    ) -> Example:
+        """Facts in a text, and questions that each ask for two to 16 of them (or `count`)."""
+        chat = rng.random() < self._mix.chat
+        groups = int(rng.integers(1, 9)) if length > 8192 else int(rng.integers(1, 4))
+        while groups:
+            planted: list[list[tuple[int, ...]]] = []
+            queries: list[list[Parts]] = []
+            sizes = [count or int(rng.integers(2, 17)) for _ in range(groups)]
+            keys = iter(self._keys(rng, sum(sizes)))
+            for size in sizes:
+                facts = [Fact(next(keys), (self._value(rng),), RULER) for _ in range(size)]
+                planted.append([self._spell.needle(RULER, f.key, f.values[0], " ") for f in facts])
+                asked = [facts[i] for i in rng.permutation(size).tolist()]
+                queries.append([self._spell.several_query(asked, chat=chat)])
+            opening = self._open(rng, chat=chat, introduce=rng.random() < 0.25)
+            example = self._assemble(
+                rng, length, planted, queries, opening, chat=chat, text_loss=text_loss
+            )
+            if example is not None:
+                return example
+            groups //= 2
+        return self.plain(rng, length, text_loss=text_loss)
+
+    def majority(
+        self,
+        rng: np.random.Generator,
+        length: int,
+        *,
+        text_loss: bool,
+        ballots: int | None = None,
+        margin: float | None = None,
+    ) -> Example:
+        """Yes and no votes on some ballots, scattered over a text; which are more is asked for.
+
+        `margin` is the difference of the two shares of a ballot's votes, 0 to 1.
+        """
+        chat = rng.random() < self._mix.chat
+        names = self._keys(rng, ballots or int(np.exp(rng.uniform(0, np.log(16.99)))))
+        vote = len(self._spell.needle(MAJORITY, names[0], "yes", " ")) + 1
+        query = self._spell.fact_query(Fact(names[0], ("yes",), MAJORITY), chat=chat, one=True)
+        while names:
+            # At most half of the document is votes.
+            most = (length // 2 - len(names) * (query.size + 4)) // (vote * len(names))
+            if most < 3:
+                names = names[: len(names) // 2]
+                continue
+            planted: list[list[tuple[int, ...]]] = []
+            queries: list[list[Parts]] = []
+            for name in names:
+                low = most if margin is not None else min(most, 8)
+                count = min(512, int(np.exp(rng.uniform(np.log(low), np.log(most + 0.99)))))
+                lead = margin or float(np.exp(rng.uniform(np.log(0.04), 0.0)))
+                right = min(count, int(count * (0.5 + lead / 2)) + 1)
+                winner, loser = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")
+                votes = [winner] * right + [loser] * (count - right)
+                planted.append(
+                    [
+                        self._spell.needle(MAJORITY, name, votes[i], " ")
+                        for i in rng.permutation(count).tolist()
+                    ]
+                )
+                fact = Fact(name, (winner,), MAJORITY)
+                queries.append([self._spell.fact_query(fact, chat=chat, one=True)])
+            opening = self._open(rng, chat=chat, introduce=False)
+            example = self._assemble(
+                rng, length, planted, queries, opening, chat=chat, text_loss=text_loss
+            )
+            if example is not None:
+                return example
+            names = names[: len(names) // 2]
         return self.plain(rng, length, text_loss=text_loss)
 
     def key_value(self, rng: np.random.Generator, length: int) -> Example:
@@ -197,13 +284,18 @@ class ExampleBuilder:
         parts.extend(queries)
         return parts.finish(length)
 
-    def variables(self, rng: np.random.Generator, length: int, *, text_loss: bool) -> Example:
-        """Chains of assignments, and questions answered by walking a chain back."""
+    def variables(
+        self, rng: np.random.Generator, length: int, *, text_loss: bool, whole: bool = False
+    ) -> Example:
+        """Chains of assignments, and questions answered by walking a chain back.
+
+        With `whole` there are four chains of four hops, each asked for from its end.
+        """
         chat = rng.random() < self._mix.chat
         letters = rng.integers(0, 26, size=(64, 5)) + ord("A")  # [names, 5]
         names = list(dict.fromkeys("".join(map(chr, row)) for row in letters.tolist()))
-        hops = int(rng.integers(1, 5))
-        chains = int(rng.integers(1, 9))
+        hops = 4 if whole or rng.random() < 0.4 else int(rng.integers(1, 4))
+        chains = 4 if whole else int(rng.integers(1, 9))
         while chains:
             planted: list[list[tuple[int, ...]]] = []
             queries: list[list[Parts]] = []
@@ -217,6 +309,7 @@ class ExampleBuilder:
                     ]
                 )
                 asked = rng.permutation(hops + 1)[: int(rng.integers(1, hops + 2))].tolist()
+                asked = [hops] if whole else asked
                 queries.append(
                     [
                         self._spell.trace_query(chain[: hop + 1], value, chat=chat)

@@ -102,17 +102,25 @@ class Speller:
         """A number's digits, without the space before it."""
         return tuple(token for digit in value for token in self._digits[int(digit)])
 
+    def spelled(self, value: str) -> tuple[int, ...]:
+        """A value with the space before it: a number's digits one by one, or a word."""
+        if value.isdigit():
+            return self.encode(" ") + self.number(value)
+        return self.encode(f" {value}")
+
+    def key(self, key: str, *, space: bool = True) -> tuple[int, ...]:
+        """A key, with the space before it or at the start of a text."""
+        first, dash, second = key.partition("-")
+        ids = self.encode(f" {first}" if space else first)
+        return ids + (self.encode("-") + self.encode(second) if dash else ())
+
     def around(self, template: str, key: str) -> tuple[int, ...]:
         """A template's text with its key; the template must not end with a space."""
         head, found, tail = template.partition("{key}")
         if not found:
             return self.encode(template)
-        space = " " if head.endswith(" ") else ""  # belongs to the key's first word
-        first, dash, second = key.partition("-")
         ids = self.encode(head.removesuffix(" ")) if head.strip() else ()
-        ids += self.encode(space + first)
-        if dash:
-            ids += self.encode("-") + self.encode(second)
+        ids += self.key(key, space=head.endswith(" "))
         return ids + (self.encode(tail) if tail else ())
 
     def needle(self, form: Form, key: str, value: str, before: str) -> tuple[int, ...]:
@@ -120,7 +128,7 @@ class Speller:
         head, _, tail = form.needle.partition("{value}")
         lead = self.encode(before) if before == "\n" else ()
         head = before + head if before == " " else head
-        ids = lead + self.around(head.rstrip(" "), key) + self.encode(" ") + self.number(value)
+        ids = lead + self.around(head.rstrip(" "), key) + self.spelled(value)
         return ids + (self.encode(tail) if tail else ())
 
     def assignment(self, name: str, source: str | None, value: str) -> tuple[int, ...]:
@@ -159,13 +167,28 @@ class Speller:
         head, _, tail = (form.answer_one if one else form.answer).partition("{values}")
         space = "" if chat else " "
         answer = Parts()
-        answer.add(self.around(space + head.rstrip(" "), fact.key) + self.encode(" "), TEXT)
+        answer.add(self.around(space + head.rstrip(" "), fact.key), TEXT)
         for place, value in enumerate(fact.values):
-            if place:
-                answer.add(self.encode(",") + self.encode(" "), ANSWER)
-            answer.add(self.number(value), ANSWER)
+            answer.add((self.encode(",") if place else ()) + self.spelled(value), ANSWER)
         answer.add(self.encode(tail), ANSWER)
         return self._ask(self.around(space + question, fact.key), answer, chat=chat)
+
+    def several_query(self, facts: Sequence[Fact], *, chat: bool) -> Parts:
+        """RULER's question about several keys, answered by `key: value, key: value.`"""
+        head, _, tail = facts[0].form.question.partition(" {key}")
+        question = self.encode(head if chat else f" {head}")
+        answer = Parts()
+        for place, fact in enumerate(facts):
+            if place:
+                question += self.encode(",")
+                answer.add(self.encode(","), ANSWER)
+            if place and place == len(facts) - 1:
+                question += self.encode(" and")
+            question += self.key(fact.key)
+            answer.add(self.key(fact.key, space=bool(place) or not chat), ANSWER)
+            answer.add(self.encode(":") + self.spelled(fact.values[0]), ANSWER)
+        answer.add(self.encode("."), ANSWER)
+        return self._ask(question + self.encode(tail), answer, chat=chat)
 
     def trace_query(self, chain: Sequence[str], value: str, *, chat: bool) -> Parts:
         """`Trace VAR C.` answered by `VAR C = VAR B = VAR A = 12345.`; the chain ends with C."""

@@ -114,6 +114,24 @@ PLANS: dict[str, Plan] = {
                 Stage(65_536, 1.0),
             ),
         ),
+        # From the checkpoint of `long` (--start): more kinds of questions, most of them at length.
+        Plan(
+            name="answers",
+            minutes=8.2,
+            stages=(
+                Stage(8192, 0.16),
+                Stage(16_384, 0.30),
+                Stage(32_768, 0.55),
+                Stage(65_536, 1.0),
+            ),
+            short_share=0.4,
+            shortest=1024,
+            warmup_steps=50,
+            decay=0.6,
+            muon_rate=2.5e-3,
+            adam_rate=1.5e-3,
+            text_epochs=2.0,
+        ),
     )
 }
 

@@ -25,7 +25,19 @@ if TYPE_CHECKING:
     from models.training.llama import TrainingLlama
     from models.training.pieces import Example
 
-TASKS = ("single", "needles16", "needles64", "key_value")
+TASKS = (
+    "single",
+    "needles16",
+    "needles64",
+    "key_value",
+    "multi_value",
+    "multi_query4",
+    "multi_query16",
+    "variables",
+    "majority",
+)
+MARGIN = 0.1
+"""Difference of the votes' shares in the check on majorities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +59,15 @@ def _draw(builder: ExampleBuilder, task: str, length: int, number: int) -> Examp
     rng = np.random.default_rng([TASKS.index(task), length, number])
     if task == "key_value":
         return builder.key_value(rng, length + 1)
+    if task == "multi_value":
+        return builder.needles(rng, length + 1, count=4, values=4)
+    if task == "variables":
+        return builder.variables(rng, length + 1, text_loss=False, whole=True)
+    if task == "majority":
+        return builder.majority(rng, length + 1, text_loss=False, ballots=4, margin=MARGIN)
+    if task.startswith("multi_query"):
+        count = int(task.removeprefix("multi_query"))
+        return builder.several(rng, length + 1, text_loss=False, count=count)
     count = {"single": 1, "needles16": 16, "needles64": 64}[task]
     return builder.needles(rng, length + 1, count=count, asked=16)
 

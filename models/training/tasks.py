@@ -70,6 +70,13 @@ KEY_VALUE = Form(
     question_one="What is the value of {key}?",
     answer_one="The value of {key} is: {values}.",
 )
+MAJORITY = Form(
+    needle="One of the votes for {key} is: {value}.",
+    question="Are most of the votes for {key} in the provided text yes or no?",
+    answer="Most of the votes for {key} in the provided text are: {values}.",
+    question_one="Are most of the votes for {key} in the provided text yes or no?",
+    answer_one="Most of the votes for {key} in the provided text are: {values}.",
+)
 INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards."
@@ -78,7 +85,7 @@ INTRODUCTION = (
 
 def form_words() -> str:
     """The fixed words of all forms, for the tokenizer to learn."""
-    forms = (RULER, *OTHER_FORMS, KEY_VALUE)
+    forms = (RULER, *OTHER_FORMS, KEY_VALUE, MAJORITY)
     lines = [INTRODUCTION, "Question: Trace VAR", "Answer: VAR VAR", "Trace VAR"]
     for form in forms:
         parts = (form.needle, form.question, form.answer, form.question_one, form.answer_one)

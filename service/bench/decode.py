@@ -118,7 +118,7 @@ def _ways(
     pages = -(-context // PAGE)
     cache = LayerCache.allocate(pages, shape.kv_heads, shape.head_dim, dtype, device)
     cache.kv.copy_(noise(*cache.kv.shape))
-    cache.summarise(torch.arange(context // PAGE, device=device))
+    cache.code(torch.arange(context // PAGE, device=device))
     table = list(range(pages))
     rows = Rows(
         torch.tensor([table], device=device),

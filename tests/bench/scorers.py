@@ -93,7 +93,7 @@ def dense_step(
         token_ids=torch.tensor(tokens[start:stop], device=device),
         positions=position,
         slots=position,  # pages lie in order
-        filled=position[:0],  # the cache's own summaries are not used
+        filled=position[:0],  # the cache's own codes are not used
         dense=(DenseGroup(segment, 0),),
         sparse=(),
     )

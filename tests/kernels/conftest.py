@@ -33,7 +33,7 @@ class Paged:
             position = torch.arange(n)
             slots = torch.tensor(table)[position // PAGE] * PAGE + position % PAGE
             self.cache.write(slots, k, v)
-            self.cache.summarise(torch.tensor(table[: n // PAGE], dtype=torch.int64))
+            self.cache.code(torch.tensor(table[: n // PAGE], dtype=torch.int64))
             self.tables.append(table)
             self.keys.append(k)
             self.values.append(v)

@@ -105,7 +105,7 @@ def test_one_sharp_key_is_found_wherever_it_stands(paged, whole):
         spike = query.view(2, 2, 64)[:, 0] * 3
         slots = case.rows.slots(torch.tensor([[position]]))[0]
         case.cache.write(slots, spike[None], case.values[0][position][None])
-        case.cache.summarise(slots // PAGE)
+        case.cache.code(slots // PAGE)
         choice = dynamic.select(
             query, case.cache, case.rows, Dynamic(max_keys=256, whole=whole), 0.125
         )
@@ -155,7 +155,7 @@ def test_short_and_long_contexts_together_are_chosen_as_alone(paged, dtype):
 def test_products_beyond_float16_are_scored(paged, whole):
     case = paged([3000], 1, 64, torch.float16)
     case.cache.kv[..., 0, :8] = 100.0
-    case.cache.summarise(torch.tensor(case.tables[0][:46]))
+    case.cache.code(torch.tensor(case.tables[0][:46]))
     query = case.query(2)
     query[..., :8] = 90.0  # 72,000 before the scale, over float16's 65,504
     choice = dynamic.select(query, case.cache, case.rows, Dynamic(whole=whole), 0.125)
@@ -184,7 +184,6 @@ def test_rows_are_chosen_alike_when_gathers_are_cut(paged, whole, monkeypatch):
     query, policy = case.query(3), Dynamic(coverage=0.8, min_keys=0, max_keys=500, whole=whole)
     uncut = dynamic.select(query, case.cache, case.rows, policy, SCALE)
     expected = selected_attention(query, case.cache, case.rows, uncut.selection, SCALE)
-    monkeypatch.setattr(dynamic, "GATHER_BYTES", 1 << 18)
     monkeypatch.setattr("kernels.torch_backend.GATHER_BYTES", 1 << 18)
     cut = dynamic.select(query, case.cache, case.rows, policy, SCALE)
     assert torch.equal(cut.selection.indices, uncut.selection.indices)
@@ -205,8 +204,22 @@ def test_the_coverage_estimate_is_near_the_truth_on_normal_keys(paged, whole):
         assert (choice.coverage(lse).double() - truth).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("most", [150, 300, 1000])
+@pytest.mark.parametrize("rescored", [1, 4])
+@pytest.mark.parametrize("gain", [0.5, 1])
+def test_the_coverage_estimate_is_unbiased_where_few_keys_are_rescored(paged, gain, rescored, most):
+    case = paged([8192], 4, 64, queries=6)
+    query = case.query(3) * gain
+    policy = Dynamic(coverage=1.0, min_keys=0, max_keys=most, rescored=rescored, whole=0)
+    choice = dynamic.select(query, case.cache, case.rows, policy, SCALE)
+    _, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
+    error = choice.coverage(lse).double() - exact_coverage(case, query, choice.selection)
+    assert error.mean().abs() < 0.015
+    assert error.abs().mean() < 0.02
+
+
 @pytest.mark.parametrize("text", ["sinks:16+window:100", "window:500", "strided:3+window:64"])
-def test_a_fixed_pattern_is_judged_by_the_same_summaries(paged, text):
+def test_a_fixed_pattern_is_judged_by_the_same_codes(paged, text):
     lengths = [50, 500, 4096]
     case = paged(lengths, 2, 32)
     query = case.query(2)
@@ -250,10 +263,10 @@ def test_a_score_that_is_not_finite_shows_as_nan_coverage_of_its_row_alone(paged
     [
         ("coverage", 0.0),
         ("coverage", 1.1),
-        ("max_keys", 100),
+        ("max_keys", 0),
         ("min_keys", 5000),
         ("sinks", 65),
-        ("survivors", 0.0),
+        ("rescored", 0),
     ],
 )
 def test_a_budget_out_of_range_is_refused_by_name(field, value):

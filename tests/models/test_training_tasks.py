@@ -40,7 +40,9 @@ def _draw(builder, task, seed, length):
     return getattr(builder, task)(rng, length, text_loss=bool(seed % 2))
 
 
-@pytest.mark.parametrize("task", ["plain", "needles", "key_value", "variables"])
+@pytest.mark.parametrize(
+    "task", ["plain", "needles", "key_value", "several", "majority", "variables"]
+)
 @given(seed=st.integers(0, 10_000), length=st.sampled_from([257, 513, 2049]))
 @settings(max_examples=15, deadline=None)
 def test_sequences_are_what_the_tokenizer_makes_of_their_text(
@@ -58,7 +60,7 @@ def test_sequences_are_what_the_tokenizer_makes_of_their_text(
     assert set(np.unique(example.kinds)) <= {NONE, TEXT, ANSWER}
 
 
-@pytest.mark.parametrize("task", ["needles", "key_value"])
+@pytest.mark.parametrize("task", ["needles", "key_value", "several"])
 @pytest.mark.parametrize("seed", range(8))
 def test_every_answer_was_stated_before_its_question(builder, tokenizer, task, seed):
     example = _draw(builder, task, 2 * seed, 2049)
@@ -87,6 +89,30 @@ def test_chains_are_traced_back_to_their_value(builder, tokenizer):
     for chain in re.findall(r"VAR [A-Z]{5}(?: = VAR [A-Z]{5})+ = \d{5}", text):
         names = [part.removeprefix("VAR ") for part in chain.split(" = ")]
         assert all(assigned[a] == b for a, b in itertools.pairwise(names[:-1]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_question_about_several_keys_names_each_with_its_value(builder, tokenizer, seed):
+    text = tokenizer.decode(_draw(builder, "several", seed, 4097).tokens.tolist())
+    stated = dict(re.findall(r" numbers for (\S+) is: (\d+)\.", text))
+    asked = re.findall(r"all the special magic numbers for ([^?]*?) mentioned", text)
+    assert asked
+    for keys in asked:
+        listed = keys.replace(", and ", ", ").split(", ")
+        answer = ", ".join(f"{key}: {stated[key]}" for key in listed)
+        assert f"{answer}." in text
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("length", [513, 4097])
+def test_the_answer_about_a_ballot_is_what_most_of_its_votes_say(builder, tokenizer, seed, length):
+    text = tokenizer.decode(_draw(builder, "majority", seed, length).tokens.tolist())
+    votes = re.findall(r" One of the votes for (\S+) is: (yes|no)\.", text)
+    answers = re.findall(r"Most of the votes for (\S+) in the provided text are: (yes|no)", text)
+    assert answers
+    for key, answer in answers:
+        mine = [value for name, value in votes if name == key]
+        assert 2 * mine.count(answer) > len(mine) >= 3
 
 
 def test_text_loss_is_left_out_on_request(builder):

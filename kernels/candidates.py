@@ -1,0 +1,112 @@
+"""Which keys of a long context are worth an exact score, and the mass of those that are not.
+
+Every key's score is estimated from its code (`kernels.codes`), and those with the largest estimated
+share of the attention mass are the candidates. The mass of the others is estimated too. To sum
+their estimates would say too little: a key missed being a candidate because its error was negative
+more often than not. So the sum is over what *would* not be a candidate after the error's tilt.
+For a normal error e of variance v,
+
+    E[exp(s + e - v / 2) f(s + e - v)] = exp(s) E[f(s + e)]
+
+for any f; with f = "is no candidate" the right side is the mass of the others, on average, and the
+left side is known: sum exp(estimate - v / 2) over the keys that would be no candidates if their
+estimates were lower by v (for the other heads of the group: by the covariance of their errors).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.budget import kth_greatest, top
+from kernels.codes import estimate
+from kernels.page import PAGE
+from kernels.selection import Selection
+from kernels.torch_backend import wide
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows
+    from kernels.policy import Dynamic
+
+
+@dataclass(frozen=True, slots=True)
+class Masses:
+    """Estimated mass of every coded key: those in front of a row's recent window."""
+
+    query: Tensor  # [rows, kv_heads, group, head_dim]  wide, scaled
+    mass: Tensor  # [rows, kv_heads, group, keys]  e ** (score - peak); 0 where not coded
+    peak: Tensor  # [rows, kv_heads, group]
+    noise: Tensor  # [rows, kv_heads, keys]  times <q, q'>: covariance of two heads' errors
+    coded: Tensor  # bool [rows, 1, keys]
+    position: Tensor  # int64 [keys]
+
+
+def estimate_masses(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> Masses:
+    """Estimate e ** score of every coded key, without bias; arguments as in `select`."""
+    recent = recent_page(rows)
+    first, last = int(rows.starts.min()) // PAGE, int(recent.max())
+    last = max(first, last)
+    position = torch.arange(first * PAGE, last * PAGE, device=query.device)
+    coded = (position < recent[:, None] * PAGE) & (position >= rows.starts[:, None])
+    coded = coded[:, None]  # [rows, 1, keys]
+    query = query.to(wide(query.dtype)) * scale
+    estimated = estimate(query, cache, rows, first, last)
+    scores, noise = estimated.scores, estimated.noise
+    query = query.view(*scores.shape[:3], -1)
+    # e ** error is more than 1 on average.
+    scores.addcmul_(noise[:, :, None], query.square().sum(-1, keepdim=True), value=-0.5)
+    if not bool(coded.all()):
+        scores.masked_fill_(~coded[:, :, None], -torch.inf)
+    peak = scores.amax(-1) if last > first else scores.new_zeros(scores.shape[:3])
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)  # of a row without coded keys
+    return Masses(query, (scores - peak[..., None]).exp_(), peak, noise, coded, position)
+
+
+def name_candidates(found: Masses, recent: Tensor, policy: Dynamic) -> tuple[Tensor, Tensor]:
+    """The keys to score exactly.
+
+    Args:
+        found: estimates for some rows.
+        recent: [rows, kv_heads, group], log of the exact mass of the recent window.
+        policy: names how many.
+
+    Returns:
+        int64 [rows, kv_heads, candidates], ascending positions, -1 behind the last, the sinks among
+        them; and [rows, kv_heads, group], the log of the estimated mass of the other coded keys.
+    """
+    mass, position = found.mass, found.position
+    group = mass.shape[2]
+    total = mass.sum(-1) + (recent - found.peak).exp()  # [rows, kv_heads, group]
+    weight = 1 / total / group
+    # The mean over the group of each head's share, as one product.
+    rank = (weight[:, :, None] @ mass).squeeze(2)  # [rows, kv_heads, keys]
+    rank.masked_fill_(~found.coded, -1.0)
+    rank.masked_fill_(found.coded & (position < policy.sinks), torch.inf)
+    count = min(policy.candidates, rank.shape[-1])
+    # [rows, kv_heads, 1]  the least share of a candidate
+    least = kth_greatest(rank, count) if count else rank.new_zeros(*rank.shape[:2], 1)
+    wanted = torch.full(rank.shape[:2], count, device=rank.device)
+    mask = top(rank, wanted, least) & found.coded  # [rows, kv_heads, keys]
+    near = Selection.from_mask(mask, torch.arange(rank.shape[-1], device=rank.device))
+    there = near.indices >= 0  # [rows, kv_heads, candidates]
+    place = near.indices.clamp_min(0)
+    own = mass.gather(-1, place[:, :, None].expand(-1, -1, group, -1)) * there[:, :, None]
+    noise = found.noise.gather(-1, place)[:, :, None]  # [rows, kv_heads, 1, candidates]
+    overlap = found.query @ found.query.mT  # [rows, kv_heads, group, group]
+    rest = (mass @ (~mask).to(mass.dtype)[..., None]).squeeze(-1)  # [rows, kv_heads, group]
+    shares = own * weight[..., None]
+    for head in range(group):
+        tilt = (overlap[:, :, head, :, None] * -noise).exp_()  # [rows, kv_heads, group, candidates]
+        back = (shares * tilt).sum(2) < least  # [rows, kv_heads, candidates]
+        rest[:, :, head] += (own[:, :, head] * back).sum(-1)
+    first = int(position[0]) if position.shape[0] else 0
+    return torch.where(there, near.indices + first, -1), rest.log() + found.peak
+
+
+def recent_page(rows: Rows) -> Tensor:
+    """int64 [rows], the page with which each row's always-kept window begins."""
+    return (rows.lengths // PAGE - 1).clamp_min(0)

@@ -1,0 +1,135 @@
+"""One-bit codes of keys: what is read of every key to know which are worth reading whole.
+
+A key is coded once its page is full. From the key k the mean m of its page is taken away, the rest
+is rotated at random, x = R (k - m), and kept are the signs of x and one scale, s = |x|^2 / |x|_1.
+With the signs b, <q, k> is estimated as <q, m> + s <R q, b>: RaBitQ's estimator (Gao and Long 2024,
+"RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound"), with the page's mean
+as the centre. Its error is unbiased and nearly normal, and its variance is known beforehand:
+(1 - 2 / pi) |q|^2 s^2, and (1 - 2 / pi) <q, q'> s^2 is the covariance for two queries q and q'.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from kernels.page import PAGE
+from kernels.torch_backend import neighbours
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows
+
+NOISE = 1 - 2 / math.pi
+"""Variance of an estimate over |q|^2 s^2: what signs alone lose of a rotated vector."""
+WORD = 64
+"""Signs that share an int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Estimated scores, and how wrong they may be."""
+
+    scores: Tensor  # [rows, kv_heads, group, keys]
+    noise: Tensor  # [rows, kv_heads, keys]  times <q, q'>: covariance of two queries' errors
+
+
+def words(head_dim: int) -> int:
+    """int64 words of one key's code."""
+    return -(-head_dim // WORD)
+
+
+@lru_cache
+def rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The fixed random orthogonal matrix R, transposed: rows times it are rotated."""
+    noise = torch.randn(
+        head_dim, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    orthogonal: Tensor = torch.linalg.qr(noise).Q
+    return orthogonal.to(device, dtype)  # [head_dim, head_dim]
+
+
+def encode(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Code full pages.
+
+    Args:
+        keys: [..., 64, head_dim], float32 or float64.
+        dtype: of the means and scales.
+
+    Returns:
+        The pages' means [..., head_dim], the signs int64 [..., words, 64] (bit i of word w is set
+        where channel 64 w + i is not negative) and the scales [..., 64].
+    """
+    mean = keys.mean(-2).to(dtype)
+    # From the mean as it is stored: the code then makes up for its rounding.
+    rest = keys - mean.to(keys.dtype)[..., None, :]
+    turned = rest @ rotation(keys.shape[-1], keys.dtype, keys.device)  # [..., 64, head_dim]
+    scale = turned.square().sum(-1) / turned.abs().sum(-1).clamp_min(1e-30)
+    width = words(keys.shape[-1]) * WORD
+    bits = F.pad(turned >= 0, (0, width - keys.shape[-1])).long()
+    bits = bits.view(*keys.shape[:-1], -1, WORD)  # [..., 64, words, 64]
+    place = torch.arange(WORD, device=keys.device)
+    signs = (bits << place).sum(-1)  # [..., 64, words]
+    return mean, signs.transpose(-1, -2), scale.to(dtype)
+
+
+def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int) -> Estimate:
+    """Estimate the scores of the keys in pages `first` to `last` of every row's sequence.
+
+    Args:
+        query: [rows, heads, head_dim], scaled.
+        cache: the layer's paged cache, complete pages coded.
+        rows: where each row's keys lie.
+        first: the first page.
+        last: the page behind the last; what an incomplete page gives is of no meaning.
+    """
+    count, heads, head_dim = query.shape
+    kv_heads, sequences, queries = cache.kv_heads, rows.sequences, rows.queries
+    group, dtype = heads // kv_heads, cache.kv.dtype
+    tables = rows.block_tables[:, first:last]  # [sequences, pages]
+    # All queries of a sequence and KV head side by side: [kv_heads * sequences, queries * group, d]
+    grouped = query.view(sequences, queries, kv_heads, group, head_dim).permute(2, 0, 1, 3, 4)
+    grouped = grouped.reshape(kv_heads * sequences, -1, head_dim)
+    turned = grouped @ rotation(head_dim, query.dtype, query.device)
+    spread = _of_pages(cache.scale, tables)  # [kv_heads * sequences, pages, 64]
+    mean = _of_pages(cache.mean, tables)  # [kv_heads * sequences, pages, head_dim]
+    centre = torch.bmm(grouped.to(dtype), mean.transpose(1, 2)).to(query.dtype)
+    codes = _of_pages(cache.codes, tables)  # [kv_heads * sequences, pages, words, 64]
+    if query.device.type == "cpu":
+        from kernels.scan_cpu import scan  # numba takes a moment, and a GPU needs none
+
+        scores = scan(turned, codes, spread, centre).to(query.dtype)
+    else:
+        scores = torch.bmm(turned.to(dtype), _signs(codes, dtype, head_dim).mT).to(query.dtype)
+        scores = scores.view(*centre.shape, PAGE).mul_(spread[:, None]).add_(centre[..., None])
+    scores = scores.view(kv_heads, sequences, queries, group, -1)
+    scores = scores.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, -1)
+    noise = spread.to(query.dtype).square().mul_(NOISE).view(kv_heads, sequences, -1)
+    return Estimate(scores, noise.transpose(0, 1).repeat_interleave(queries, 0))
+
+
+def _of_pages(part: Tensor, tables: Tensor) -> Tensor:
+    """What `part` [kv_heads, pages, ...] of a cache holds of the pages of `tables`.
+
+    Returns:
+        [kv_heads * sequences, pages, ...], in place where one sequence's pages are neighbours.
+    """
+    start = neighbours(tables[0]) if len(tables) == 1 else None
+    if start is None:
+        return part[:, tables].flatten(0, 1)
+    return part[:, start : start + tables.shape[1]]
+
+
+def _signs(codes: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:
+    """Codes [blocks, pages, words, 64] as 1 and -1: [blocks, pages * 64, head_dim]."""
+    octets = codes.contiguous().view(torch.uint8).view(*codes.shape, 8)  # little-endian
+    octets = octets.transpose(2, 3).flatten(3)  # [blocks, pages, 64, words * 8]
+    place = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    bits = ((octets[..., None] >> place) & 1).flatten(3)[..., :head_dim]
+    return bits.to(dtype).mul_(2).sub_(1).flatten(1, 2)

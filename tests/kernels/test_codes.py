@@ -1,0 +1,62 @@
+"""Codes of keys: what they are, and that their errors are as small as their definition says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.codes import NOISE, WORD, encode, estimate, rotation, words
+from kernels.page import PAGE
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
+def test_a_code_is_the_signs_of_the_rotated_rest(head_dim):
+    generator = torch.Generator().manual_seed(head_dim)
+    keys = torch.randn(2, 3, PAGE, head_dim, generator=generator, dtype=torch.float64) + 1
+    mean, signs, scale = encode(keys, torch.float64)
+    torch.testing.assert_close(mean, keys.mean(2))
+    turned = (keys - mean[:, :, None]) @ rotation(head_dim, keys.dtype, keys.device)
+    torch.testing.assert_close(turned.norm(dim=-1), (keys - mean[:, :, None]).norm(dim=-1))
+    assert signs.shape == (2, 3, words(head_dim), PAGE)
+    for channel in range(head_dim):
+        bit = signs[:, :, channel // WORD] >> (channel % WORD) & 1
+        assert torch.equal(bit == 1, turned[..., channel] >= 0)
+    torch.testing.assert_close(scale, turned.square().sum(-1) / turned.abs().sum(-1))
+
+
+def test_equal_keys_have_a_scale_of_zero():
+    keys = torch.full((1, PAGE, 64), 0.5)
+    mean, _, scale = encode(keys, torch.float32)
+    assert (mean == 0.5).all()
+    assert (scale == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[1024], [1024, 640]])
+def test_estimates_err_as_much_as_they_say(paged, dtype, lengths):
+    case = paged(lengths, 2, 128, dtype, queries=4)
+    wide = torch.promote_types(dtype, torch.float32)
+    query = case.query(3).to(wide)
+    found = estimate(query, case.cache, case.rows, 0, 10)
+    assert found.scores.shape == (4 * len(lengths), 2, 3, 640)
+    keys = torch.stack([keys[:640] for keys in case.keys]).to(wide)  # [sequences, keys, kv, d]
+    exact = torch.einsum("sqhgd,skhd->sqhgk", query.view(len(lengths), 4, 2, 3, 128), keys).flatten(
+        0, 1
+    )
+    error = found.scores - exact
+    predicted = found.noise[:, :, None] * query.view(-1, 2, 3, 128).square().sum(-1)[..., None]
+    assert error.mean().abs() < 0.1 * predicted.sqrt().mean()
+    assert 0.9 < float((error.square() / predicted).mean()) < 1.1
+    both = (error[:, :, 0] * error[:, :, 1]).mean()
+    overlap = (query.view(-1, 2, 3, 128)[:, :, 0] * query.view(-1, 2, 3, 128)[:, :, 1]).sum(-1)
+    assert abs(both - (overlap[..., None] * found.noise).mean()) < 0.1 * predicted.mean()
+    assert 0.36 < NOISE < 0.37
+
+
+def test_a_key_along_its_query_is_estimated_without_error(paged):
+    case = paged([PAGE * 2], 1, 64, torch.float64)
+    keys = case.cache.kv[0, case.tables[0][0], :, 0]
+    query = keys[5] - keys.mean(0)
+    found = estimate(query[None, None], case.cache, case.rows, 0, 1)
+    # But for the query's rounding to sixteen levels.
+    torch.testing.assert_close(found.scores[0, 0, 0, 5], query @ keys[5], rtol=0.1, atol=0)
