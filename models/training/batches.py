@@ -21,6 +21,7 @@ import numpy.typing as npt
 from models.training.corpus import Corpus
 from models.training.errors import TrainingError
 from models.training.examples import ExampleBuilder
+from models.training.parent import end_with_parent
 from models.training.pieces import TEXT
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _work(folder: str, seed: int, requests: Any, results: Any) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
     try:
         root = Path(folder)
         builder = ExampleBuilder(

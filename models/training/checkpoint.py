@@ -49,6 +49,23 @@ def hugging_face_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> d
     return {k: v.detach().to("cpu", dtype).contiguous().clone() for k, v in named.items()}
 
 
+def stacked_weights(named: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The inverse of `hugging_face_weights`: float32, stacked over the layers.
+
+    Raises:
+        KeyError: a tensor is missing; RuntimeError: layers differ in shape.
+    """
+    weights = {
+        "embed": named["model.embed_tokens.weight"],
+        "final_norm": named["model.norm.weight"],
+    }
+    for ours, theirs in _LAYER_NAMES.items():
+        weights[ours] = torch.stack(
+            [named[f"model.layers.{layer}.{theirs}.weight"] for layer in range(layers)]
+        )
+    return {name: weight.float() for name, weight in weights.items()}
+
+
 def configuration(shape: Shape, max_length: int, dtype: str) -> dict[str, Any]:
     """`config.json` of `LlamaForCausalLM`."""
     return {

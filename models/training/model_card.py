@@ -38,10 +38,7 @@ RoPE base {rope:.0e} |
 |---|---|
 | text | public-domain novels: {files} files, {text_mb:.1f} MB, \
 {text_tokens:.1f} million tokens; and generated filler prose |
-| recipe | `python3 -m models.training.train --text DIR --plan {plan}` |
-| tokens seen | {tokens_seen:.0f} million in {steps} steps; \
-running text with loss {text_epochs:.1f} passes over the text |
-| time | {minutes:.1f} minutes of training on {device} |
+{training}
 | optimiser | Muon for matrices, AdamW for embedding and norms |
 
 Sequences are running text, needle sentences hidden in text with one to 64 facts, documents of facts
@@ -85,6 +82,41 @@ def _table(scores: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _training(facts: Mapping[str, Any]) -> str:
+    """Rows on recipe, tokens and time; of every run in turn where one began with another's end."""
+    earlier = facts.get("start") or []
+    first, *later = [*(run["plan"] or "PLAN" for run in earlier), facts["plan"]]
+    recipe = f"`python3 -m models.training.train --text DIR --plan {first}`"
+    recipe += "".join(f", then with `--plan {plan} --start CHECKPOINT`" for plan in later)
+    steps = f"{facts['tokens_seen'] / 1e6:.0f} million"
+    epochs = facts["text_tokens_seen"] / max(1, facts["text_tokens"])
+    text = f"running text with loss {epochs:.1f} passes over the text"
+    minutes = f"{facts['clock'] / 60:.1f} minutes"
+    if not earlier:
+        return (
+            f"| recipe | {recipe} |\n"
+            f"| tokens seen | {steps} in {facts['step']} steps; {text} |\n"
+            f"| time | {minutes} of training on {facts['device']} |"
+        )
+    runs = [_earlier(run) for run in earlier]
+    runs.append(
+        f"by plan `{facts['plan']}` ({steps} tokens in {facts['step']} steps, {text}, "
+        f"{minutes} on {facts['device']})"
+    )
+    return f"| recipe | {recipe} |\n| trained | {', then '.join(runs)} |"
+
+
+def _earlier(run: Mapping[str, Any]) -> str:
+    known = []
+    if run["tokens_seen"] is not None:
+        known.append(f"{run['tokens_seen'] / 1e6:.0f} million tokens")
+    if run["seconds"] is not None:
+        on = f" on {run['device']}" if run["device"] else ""
+        known.append(f"{run['seconds'] / 60:.1f} minutes{on}")
+    name = f"by plan `{run['plan']}`" if run["plan"] else "by an earlier run"
+    return f"{name} ({', '.join(known)})" if known else name
+
+
 def model_card(
     shape: Shape, facts: Mapping[str, Any], *, max_length: int, weight_bytes: int
 ) -> str:
@@ -105,12 +137,7 @@ def model_card(
         files=facts["text_files"],
         text_mb=facts["text_bytes"] / 1e6,
         text_tokens=facts["text_tokens"] / 1e6,
-        plan=facts["plan"],
-        tokens_seen=facts["tokens_seen"] / 1e6,
-        steps=facts["step"],
-        text_epochs=facts["text_tokens_seen"] / max(1, facts["text_tokens"]),
-        minutes=facts["clock"] / 60,
-        device=facts["device"],
+        training=_training(facts),
         retrieval=_table(facts.get("retrieval") or [])
         if facts.get("retrieval")
         else "Not measured.",

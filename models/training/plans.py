@@ -117,11 +117,12 @@ PLANS: dict[str, Plan] = {
         # From the checkpoint of `long` (--start): more kinds of questions, most of them at length.
         Plan(
             name="answers",
-            minutes=8.2,
+            minutes=7.1,
             stages=(
-                Stage(8192, 0.16),
-                Stage(16_384, 0.30),
-                Stage(32_768, 0.55),
+                Stage(4096, 0.08),
+                Stage(8192, 0.18),
+                Stage(16_384, 0.32),
+                Stage(32_768, 0.56),
                 Stage(65_536, 1.0),
             ),
             short_share=0.4,

@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ from models.training.bpe import train_tokenizer
 from models.training.corpus import Corpus, read_texts, token_bytes, tokenise
 from models.training.examples import ExampleBuilder, Mix
 from models.training.filler import prose
+from models.training.start import copy_tokenizer
 from models.training.tasks import form_words
 
 if TYPE_CHECKING:
@@ -28,9 +30,9 @@ if TYPE_CHECKING:
     from models.training.plans import Plan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Data:
-    """What training and evaluation read."""
+    """What training and evaluation read; processes can pass it on."""
 
     folder: Path  # tokenizer.json, words.json, text/ and generated/ for the workers
     tokenizer: Path
@@ -38,22 +40,39 @@ class Data:
     size: int  # bytes of text
     tokens: int  # of text
     validation: Corpus
-    builder: ExampleBuilder  # of held-out examples over the validation text
+    unseen: Corpus  # held-out generated prose
     sizes: npt.NDArray[np.int64]  # [vocab] bytes of a token
 
+    @cached_property
+    def builder(self) -> ExampleBuilder:
+        """Draws held-out examples over the validation text."""
+        tokenizer = Tokenizer.from_file(str(self.tokenizer))
+        mix = Mix(interleaved=0.0)
+        return ExampleBuilder(tokenizer, self.validation, self.unseen, held_out=True, mix=mix)
 
-def prepare(text: Path, validation: Path | None, plan: Plan, scratch: Path, state: Path) -> Data:
+
+def prepare(
+    text: Path,
+    validation: Path | None,
+    plan: Plan,
+    scratch: Path,
+    state: Path,
+    start: Path | None = None,
+) -> Data:
     """Trains or reloads the tokenizer (`state`/tokenizer.json) and tokenises everything.
 
-    Without a validation folder, held-out generated prose takes its place.
+    Without a validation folder, held-out generated prose takes its place. With the checkpoint
+    folder `start` that a new run begins from, its tokenizer is taken.
 
     Raises:
-        TrainingError: a folder without usable text.
+        TrainingError: a folder without usable text, or a start with another kind of tokenizer.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     texts = read_texts(text)
     generated = prose(1, plan.filler_characters)
     saved = state / "tokenizer.json"
+    if start is not None:
+        copy_tokenizer(start, saved, plan.shape.vocab)
     if not saved.exists():
         sample = _sample([*texts, generated[: plan.tokenizer_characters // 20]], plan)
         # The task forms' words are rare in books; as tokens of their own they are copied in one.
@@ -72,7 +91,7 @@ def prepare(text: Path, validation: Path | None, plan: Plan, scratch: Path, stat
     size = sum(len(t.encode()) for t in texts)
     print(
         f"text: {len(texts)} files, {size / 1e6:.1f} MB, {len(corpus.tokens) / 1e6:.2f} M tokens; "
-        f"tokenizer {trained - start:.1f} s, tokens {time.perf_counter() - trained:.1f} s"
+        f"tokenizer {trained - began:.1f} s, tokens {time.perf_counter() - trained:.1f} s"
     )
     return Data(
         folder=scratch,
@@ -81,9 +100,7 @@ def prepare(text: Path, validation: Path | None, plan: Plan, scratch: Path, stat
         size=size,
         tokens=len(corpus.tokens),
         validation=held_out,
-        builder=ExampleBuilder(
-            tokenizer, held_out, unseen, held_out=True, mix=Mix(interleaved=0.0)
-        ),
+        unseen=unseen,
         sizes=token_bytes(tokenizer),
     )
 

@@ -89,17 +89,21 @@ def save_state(
             old.unlink()
 
 
+def has_state(folder: Path) -> bool:
+    """Whether a run has saved anything there."""
+    return (folder / _INDEX).exists()
+
+
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors in float32 and facts of the last save; None where there is none.
 
     Raises:
         TrainingError: a file of the save is missing or damaged.
     """
-    path = folder / _INDEX
-    if not path.exists():
+    if not has_state(folder):
         return None
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         flat: dict[str, Tensor] = {}
         for file in index["files"]:
             with safe_open(folder / file, framework="pt") as shard:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import defaultdict
 from pathlib import Path  # noqa: TC003  typer reads the annotations
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 from tqdm import tqdm
 
-from models.loader import load
-from models.tokenizer import Tokenizer
+from models.config import ModelConfig
 from service.config import load_config
 from service.engine.build import device_name, machine_name
 from service.errors import ConfigError
-from service.eval.measure import measure_cell
+from service.eval.measure import Item, Plan
+from service.eval.plot import check_plot, draw
 from service.eval.policies import parse_policy
+from service.eval.record import record_cell
 from service.eval.results import Results, table
-from service.eval.session import Session
-from service.eval.tasks import TASKS, Source
+from service.eval.tasks import MARGIN, TASKS, TOKENS_A_VOTE, VOTES, Task
+from service.eval.workers import Setup, examine
+
+if TYPE_CHECKING:
+    from service.eval.record import DocumentScore
 
 QUICK_TASKS, QUICK_CONTEXTS, QUICK_DOCUMENTS, QUICK_QUESTIONS = "needles,multi-key", "4096", 4, 8
 """What --quick asks: minutes on two cores."""
+SELDOM = 10.0
+"""Seconds between two states of the progress bar where no terminal shows it."""
 
 
 def evaluate(
@@ -40,11 +47,17 @@ def evaluate(
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes' worth of it.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of documents and questions.")] = 0,
     text_dir: Annotated[
-        Path | None, typer.Option(help="Folder of .txt files to hide facts in.")
+        Path | None, typer.Option(help="Folder of .txt files to hide facts in, and to predict.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file; an interrupted evaluation goes on from it.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Accuracy against density, an .svg or .png file.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, each with a model; GPUs take turns.")
+    ] = 1,
     commit: Annotated[
         str | None, typer.Option(help="Commit to note where there is no repository.")
     ] = None,
@@ -55,7 +68,8 @@ def evaluate(
     """Ask the same questions under several policies, and count right answers.
 
     The document is prefilled densely, once for all of its questions; the question and the answer
-    attend under the policy.
+    attend under the policy. The tasks text and repeats ask nothing: the last tokens of a text are
+    predicted under the policy.
     """
     flags = {"model": model, "dtype": dtype, "device": device}
     settings = load_config({name: value for name, value in flags.items() if value}, config)
@@ -63,6 +77,8 @@ def evaluate(
         tasks, contexts = QUICK_TASKS, QUICK_CONTEXTS
         documents, questions = QUICK_DOCUMENTS, QUICK_QUESTIONS
     names, lengths = _names(tasks), _lengths(contexts)
+    if plot is not None:
+        check_plot(plot)
     compared = [parse_policy(one, settings.sparsity) for one in policies.split(";")]
     torch_device = torch.device(device_name(settings.device))
     results = Results.start(
@@ -75,6 +91,7 @@ def evaluate(
             "questions": questions,
             "text": None if text_dir is None else text_dir.name,
             "sparsity": settings.sparsity.model_dump(),
+            "majority": {"margin": MARGIN, "votes": VOTES, "tokens_a_vote": TOKENS_A_VOTE},
         },
         commit,
         machine_name(torch_device),
@@ -86,34 +103,49 @@ def evaluate(
         if not results.has(task, length, [policy.name for policy in compared])
     ]
     if wanted:
-        tokenizer = Tokenizer.from_folder(settings.model)
-        decoder, shape = load(settings.model, settings.dtype, torch_device, settings.load_format)
-        shape.resolve_max_model_len(max(length for _, length in wanted))
-        session = Session(
-            decoder, shape, tokenizer, tokens=max(length for _, length in wanted), together=16
+        longest = max(length for _, length in wanted)
+        ModelConfig.from_folder(settings.model).resolve_max_model_len(longest)
+        setup = Setup(
+            settings.model,
+            settings.dtype,
+            settings.load_format,
+            _texts(text_dir),
+            longest,
+            Plan(tuple(compared), questions, seed),
         )
-        source = Source(
-            lambda text: tokenizer.encode(text, add_special_tokens=False), _texts(text_dir)
-        )
-        with tqdm(total=len(wanted) * documents * len(compared), unit="round") as progress:
-            for task, length in wanted:
-                progress.set_description(f"{task} {length}")
-                cell = measure_cell(
-                    session,
-                    tokenizer,
-                    source,
-                    TASKS[task],
-                    length,
-                    compared,
-                    documents=documents,
-                    questions=questions,
-                    seed=seed,
-                    progress=progress.update,
-                )
-                results.add(cell)
+        _measure(setup, wanted, documents, torch_device, workers, results, output)
+    print(table(results.records))
+    if plot is not None:
+        draw(results.records, plot)
+
+
+def _measure(
+    setup: Setup,
+    wanted: list[tuple[str, int]],
+    documents: int,
+    device: torch.device,
+    workers: int,
+    results: Results,
+    output: Path | None,
+) -> None:
+    """Fill in the wanted cells, saving each as it is complete."""
+    items = [Item(task, length, number) for task, length in wanted for number in range(documents)]
+    cells: dict[tuple[str, int], dict[int, list[DocumentScore]]] = defaultdict(dict)
+    often = 0.1 if sys.stderr.isatty() else SELDOM
+    with tqdm(total=len(items), unit="document", mininterval=often) as progress:
+        for item, scores in examine(setup, items, device, workers):
+            cell = cells[item.task, item.context]
+            cell[item.document] = scores
+            progress.set_description(f"{item.task} {item.context}", refresh=False)
+            progress.update()
+            if len(cell) == documents:
+                # By number: the faster of two workers must not change the sums.
+                ordered = [cell[number] for number in range(documents)]
+                passages = not isinstance(TASKS[item.task], Task)
+                results.add(record_cell(item.task, item.context, ordered, passages=passages))
+                del cells[item.task, item.context]
                 if output is not None:
                     results.save(output)
-    print(table(results.records))
 
 
 def _names(text: str) -> list[str]:

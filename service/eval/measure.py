@@ -1,104 +1,133 @@
-"""Cells of the quality table: a task at a context, every policy on the same questions."""
+"""Runs a task's document: every policy on the same questions, or on the same passage."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.errors import TemplateError
-from service.eval.tasks import Document, Source
+from service.eval.passages import PassageTask
+from service.eval.record import Calibration, DocumentScore
+from service.eval.source import Source
+from service.eval.tasks import TASKS, Document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from models.tokenizer import Tokenizer
+    from service.engine.types import SparsityReport
     from service.eval.policies import NamedPolicy
-    from service.eval.session import Answer, Session
+    from service.eval.session import Audit, Session
     from service.eval.tasks import Task
 
-DRAWS = 2000
-"""Bootstrap samples of an interval."""
+SAMPLE = 4096
+"""Most exact coverages kept of a document and policy."""
+TOO_HIGH = 0.05
+"""An estimate that exceeds the exact coverage by more is an overestimate."""
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One policy in one cell.
-
-    Attributes:
-        phase: what ran under the policy; "decode" is the question and the answer.
-        n: answers, the same questions for every policy of the cell.
-        accuracy: mean share of the references that an answer mentions.
-        low, high: 95% interval of the accuracy, bootstrapped by document.
-        density, coverage, fallbacks: as in an answer's `sparsity`, means and a sum over answers.
-        true_coverage: exact coverage of the audited tokens; None where none was audited.
-        coverage_error: mean distance of the estimate from it.
-    """
+class Item:
+    """One document of one cell: the unit of work."""
 
     task: str
     context: int
-    policy: str
-    phase: str
-    n: int
-    documents: int
-    accuracy: float
-    low: float
-    high: float
-    density: float
-    coverage: float | None
-    true_coverage: float | None
-    coverage_error: float | None
-    fallbacks: int
+    document: int
 
 
-@dataclass(slots=True)
-class _Sums:
-    scores: list[list[float]] = field(default_factory=list)  # by document
-    answers: list[Answer] = field(default_factory=list)
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is done with every document.
+
+    Attributes:
+        policies: what to compare.
+        questions: most questions to ask about a document.
+        seed: of the documents; a task and a context have documents of their own.
+    """
+
+    policies: tuple[NamedPolicy, ...]
+    questions: int
+    seed: int
 
 
-def measure_cell(
-    session: Session,
-    tokenizer: Tokenizer,
-    source: Source,
-    task: Task,
-    context: int,
-    policies: Sequence[NamedPolicy],
-    *,
-    documents: int,
-    questions: int,
-    seed: int,
-    progress: Callable[[], object],
-) -> list[Record]:
-    """Ask the task's questions under every policy.
+class Examiner:
+    """Draws documents and runs every policy on each.
 
     Args:
-        session: with room for `context` tokens.
+        session: with room for the longest context.
         tokenizer: the model's.
-        source: text to hide facts in.
-        task: what to ask.
-        context: tokens of a prompt, its question included, or slightly fewer.
-        policies: what to compare.
-        documents: how many to draw.
-        questions: most questions to ask about each.
-        seed: of the documents; a task and a context have documents of their own.
-        progress: called once a document and policy.
+        source: text to hide facts in, and to predict.
+        plan: what to do with a document.
     """
-    sums = {policy.name: _Sums() for policy in policies}
-    for number in range(documents):
-        name = int.from_bytes(task.name.encode()[-8:], "big")
-        rng = np.random.default_rng([seed, name, context, number])
-        document = task.make(rng, source, context - _reserve(task, tokenizer), questions)
-        prompts = [prompt_tokens(tokenizer, document, i) for i in range(len(document.questions))]
-        for policy in policies:
-            answers = session.answers(prompts, policy.sparsity, task.answer_tokens)
-            pairs = zip(document.questions, answers, strict=True)
-            sums[policy.name].scores.append([asked.score(answer.text) for asked, answer in pairs])
-            sums[policy.name].answers += answers
-            progress()
-    return [_record(task, context, name, one) for name, one in sums.items()]
+
+    def __init__(self, session: Session, tokenizer: Tokenizer, source: Source, plan: Plan) -> None:
+        self._session = session
+        self._tokenizer = tokenizer
+        self._source = source
+        self._plan = plan
+
+    def measure(self, item: Item) -> list[DocumentScore]:
+        """The scores of every policy; they depend on the item alone.
+
+        Raises:
+            GenerationError: the model failed.
+            ConfigError: there is too little text for this.
+        """
+        task = TASKS[item.task]
+        if isinstance(task, PassageTask):
+            return self._predict(task, item)
+        return self._ask(task, item)
+
+    def _ask(self, task: Task, item: Item) -> list[DocumentScore]:
+        rng = np.random.default_rng(
+            [self._plan.seed, _number(task.name), item.context, item.document]
+        )
+        room = item.context - _reserve(task, self._tokenizer)
+        document = task.make(rng, self._source, room, self._plan.questions)
+        asked = document.questions
+        prompts = [prompt_tokens(self._tokenizer, document, i) for i in range(len(asked))]
+        scores = []
+        for policy in self._plan.policies:
+            answers = self._session.answers(prompts, policy.sparsity, task.answer_tokens)
+            found = [one.found(answer.text) for one, answer in zip(asked, answers, strict=True)]
+            count = sum(len(one.references) for one in asked)
+            scores.append(
+                _score(
+                    policy.name,
+                    (sum(found), count, count),
+                    [answer.report for answer in answers],
+                    [answer.audit for answer in answers],
+                )
+            )
+        return scores
+
+    def _predict(self, task: PassageTask, item: Item) -> list[DocumentScore]:
+        # Without the context: whatever the length, the same passage is predicted.
+        rng = np.random.default_rng([self._plan.seed, _number(task.name), item.document])
+        first = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
+        passage = task.make(rng, self._source, item.context - len(first))
+        counted = passage.targets - passage.skipped
+        size = self._bytes(passage.tokens, counted)
+        scores = []
+        for policy in self._plan.policies:
+            forced = self._session.forced(
+                [*first, *passage.tokens], passage.targets, policy.sparsity
+            )
+            bits = float(forced.nats[passage.skipped :].sum()) / math.log(2)
+            scores.append(
+                _score(policy.name, (bits, size, counted), [forced.report], [forced.audit])
+            )
+        return scores
+
+    def _bytes(self, tokens: Sequence[int], counted: int) -> int:
+        """Bytes of text in the last `counted` tokens."""
+        # With some tokens before: a decoder may drop a text's leading space.
+        before = list(tokens[-counted - 16 : -counted])
+        both = self._tokenizer.decode([*before, *tokens[-counted:]])
+        return len(both.encode()) - len(self._tokenizer.decode(before).encode())
 
 
 def prompt_tokens(tokenizer: Tokenizer, document: Document, question: int) -> list[int]:
@@ -117,6 +146,10 @@ def prompt_tokens(tokenizer: Tokenizer, document: Document, question: int) -> li
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def _number(name: str) -> int:
+    return int.from_bytes(name.encode()[-8:], "big")
+
+
 def _reserve(task: Task, tokenizer: Tokenizer) -> int:
     """Tokens of a prompt that are not the document's: the longest question, and the template."""
     source = Source(lambda text: tokenizer.encode(text, add_special_tokens=False))
@@ -124,43 +157,43 @@ def _reserve(task: Task, tokenizer: Tokenizer) -> int:
     return len(prompt_tokens(tokenizer, Document("", some.questions), 0)) + 16
 
 
-def _record(task: Task, context: int, policy: str, sums: _Sums) -> Record:
-    answers = sums.answers
-    low, high = interval(sums.scores)
-    fallbacks: Counter[str] = Counter()
-    for answer in answers:
-        fallbacks.update(answer.report.fallbacks)
-    fallbacks.pop("requested", None)
-    exact = np.concatenate([answer.exact for answer in answers])
-    estimated = np.concatenate([answer.estimated for answer in answers])
-    coverages = [one.report.coverage for one in answers if one.report.coverage is not None]
-    return Record(
-        task=task.name,
-        context=context,
+def _score(
+    policy: str,
+    counts: tuple[float, int, int],
+    reports: Sequence[SparsityReport],
+    audits: Sequence[Audit],
+) -> DocumentScore:
+    coverages = [report.coverage for report in reports if report.coverage is not None]
+    fallbacks = sum(
+        tokens
+        for report in reports
+        for reason, tokens in report.fallbacks.items()
+        if reason != "requested"
+    )
+    total, count, n = counts
+    return DocumentScore(
         policy=policy,
-        phase="decode",
-        n=len(answers),
-        documents=len(sums.scores),
-        accuracy=float(np.mean([score for scores in sums.scores for score in scores])),
-        low=low,
-        high=high,
-        density=float(np.mean([answer.report.density for answer in answers])),
+        total=total,
+        count=count,
+        n=n,
+        density=float(np.mean([report.density for report in reports])),
         coverage=float(np.mean(coverages)) if coverages else None,
-        true_coverage=float(exact.mean()) if exact.size else None,
-        coverage_error=float(np.abs(estimated - exact).mean()) if exact.size else None,
-        fallbacks=fallbacks.total(),
+        fallbacks=fallbacks,
+        calibration=calibration(audits),
     )
 
 
-def interval(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95% interval of the mean score, bootstrapped over documents (Efron 1979, percentiles).
-
-    Args:
-        scores: of each document's answers.
-    """
-    totals = np.array([sum(one) for one in scores])  # [documents]
-    counts = np.array([len(one) for one in scores])  # [documents]
-    draws = np.random.default_rng(0).integers(0, len(scores), (DRAWS, len(scores)))
-    means = totals[draws].sum(1) / counts[draws].sum(1)  # [DRAWS]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+def calibration(audits: Sequence[Audit]) -> Calibration:
+    """Errors of the estimates, over every audited layer, token and head."""
+    exact = np.concatenate([audit.exact.ravel() for audit in audits])
+    off = np.concatenate([audit.estimated.ravel() for audit in audits]) - exact
+    kept = exact
+    if exact.size > SAMPLE:
+        kept = np.random.default_rng(0).choice(exact, SAMPLE, replace=False)
+    return Calibration(
+        exact=kept,
+        count=exact.size,
+        total=float(exact.sum()),
+        error=float(np.abs(off).sum()),
+        over=int((off > TOO_HIGH).sum()),
+    )

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from service.errors import ConfigError
-from service.eval.measure import Record
+from service.eval.record import SOLVED, Pooled, Record, pooled, solved
+from service.eval.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-SOLVED = 0.8
-"""Dense accuracy under which a cell says nothing about sparsity."""
 
 
 @dataclass(slots=True)
@@ -65,14 +63,19 @@ class Results:
 
     def has(self, task: str, context: int, policies: Sequence[str]) -> bool:
         """Whether a cell is there already, with every policy."""
-        found = {r.policy for r in self.records if (r.task, r.context) == (task, context)}
+        found = {
+            r.policy for r in self.records if (r.task, r.context) == (task, context) and r.scores
+        }
         return found >= set(policies)
 
     def add(self, records: Sequence[Record]) -> None:
-        """Put a cell's records in the place of older ones."""
+        """Put a cell's records in the place of older ones; the order is always the same."""
         cells = {(r.task, r.context) for r in records}
         kept = [r for r in self.records if (r.task, r.context) not in cells]
-        self.records = [*kept, *records]
+        order = {name: number for number, name in enumerate(TASKS)}
+        self.records = sorted(
+            [*kept, *records], key=lambda r: (r.context, order.get(r.task, len(order)), r.task)
+        )
 
     def save(self, file: Path) -> None:
         """Write the file, whole or not at all."""
@@ -83,44 +86,79 @@ class Results:
             "machine": self.machine,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "settings": self.settings,
-            "records": [asdict(record) for record in self.records],
         }
+        # A row a line, so that scores do not take thousands of them.
+        text = json.dumps(envelope, indent=1).removesuffix("\n}")
+        for name, rows in (("pooled", pooled(self.records)), ("records", self.records)):
+            lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
+            text += f',\n "{name}": [\n{lines}\n ]'
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_name(file.name + ".new")
-        new.write_text(json.dumps(envelope, indent=1) + "\n", encoding="utf-8")
+        new.write_text(text + "\n}\n", encoding="utf-8")
         new.replace(file)
 
 
 def table(records: Sequence[Record]) -> str:
     """The records as text; cells that dense does not solve stand at the end, on their own."""
-    dense = {(r.task, r.context): r.accuracy for r in records if r.policy == "dense"}
-    solved = [r for r in records if dense.get((r.task, r.context), 1.0) >= SOLVED]
-    lines = [
-        f"{'task':<15} {'context':>7}  {'policy':<30} {'answers':>7} {'accuracy':>8} "
-        f"{'95% interval':>15} {'density':>8} {'coverage':>9} {'exact':>6} {'error':>6} "
-        f"{'fallbacks':>9}",
-        *map(_line, solved),
-    ]
-    unsolved = [r for r in records if r not in solved]
+    good = solved(records)
+    asked = [r for r in records if r.accuracy is not None]
+    kept = [r for r in asked if (r.task, r.context) in good]
+    unsolved = [r for r in asked if (r.task, r.context) not in good and r.policy == "dense"]
+    passages = [r for r in records if r.bits_per_byte is not None]
+    lines = [_head("accuracy"), *map(_line, kept)] if asked else []
+    if passages:
+        lines += [_head("bits/byte"), *map(_line, passages)]
+    together = pooled(records)
+    if together:
+        lines += [
+            f"Over the tasks of which dense attention answers {SOLVED:.0%} and more, against dense "
+            "on the same questions:",
+            f"{'context':>7}  {'policy':<30} {'answers':>7} {'documents':>9} {'dense':>6} "
+            f"{'accuracy':>8} {'loss':>7} {'95% interval':>16} {'density':>8}  tasks",
+            *map(_pooled_line, together),
+        ]
     if unsolved:
         lines += [
             f"Under dense attention the model answers fewer than {SOLVED:.0%} of these: what "
             "sparsity costs cannot be judged there.",
-            *(_line(r) for r in unsolved if r.policy == "dense"),
+            *map(_line, unsolved),
         ]
     return "\n".join(lines)
 
 
-def _line(r: Record) -> str:
-    exact, error, coverage = (
-        "" if value is None else f"{value:.3f}"
-        for value in (r.true_coverage, r.coverage_error, r.coverage)
+def _head(measure: str) -> str:
+    return (
+        f"{'task':<15} {'context':>7}  {'policy':<30} {'answers':>7} {measure:>9} "
+        f"{'95% interval':>15} {'loss':>7} {'95% interval':>16} {'density':>8} {'coverage':>9} "
+        f"{'exact':>6} {'error':>6} {'constant':>8} {'too high':>8} {'fallbacks':>9}"
     )
+
+
+def _line(r: Record) -> str:
+    exact, error, constant, coverage, loss = (
+        "" if value is None else f"{value:.3f}"
+        for value in (r.true_coverage, r.coverage_error, r.constant_error, r.coverage, r.loss)
+    )
+    over = "" if r.overestimates is None else f"{r.overestimates:.1%}"
+    value = r.bits_per_byte if r.accuracy is None else r.accuracy
     span = f"{r.low:.3f} to {r.high:.3f}"
     return (
-        f"{r.task:<15} {r.context:>7}  {r.policy:<30} {r.n:>7} {r.accuracy:>8.3f} {span:>15} "
-        f"{r.density:>8.1%} {coverage:>9} {exact:>6} {error:>6} {r.fallbacks:>9}"
+        f"{r.task:<15} {r.context:>7}  {r.policy:<30} {r.n:>7} {value:>9.3f} {span:>15} "
+        f"{loss:>7} {_span(r.loss_low, r.loss_high):>16} {r.density:>8.1%} {coverage:>9} "
+        f"{exact:>6} {error:>6} {constant:>8} {over:>8} {r.fallbacks:>9}"
     )
+
+
+def _pooled_line(row: Pooled) -> str:
+    return (
+        f"{row.context:>7}  {row.policy:<30} {row.n:>7} {row.documents:>9} {row.dense:>6.3f} "
+        f"{row.accuracy:>8.3f} {row.loss:>7.3f} {_span(row.loss_low, row.loss_high):>16} "
+        f"{row.density:>8.1%}  {', '.join(row.tasks)}"
+    )
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
 def _commit() -> str:

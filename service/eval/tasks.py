@@ -1,38 +1,60 @@
 """Tasks that a model can fail: documents with facts in them, and questions about these facts.
 
-The forms are RULER's (Hsieh et al. 2024); an answer's score is the share of its references that it
-mentions. Everything is drawn from a generator, so a seed repeats it.
+The forms are RULER's (Hsieh et al. 2024); an answer's score is how many of its references it
+mentions. A majority is told by no few sentences: a policy that reads few of the votes must guess.
+Everything is drawn from a generator, so a seed repeats it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from models.training.filler import prose
-from models.training.tasks import RULER, held_out_key, magic_number
+from models.training.tasks import MAJORITY, RULER, held_out_key, magic_number
+from service.eval.passages import PassageTask, continued, repeated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy as np
 
-_SENTENCE = re.compile(r'(?<=[.!?"”])(?=\s)')
+    from service.eval.source import Source
+
+BALLOTS = 4
+"""Ballots of a `majority` document, each with as many votes."""
+VOTES = 256
+"""Most votes of a ballot."""
+TOKENS_A_VOTE = 150
+"""A vote of each ballot for so many tokens of a document: at 18 tokens a vote nearly half of it."""
+MARGIN = 0.1
+"""The winner's share of the votes less the loser's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question and what its answer must mention."""
+    """One question and what its answer must mention.
+
+    Attributes:
+        rivals: wrong verdicts. Where there are any, what counts is the text behind the last colon:
+            a reference must stand there as a word, and no rival.
+    """
 
     text: str
     references: tuple[str, ...]
+    rivals: tuple[str, ...] = ()
 
-    def score(self, answer: str) -> float:
-        """Share of the references that the answer mentions, upper or lower case, 0 to 1."""
-        found = sum(reference.lower() in answer.lower() for reference in self.references)
-        return found / len(self.references)
+    def found(self, answer: str) -> int:
+        """How many of the references the answer mentions, upper or lower case."""
+        answer = answer.lower()
+        if not self.rivals:
+            return sum(reference.lower() in answer for reference in self.references)
+        verdict = set(re.findall(r"\w+", answer.rpartition(":")[2]))
+        if any(rival.lower() in verdict for rival in self.rivals):
+            return 0
+        return sum(reference.lower() in verdict for reference in self.references)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,36 +63,6 @@ class Document:
 
     text: str
     questions: tuple[Question, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Text to hide facts in.
-
-    Attributes:
-        encode: token ids of a text, without special tokens.
-        texts: texts of the user's own; generated prose where there are none.
-    """
-
-    encode: Callable[[str], Sequence[int]]
-    texts: tuple[str, ...] = ()
-
-    def sentences(self, rng: np.random.Generator, tokens: int) -> list[str]:
-        """Consecutive sentences of at most `tokens` tokens in all, from a random place."""
-        if self.texts:
-            text = self.texts[int(rng.integers(len(self.texts)))]
-            # No tokenizer makes fewer than one token of sixteen characters of prose.
-            start = int(rng.integers(max(1, len(text) - 16 * tokens)))
-            text = text[start : start + 16 * tokens].partition(" ")[2]
-        else:
-            text = prose(int(rng.integers(2**31)), 8 * tokens, held_out=True)
-        kept: list[str] = []
-        for piece in _SENTENCE.split(text):
-            tokens -= len(self.encode(piece))
-            if tokens < 0:
-                break
-            kept.append(piece)
-        return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +188,42 @@ def _variables(rng: np.random.Generator, source: Source, tokens: int, most: int)
     return Document(text, tuple(questions[:most]))
 
 
-TASKS: dict[str, Task] = {
+def votes(tokens: int, vote_tokens: int = 0) -> int:
+    """Votes of each ballot in a document of `tokens` tokens.
+
+    Args:
+        tokens: of the document.
+        vote_tokens: of the longest vote. Where a tokenizer makes them long, votes are fewer, so
+            that a third of the document stays prose.
+    """
+    return max(1, min(VOTES, tokens // max(TOKENS_A_VOTE, BALLOTS * vote_tokens * 3 // 2)))
+
+
+def winning(count: int) -> int:
+    """How many of a ballot's `count` votes are the winner's: always more than half."""
+    return max(math.ceil(count * (0.5 + MARGIN / 2)), count // 2 + 1)
+
+
+def _majority(rng: np.random.Generator, source: Source, tokens: int, most: int) -> Document:
+    """Votes on four ballots, mixed; each is asked which of yes and no are more."""
+    keys = _keys(rng, BALLOTS)
+    longest = max(len(source.encode(" " + _vote(key, "yes"))) for key in keys)
+    count = votes(tokens, longest)
+    facts, questions = [], []
+    for key in keys:
+        winner, loser = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")
+        right = winning(count)
+        facts += [_vote(key, winner)] * right + [_vote(key, loser)] * (count - right)
+        questions.append(Question(MAJORITY.question.format(key=key), (winner,), (loser,)))
+    shuffled = [facts[i] for i in rng.permutation(len(facts)).tolist()]
+    return Document(_hidden(rng, source, tokens, shuffled), tuple(questions[:most]))
+
+
+def _vote(key: str, value: str) -> str:
+    return MAJORITY.needle.format(key=key, value=value)
+
+
+TASKS: dict[str, Task | PassageTask] = {
     task.name: task
     for task in (
         Task("needle", _needles(1), 48),
@@ -206,5 +233,8 @@ TASKS: dict[str, Task] = {
         Task("multi-query-4", _multi_query(4), 128),
         Task("multi-query-16", _multi_query(16), 400),
         Task("variables", _variables, 96),
+        Task("majority", _majority, 48),
+        PassageTask("text", continued),
+        PassageTask("repeats", repeated),
     )
 }

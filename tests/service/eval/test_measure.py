@@ -1,21 +1,24 @@
-"""The evaluation's answers are the engine's; its statistics and files are sound."""
+"""The evaluation's answers and predictions are the engine's and the model's."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
+import torch
 
+from kernels.page import PAGE
 from models.loader import load
 from models.tokenizer import Tokenizer
 from service.config import BUNDLED_CHECKPOINT, SparsityConfig
+from service.engine.scheduler import Work
+from service.engine.sequence import TAIL, Sequence
 from service.errors import ConfigError, GenerationError
-from service.eval.measure import Record, interval, measure_cell, prompt_tokens
+from service.eval.measure import SAMPLE, Examiner, Item, Plan, calibration, prompt_tokens
 from service.eval.policies import parse_policy
-from service.eval.results import Results, table
-from service.eval.session import Session
-from service.eval.tasks import TASKS, Source
+from service.eval.record import record_cell
+from service.eval.session import FORCED, Audit, Session, _request
+from service.eval.source import Source
+from service.eval.tasks import TASKS
 from tests.service.engine.tiny import (
     dynamic,
     greedy,
@@ -73,7 +76,7 @@ def test_policies_are_read(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "sparse", "dense:1", "dynamic:k=x", "dynamic:keys=3", "dynamic:k=5", "fixed:w:3"]
+    "text", ["", "sparse", "dense:1", "dynamic:k=x", "dynamic:keys=3", "dynamic:k=0", "fixed:w:3"]
 )
 def test_what_is_no_policy_is_refused_in_one_sentence(text):
     with pytest.raises(ConfigError, match="cannot read the policy") as caught:
@@ -81,54 +84,61 @@ def test_what_is_no_policy_is_refused_in_one_sentence(text):
     assert "\n" not in str(caught.value)
 
 
-def test_an_interval_holds_the_mean_and_narrows_with_documents():
-    rng = np.random.default_rng(1)
-    few, many = (rng.random((n, 5)).round().tolist() for n in (10, 400))
-    for scores in (few, many):
-        low, high = interval(scores)
-        assert 0 <= low <= np.mean(scores) <= high <= 1
-    assert np.subtract(*interval(many)) > np.subtract(*interval(few))
-    assert interval([[1.0], [1.0, 1.0]]) == (1.0, 1.0)
+def logits_of(decoder, tokens):
+    """[tokens, vocab] of a dense pass over all of them."""
+    session = Session(decoder, tiny_config(), letters(), tokens=len(tokens))
+    request = _request((*tokens, *[0] * TAIL), DENSE, 1)
+    sequence = Sequence(request, 0, list(tokens), pages=list(range(-(-len(tokens) // PAGE))))
+    [outcome] = session._runner.run([Work(sequence, 0, len(tokens))])
+    return decoder.logits(outcome.hidden)
 
 
-def record(**changes):
-    fields = {"task": "needles", "context": 4096, "policy": "dense", "phase": "decode", "n": 9}
-    fields |= {"documents": 3, "accuracy": 1.0, "low": 1.0, "high": 1.0, "density": 1.0}
-    fields |= {"coverage": 1.0, "true_coverage": None, "coverage_error": None, "fallbacks": 0}
-    return Record(**(fields | changes))
+@pytest.mark.parametrize("targets", [1, 64, 300])
+def test_forced_tokens_cost_what_a_dense_pass_says(harness, targets):
+    decoder = harness().decoder
+    tokens = prompt_of(777)
+    session = Session(decoder, tiny_config(), letters(), tokens=800)
+    logs = logits_of(decoder, tokens).log_softmax(-1)
+    wanted = -logs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[-targets:, 0]
+    everything = dynamic(min_keys=800, max_keys=800, coverage=1.0)
+    for sparsity in (DENSE, everything):
+        forced = session.forced(tokens, targets, sparsity)
+        np.testing.assert_allclose(forced.nats, wanted.numpy(), rtol=1e-9)
+        assert forced.report.density == 1.0
+    assert forced.audit.exact.shape == (3, min(targets, FORCED), 4)
+    sparse = session.forced(tokens, targets, dynamic())
+    assert sparse.report.density < 0.5
+    assert not np.allclose(sparse.nats, wanted.numpy(), rtol=1e-3)
 
 
-def test_an_evaluation_goes_on_where_its_file_stops(tmp_path):
-    file, settings = tmp_path / "out" / "q.json", {"seed": 1}
-    first = Results.start(file, "saccade eval", settings, "abc", "cpu")
-    first.add([record(), record(policy="dynamic")])
-    first.save(file)
-    envelope = json.loads(file.read_text())
-    assert {"command", "commit", "date", "machine", "versions", "records"} <= set(envelope)
-    again = Results.start(file, "saccade eval", settings, "abc", "cpu")
-    assert again.records == first.records
-    assert again.has("needles", 4096, ["dense", "dynamic"])
-    assert not again.has("needles", 4096, ["dense", "fixed"])
-    assert not again.has("needles", 8192, ["dense"])
-    with pytest.raises(ConfigError, match="other settings"):
-        Results.start(file, "saccade eval", {"seed": 2}, "abc", "cpu")
-    file.write_text("{}")
-    with pytest.raises(ConfigError, match="no evaluation"):
-        Results.start(file, "saccade eval", settings, "abc", "cpu")
+def test_what_a_document_costs_does_not_depend_on_what_ran_before(harness):
+    decoder = harness().decoder
+    tokens, other = prompt_of(700), prompt_of(650, 3)
+
+    def session():
+        return Session(decoder, tiny_config(), letters(), tokens=800)
+
+    fresh, used = session(), session()
+    for _ in range(2):
+        used.forced(other, 100, dynamic())
+        used.answers([other], dynamic(), 3)
+    a, b = (one.forced(tokens, 100, dynamic()) for one in (fresh, used))
+    assert (a.nats == b.nats).all() and (a.audit.exact == b.audit.exact).all()
+    [c], [d] = (one.answers([tokens], dynamic(), 9) for one in (fresh, used))
+    assert c.text == d.text and (c.audit.exact == d.audit.exact).all()
 
 
-def test_what_dense_cannot_answer_stands_apart():
-    lines = table(
-        [
-            record(task="hard", accuracy=0.3),
-            record(task="hard", policy="dynamic", accuracy=0.2),
-            record(),
-            record(policy="dynamic", accuracy=0.9),
-        ]
-    ).splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == ["needles", "needles"]
-    assert "cannot be judged" in lines[3]
-    assert lines[4].split()[0] == "hard" and len(lines) == 5
+def test_errors_are_taken_layer_by_layer_and_head_by_head():
+    exact = np.array([0.2, 0.8, 0.5, 0.5]).reshape(2, 1, 2)
+    estimated = np.array([0.4, 0.6, 0.54, 0.5]).reshape(2, 1, 2)  # their means agree to 0.01
+    found = calibration([Audit(exact, estimated), Audit(exact[:, :0], estimated[:, :0])])
+    assert found.count == 4 and found.over == 1
+    assert found.error == pytest.approx(0.44) and found.total == pytest.approx(2.0)
+    assert found.exact.tolist() == exact.ravel().tolist()
+    many = np.random.default_rng(0).random((2, 5000, 2))
+    sample = calibration([Audit(many, many)]).exact
+    assert len(sample) == SAMPLE and np.isin(sample, many).all()
+    assert (sample == calibration([Audit(many, many)]).exact).all()
 
 
 def test_the_bundled_checkpoint_keeps_its_answers_under_the_default_policy():
@@ -136,16 +146,13 @@ def test_the_bundled_checkpoint_keeps_its_answers_under_the_default_policy():
     decoder, config = load(BUNDLED_CHECKPOINT, "auto", "cpu")
     session = Session(decoder, config, tokenizer, tokens=4096)
     source = Source(lambda text: tokenizer.encode(text, add_special_tokens=False))
-    policies = [
+    policies = tuple(
         parse_policy(text, SparsityConfig())
         for text in ("dense", "dynamic", "fixed:sinks:16+window:512")
-    ]
-    calls = []
-    dense, sparse, fixed = measure_cell(
-        *(session, tokenizer, source, TASKS["needles"], 4096, policies),
-        **{"documents": 3, "questions": 8, "seed": 0, "progress": lambda: calls.append(1)},
     )
-    assert len(calls) == 9
+    examiner = Examiner(session, tokenizer, source, Plan(policies, questions=8, seed=0))
+    scores = [examiner.measure(Item("needles", 4096, number)) for number in range(3)]
+    dense, sparse, fixed = record_cell("needles", 4096, scores, passages=False)
     assert dense.n == sparse.n == fixed.n == 24
     # 21 right of 24 has a probability under 1% for a model that is right 99% of the time.
     assert dense.accuracy >= 22 / 24
@@ -153,6 +160,12 @@ def test_the_bundled_checkpoint_keeps_its_answers_under_the_default_policy():
     assert fixed.accuracy <= 0.5
     assert sparse.density <= 0.2 and fixed.density <= 0.2
     assert sparse.coverage_error < 0.005
+    assert sparse.constant_error > 0.05
+    assert sparse.loss == pytest.approx(dense.accuracy - sparse.accuracy)
+    assert fixed.loss_low >= 0.5
+    [text] = record_cell("text", 4096, [examiner.measure(Item("text", 4096, 0))[:1]], passages=True)
+    assert text.accuracy is None and text.n == 512
+    assert 0.5 < text.bits_per_byte < 2.0  # English, which the model was trained on
 
 
 def test_prompts_of_one_document_begin_alike():
