@@ -46,22 +46,30 @@ def kth_greatest(scores: Tensor, count: int) -> Tensor:
     """The `count`-th greatest of the last axis, [..., 1]; a nan counts as the greatest.
 
     Args:
-        scores: [..., n], float32 or float64, negative only where the value is of no meaning.
+        scores: [..., n], float32 or wider. Where fewer than `count` are not negative, any number
+            from the greatest negative one to zero may be given.
         count: 1 to n.
     """
     if scores.device.type == "cpu":
         return torch.from_numpy(
             np.partition(scores.numpy(), -count, axis=-1)[..., -count, None].copy()
         )
-    # Bisection over the bits, which order as the numbers do; a sort of long rows is far slower.
-    bits = scores.float().view(torch.int32)
-    low = torch.full_like(bits[..., :1], -1)  # at least `count` are greater
+    return bisect_greatest(scores.float(), count).to(scores.dtype)
+
+
+def bisect_greatest(scores: Tensor, count: int) -> Tensor:
+    """`kth_greatest` of float32 by counting: on a GPU, rows are far too long to sort.
+
+    The bits of numbers that are not negative order as the numbers do.
+    """
+    bits = scores.view(torch.int32)
+    low = torch.full_like(bits[..., :1], -1)  # at least `count` are greater, of those above -1
     high = torch.full_like(low, 0x7FFF_FFFF)  # fewer are
     for _ in range(32):
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # the difference may not fit
         enough = (bits > middle).sum(-1, keepdim=True) >= count
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return high.view(torch.float32).to(scores.dtype)
+    return high.view(torch.float32)
 
 
 def greatest(scores: Tensor, count: int) -> Tensor:

@@ -106,7 +106,7 @@ def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
 
         scores = scan(turned, codes, spread, centre).to(query.dtype)
     else:
-        scores = torch.bmm(turned.to(dtype), _signs(codes, dtype, head_dim).mT).to(query.dtype)
+        scores = torch.bmm(turned.to(dtype), signs_of(codes, dtype, head_dim).mT).to(query.dtype)
         scores = scores.view(*centre.shape, PAGE).mul_(spread[:, None]).add_(centre[..., None])
     scores = scores.view(kv_heads, sequences, queries, group, -1)
     scores = scores.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, -1)
@@ -126,7 +126,7 @@ def _of_pages(part: Tensor, tables: Tensor) -> Tensor:
     return part[:, start : start + tables.shape[1]]
 
 
-def _signs(codes: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:
+def signs_of(codes: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:
     """Codes [blocks, pages, words, 64] as 1 and -1: [blocks, pages * 64, head_dim]."""
     octets = codes.contiguous().view(torch.uint8).view(*codes.shape, 8)  # little-endian
     octets = octets.transpose(2, 3).flatten(3)  # [blocks, pages, 64, words * 8]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.codes import NOISE, WORD, encode, estimate, rotation, words
+from kernels.codes import NOISE, WORD, encode, estimate, rotation, signs_of, words
 from kernels.page import PAGE
 
 
@@ -22,6 +22,33 @@ def test_a_code_is_the_signs_of_the_rotated_rest(head_dim):
         bit = signs[:, :, channel // WORD] >> (channel % WORD) & 1
         assert torch.equal(bit == 1, turned[..., channel] >= 0)
     torch.testing.assert_close(scale, turned.square().sum(-1) / turned.abs().sum(-1))
+
+
+@pytest.mark.parametrize("head_dim", [8, 80, 128])
+def test_signs_unpack_to_what_was_packed(head_dim):
+    generator = torch.Generator().manual_seed(head_dim)
+    keys = torch.randn(3, 2, PAGE, head_dim, generator=generator, dtype=torch.float64)
+    _, codes, _ = encode(keys, torch.float64)
+    turned = (keys - keys.mean(2, keepdim=True)) @ rotation(head_dim, keys.dtype, keys.device)
+    expected = torch.where(turned >= 0, 1.0, -1.0).flatten(1, 2)
+    assert torch.equal(signs_of(codes, torch.bfloat16, head_dim).double(), expected.double())
+
+
+def test_the_scan_by_bits_is_the_product_with_the_rounded_query():
+    from kernels.scan_cpu import _rounded, scan
+
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.randn(2, 5, PAGE, 96, generator=generator)
+    mean, codes, scale = encode(keys, torch.float32)
+    query = torch.randn(2, 7, 96, generator=generator)
+    _, step, _ = _rounded(query)
+    levels = (query / step[..., None] + 7.5).round().clamp(0, 15)
+    rounded = (levels - 7.5) * step[..., None]
+    assert (rounded - query).abs().max() <= step.max() / 2 + 1e-6
+    centre = query @ mean.mT
+    expected = rounded @ signs_of(codes, torch.float32, 96).mT * scale.flatten(1)[:, None]
+    expected += centre.repeat_interleave(PAGE, -1)
+    torch.testing.assert_close(scan(query, codes, scale, centre), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_equal_keys_have_a_scale_of_zero():

@@ -82,6 +82,18 @@ def test_the_budget_is_the_reference_budget(data):
             assert torch.equal(actual[row, head], expected)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 300])
+def test_counting_finds_the_kth_greatest(count):
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randn(4, 2, 300, generator=generator).exp().mul(8).round().div(8)  # with ties
+    scores[0, 0, :5] = torch.inf
+    assert torch.equal(
+        budget.bisect_greatest(scores, count),
+        scores.sort(-1, descending=True)[0][..., count - 1, None],
+    )
+    assert torch.equal(budget.bisect_greatest(scores, count), budget.kth_greatest(scores, count))
+
+
 @WHOLE
 def test_sinks_and_the_recent_window_are_always_kept(paged, whole):
     lengths = [5, 64, 127, 128, 1000, 1024]
