@@ -42,30 +42,51 @@ def cut_by_mass(importance: Tensor, kept: Tensor, eligible: Tensor, policy: Dyna
     return kept | top(scores, wanted, ranked.gather(-1, (wanted - 1).clamp_min(0)[..., None]))
 
 
-def kth_greatest(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th greatest of the last axis, [..., 1]; a nan counts as the greatest.
+def best(scores: Tensor, count: int) -> Tensor:
+    """Where the `count` greatest stand; ties go to the lowest index, negative ones are left out.
 
     Args:
-        scores: [..., n], float32 or wider. Where fewer than `count` are not negative, any number
-            from the greatest negative one to zero may be given.
-        count: 1 to n.
+        scores: [..., n], of which a nan may count as any.
+        count: 0 to n.
+
+    Returns:
+        int64 [..., count], ascending, -1 behind the last.
     """
+    if count == 0:
+        return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64, device=scores.device)
+    scores = scores.float()
     if scores.device.type == "cpu":
-        return torch.from_numpy(
-            np.partition(scores.numpy(), -count, axis=-1)[..., -count, None].copy()
-        )
-    return bisect_greatest(scores.float(), count).to(scores.dtype)
+        from kernels.scan_cpu import best as best_on_cpu
+
+        return best_on_cpu(scores, count)
+    return best_by_bisection(scores, count)
+
+
+def best_by_bisection(scores: Tensor, count: int) -> Tensor:
+    """`best` for a GPU."""
+    wanted = torch.full(scores.shape[:-1], count, device=scores.device)
+    mask = top(scores, wanted, bisect_greatest(scores, count)) & (scores >= 0)
+    # Each goes to the place that as many stand in front of; those not chosen, behind them all.
+    place = torch.where(mask, mask.cumsum(-1) - 1, count)
+    index = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    out = torch.full((*scores.shape[:-1], count + 1), -1, device=scores.device)
+    return out.scatter_(-1, place, index)[..., :count]
 
 
 def bisect_greatest(scores: Tensor, count: int) -> Tensor:
-    """`kth_greatest` of float32 by counting: on a GPU, rows are far too long to sort.
+    """The `count`-th greatest of the last axis, [..., 1], found by counting what is greater.
 
-    The bits of numbers that are not negative order as the numbers do.
+    A GPU sorts long rows far more slowly. The bits of numbers that are not negative order as the
+    numbers do.
+
+    Args:
+        scores: float32 [..., n]. Where fewer than `count` are not negative, zero is given.
+        count: 1 to n.
     """
     bits = scores.view(torch.int32)
     low = torch.full_like(bits[..., :1], -1)  # at least `count` are greater, of those above -1
     high = torch.full_like(low, 0x7FFF_FFFF)  # fewer are
-    for _ in range(32):
+    for _ in range(31):
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # the difference may not fit
         enough = (bits > middle).sum(-1, keepdim=True) >= count
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)

@@ -28,7 +28,7 @@ class LayerCache:
     kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
     mean: Tensor  # [kv_heads, pages, head_dim]  of the page's keys
     codes: Tensor  # int64 [kv_heads, pages, words, 64]  signs of the keys' rotated rest
-    scale: Tensor  # [kv_heads, pages, 64]  of the keys' codes
+    scale: Tensor  # float32 [kv_heads, pages, 64]  of the keys' codes
 
     @staticmethod
     def allocate(
@@ -41,14 +41,14 @@ class LayerCache:
             codes=torch.zeros(
                 kv_heads, pages, words(head_dim), PAGE, dtype=torch.int64, device=device
             ),
-            scale=torch.zeros(kv_heads, pages, PAGE, dtype=dtype, device=device),
+            scale=torch.zeros(kv_heads, pages, PAGE, device=device),
         )
 
     @staticmethod
     def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes in one layer, its codes included."""
-        numbers = (2 * PAGE + 1) * head_dim + PAGE  # keys and values, their mean, scales
-        return kv_heads * (numbers * dtype.itemsize + PAGE * words(head_dim) * 8)
+        numbers = (2 * PAGE + 1) * head_dim  # keys and values, and the keys' mean
+        return kv_heads * (numbers * dtype.itemsize + PAGE * (8 * words(head_dim) + 4))
 
     @property
     def kv_heads(self) -> int:

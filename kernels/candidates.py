@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.budget import kth_greatest, top
-from kernels.codes import estimate
+from kernels.budget import best
+from kernels.codes import NOISE, estimate
 from kernels.page import PAGE
-from kernels.selection import Selection
-from kernels.torch_backend import wide
+from kernels.torch_backend import head_offsets, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +39,6 @@ class Masses:
     query: Tensor  # [rows, kv_heads, group, head_dim]  wide, scaled
     mass: Tensor  # [rows, kv_heads, group, keys]  e ** (score - peak); 0 where not coded
     peak: Tensor  # [rows, kv_heads, group]
-    noise: Tensor  # [rows, kv_heads, keys]  times <q, q'>: covariance of two heads' errors
     coded: Tensor  # bool [rows, 1, keys]
     position: Tensor  # int64 [keys]
 
@@ -54,23 +52,25 @@ def estimate_masses(query: Tensor, cache: LayerCache, rows: Rows, scale: float) 
     coded = (position < recent[:, None] * PAGE) & (position >= rows.starts[:, None])
     coded = coded[:, None]  # [rows, 1, keys]
     query = query.to(wide(query.dtype)) * scale
-    estimated = estimate(query, cache, rows, first, last)
-    scores, noise = estimated.scores, estimated.noise
+    scores = estimate(query, cache, rows, first, last)
     query = query.view(*scores.shape[:3], -1)
-    # e ** error is more than 1 on average.
-    scores.addcmul_(noise[:, :, None], query.square().sum(-1, keepdim=True), value=-0.5)
     if not bool(coded.all()):
         scores.masked_fill_(~coded[:, :, None], -torch.inf)
     peak = scores.amax(-1) if last > first else scores.new_zeros(scores.shape[:3])
     peak = peak.masked_fill(peak == -torch.inf, 0.0)  # of a row without coded keys
-    return Masses(query, (scores - peak[..., None]).exp_(), peak, noise, coded, position)
+    mass = scores.sub_(peak[..., None]).exp_()  # in place: fresh memory costs more than the work
+    return Masses(query, mass, peak, coded, position)
 
 
-def name_candidates(found: Masses, recent: Tensor, policy: Dynamic) -> tuple[Tensor, Tensor]:
+def name_candidates(
+    found: Masses, cache: LayerCache, rows: Rows, recent: Tensor, policy: Dynamic
+) -> tuple[Tensor, Tensor]:
     """The keys to score exactly.
 
     Args:
         found: estimates for some rows.
+        cache: the layer's paged cache.
+        rows: where each row's keys lie.
         recent: [rows, kv_heads, group], log of the exact mass of the recent window.
         policy: names how many.
 
@@ -80,31 +80,28 @@ def name_candidates(found: Masses, recent: Tensor, policy: Dynamic) -> tuple[Ten
     """
     mass, position = found.mass, found.position
     group = mass.shape[2]
-    total = mass.sum(-1) + (recent - found.peak).exp()  # [rows, kv_heads, group]
-    weight = 1 / total / group
+    sums = mass.sum(-1)  # [rows, kv_heads, group]
+    weight = 1 / (sums + (recent - found.peak).exp()) / group
     # The mean over the group of each head's share, as one product.
     rank = (weight[:, :, None] @ mass).squeeze(2)  # [rows, kv_heads, keys]
     rank.masked_fill_(~found.coded, -1.0)
     rank.masked_fill_(found.coded & (position < policy.sinks), torch.inf)
-    count = min(policy.candidates, rank.shape[-1])
-    # [rows, kv_heads, 1]  the least share of a candidate
-    least = kth_greatest(rank, count) if count else rank.new_zeros(*rank.shape[:2], 1)
-    wanted = torch.full(rank.shape[:2], count, device=rank.device)
-    mask = top(rank, wanted, least) & found.coded  # [rows, kv_heads, keys]
-    near = Selection.from_mask(mask, torch.arange(rank.shape[-1], device=rank.device))
-    there = near.indices >= 0  # [rows, kv_heads, candidates]
-    place = near.indices.clamp_min(0)
+    first = int(position[0]) if position.shape[0] else 0
+    near = best(rank, min(policy.candidates, rank.shape[-1]))  # [rows, kv_heads, candidates]
+    there, place = near >= 0, near.clamp_min(0)
     own = mass.gather(-1, place[:, :, None].expand(-1, -1, group, -1)) * there[:, :, None]
-    noise = found.noise.gather(-1, place)[:, :, None]  # [rows, kv_heads, 1, candidates]
+    named = torch.where(there, near + first, -1)
+    slots = rows.slots(named.clamp_min(0)) + head_offsets(cache, named.device)
+    noise = cache.scale.view(-1)[slots].square()[:, :, None] * NOISE  # [.., 1, candidates]
     overlap = found.query @ found.query.mT  # [rows, kv_heads, group, group]
-    rest = (mass @ (~mask).to(mass.dtype)[..., None]).squeeze(-1)  # [rows, kv_heads, group]
+    least = rank.gather(-1, place).masked_fill_(~there, torch.inf).amin(-1, keepdim=True)
+    rest = (sums - own.sum(-1)).clamp_min(0)  # [rows, kv_heads, group]
     shares = own * weight[..., None]
     for head in range(group):
         tilt = (overlap[:, :, head, :, None] * -noise).exp_()  # [rows, kv_heads, group, candidates]
         back = (shares * tilt).sum(2) < least  # [rows, kv_heads, candidates]
         rest[:, :, head] += (own[:, :, head] * back).sum(-1)
-    first = int(position[0]) if position.shape[0] else 0
-    return torch.where(there, near.indices + first, -1), rest.log() + found.peak
+    return named, rest.log() + found.peak
 
 
 def recent_page(rows: Rows) -> Tensor:

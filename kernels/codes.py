@@ -11,7 +11,6 @@ as the centre. Its error is unbiased and nearly normal, and its variance is know
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -30,14 +29,6 @@ NOISE = 1 - 2 / math.pi
 """Variance of an estimate over |q|^2 s^2: what signs alone lose of a rotated vector."""
 WORD = 64
 """Signs that share an int64."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Estimated scores, and how wrong they may be."""
-
-    scores: Tensor  # [rows, kv_heads, group, keys]
-    noise: Tensor  # [rows, kv_heads, keys]  times <q, q'>: covariance of two queries' errors
 
 
 def words(head_dim: int) -> int:
@@ -60,11 +51,11 @@ def encode(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         keys: [..., 64, head_dim], float32 or float64.
-        dtype: of the means and scales.
+        dtype: of the means.
 
     Returns:
         The pages' means [..., head_dim], the signs int64 [..., words, 64] (bit i of word w is set
-        where channel 64 w + i is not negative) and the scales [..., 64].
+        where channel 64 w + i is not negative) and the scales, float32 [..., 64].
     """
     mean = keys.mean(-2).to(dtype)
     # From the mean as it is stored: the code then makes up for its rounding.
@@ -76,11 +67,14 @@ def encode(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     bits = bits.view(*keys.shape[:-1], -1, WORD)  # [..., 64, words, 64]
     place = torch.arange(WORD, device=keys.device)
     signs = (bits << place).sum(-1)  # [..., 64, words]
-    return mean, signs.transpose(-1, -2), scale.to(dtype)
+    return mean, signs.transpose(-1, -2), scale.float()
 
 
-def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int) -> Estimate:
-    """Estimate the scores of the keys in pages `first` to `last` of every row's sequence.
+def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int) -> Tensor:
+    """Estimate the masses of the keys in pages `first` to `last` of every row's sequence.
+
+    e ** error is more than 1 on average: half of the error's variance is taken off each score, so
+    that e ** score is unbiased.
 
     Args:
         query: [rows, heads, head_dim], scaled.
@@ -88,48 +82,50 @@ def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
         rows: where each row's keys lie.
         first: the first page.
         last: the page behind the last; what an incomplete page gives is of no meaning.
+
+    Returns:
+        [rows, kv_heads, group, keys] scores.
     """
     count, heads, head_dim = query.shape
     kv_heads, sequences, queries = cache.kv_heads, rows.sequences, rows.queries
     group, dtype = heads // kv_heads, cache.kv.dtype
     tables = rows.block_tables[:, first:last]  # [sequences, pages]
-    # All queries of a sequence and KV head side by side: [kv_heads * sequences, queries * group, d]
+    # All queries of a sequence and KV head side by side: [kv_heads, sequences, queries * group, d]
     grouped = query.view(sequences, queries, kv_heads, group, head_dim).permute(2, 0, 1, 3, 4)
-    grouped = grouped.reshape(kv_heads * sequences, -1, head_dim)
+    grouped = grouped.reshape(kv_heads, sequences, -1, head_dim)
     turned = grouped @ rotation(head_dim, query.dtype, query.device)
-    spread = _of_pages(cache.scale, tables)  # [kv_heads * sequences, pages, 64]
-    mean = _of_pages(cache.mean, tables)  # [kv_heads * sequences, pages, head_dim]
-    centre = torch.bmm(grouped.to(dtype), mean.transpose(1, 2)).to(query.dtype)
-    codes = _of_pages(cache.codes, tables)  # [kv_heads * sequences, pages, words, 64]
+    penalty = grouped.square().sum(-1) * (NOISE / 2)  # [kv_heads, sequences, queries * group]
+    mean = _of_pages(cache.mean, tables)  # [kv_heads, sequences, pages, head_dim]
+    centre = (grouped.to(dtype) @ mean.mT).to(query.dtype)  # [.., queries * group, pages]
     if query.device.type == "cpu":
         from kernels.scan_cpu import scan  # numba takes a moment, and a GPU needs none
 
-        scores = scan(turned, codes, spread, centre).to(query.dtype)
+        scores = scan(turned, cache.codes, cache.scale, tables, centre, penalty).to(query.dtype)
     else:
-        scores = torch.bmm(turned.to(dtype), signs_of(codes, dtype, head_dim).mT).to(query.dtype)
-        scores = scores.view(*centre.shape, PAGE).mul_(spread[:, None]).add_(centre[..., None])
+        signs = signs_of(cache.codes[:, tables], dtype, head_dim)
+        scale = cache.scale[:, tables][:, :, None]  # [kv_heads, sequences, 1, pages, 64]
+        scores = (turned.to(dtype) @ signs.mT).to(query.dtype).view(*centre.shape, PAGE)
+        scores = scores.sub_(penalty[..., None, None] * scale).mul_(scale).add_(centre[..., None])
     scores = scores.view(kv_heads, sequences, queries, group, -1)
-    scores = scores.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, -1)
-    noise = spread.to(query.dtype).square().mul_(NOISE).view(kv_heads, sequences, -1)
-    return Estimate(scores, noise.transpose(0, 1).repeat_interleave(queries, 0))
+    return scores.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, -1)
 
 
 def _of_pages(part: Tensor, tables: Tensor) -> Tensor:
     """What `part` [kv_heads, pages, ...] of a cache holds of the pages of `tables`.
 
     Returns:
-        [kv_heads * sequences, pages, ...], in place where one sequence's pages are neighbours.
+        [kv_heads, sequences, pages, ...], in place where one sequence's pages are neighbours.
     """
     start = neighbours(tables[0]) if len(tables) == 1 else None
     if start is None:
-        return part[:, tables].flatten(0, 1)
-    return part[:, start : start + tables.shape[1]]
+        return part[:, tables]
+    return part[:, None, start : start + tables.shape[1]]
 
 
 def signs_of(codes: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:
-    """Codes [blocks, pages, words, 64] as 1 and -1: [blocks, pages * 64, head_dim]."""
+    """Codes [..., pages, words, 64] as 1 and -1: [..., pages * 64, head_dim]."""
     octets = codes.contiguous().view(torch.uint8).view(*codes.shape, 8)  # little-endian
-    octets = octets.transpose(2, 3).flatten(3)  # [blocks, pages, 64, words * 8]
+    octets = octets.transpose(-3, -2).flatten(-2)  # [..., pages, 64, words * 8]
     place = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    bits = ((octets[..., None] >> place) & 1).flatten(3)[..., :head_dim]
-    return bits.to(dtype).mul_(2).sub_(1).flatten(1, 2)
+    bits = ((octets[..., None] >> place) & 1).flatten(-2)[..., :head_dim]
+    return bits.to(dtype).mul_(2).sub_(1).flatten(-3, -2)

@@ -242,7 +242,7 @@ def _score_likely_keys(
     exact = _scores_at(query, cache, rows, near, scale)
     exact.masked_fill_(~_visible(near, rows)[:, :, None], -torch.inf)
     found = estimate_masses(query, cache, rows, scale)
-    likely, others = name_candidates(found, exact.logsumexp(-1), policy)
+    likely, others = name_candidates(found, cache, rows, exact.logsumexp(-1), policy)
     scores = _scores_at(query, cache, rows, likely, scale)
     scores.masked_fill_((likely < 0)[:, :, None], -torch.inf)
     position = torch.cat((likely, near), dim=-1)

@@ -1,4 +1,4 @@
-"""The scan of one-bit codes on a CPU: products of signs and rounded queries, by counting bits.
+"""Long rows on a CPU: the scan of one-bit codes, by counting bits, and the choice of the greatest.
 
 A query is rounded to 16 levels, as RaBitQ does, so that its product with a row of signs is a sum of
 popcounts over its four bit planes; that adds 3% to the variance of an estimate.
@@ -31,44 +31,62 @@ ALONE = 1 << 18
 """Products of a query and a key under which one thread is faster than several."""
 
 
-def scan(turned: Tensor, codes: Tensor, spread: Tensor, centre: Tensor) -> Tensor:
-    """Estimated scores of the coded keys of some blocks, each a sequence's KV head.
+def scan(
+    turned: Tensor, codes: Tensor, scales: Tensor, tables: Tensor, centre: Tensor, penalty: Tensor
+) -> Tensor:
+    """Estimated scores of coded keys, in place: no code is copied.
 
     Args:
-        turned: [blocks, queries, head_dim], rotated queries.
-        codes: int64 [blocks, pages, words, 64].
-        spread: [blocks, pages, 64], the keys' scales.
-        centre: [blocks, queries, pages], products with the pages' means.
+        turned: [kv_heads, sequences, queries, head_dim], rotated queries.
+        codes: int64 [kv_heads, cached pages, words, 64].
+        scales: float32 [kv_heads, cached pages, 64].
+        tables: int64 [sequences, pages], physical pages.
+        centre: [kv_heads, sequences, queries, pages], products with the pages' means.
+        penalty: [kv_heads, sequences, queries], taken off each score, times the square of the
+            key's scale.
 
     Returns:
-        float32 [blocks, queries, pages * 64].
+        float32 [kv_heads, sequences, queries, pages * 64].
     """
-    blocks, queries, _ = turned.shape
     planes, step, constant = _rounded(turned.float())
-    out = torch.empty(blocks, queries, codes.shape[1] * PAGE)
+    out = torch.empty(*turned.shape[:3], tables.shape[1] * PAGE)
     arrays: list[Any] = [
-        x.numpy()
-        for x in (codes, planes, step, constant, spread.float(), centre.float().contiguous(), out)
+        x.contiguous().numpy()
+        for x in (codes, scales, tables, planes, step, constant, centre.float(), penalty.float())
     ]
-    threads = min(torch.get_num_threads(), blocks * codes.shape[1])
-    if threads == 1 or out.numel() < ALONE:
-        _scan(*arrays, 0, blocks * codes.shape[1])
-        return out
-    edges = np.linspace(0, blocks * codes.shape[1], threads + 1).astype(int).tolist()
-    work = [
-        _pool(threads).submit(_scan, *[*arrays, start, stop]) for start, stop in pairwise(edges)
-    ]
-    for one in work:
-        one.result()
+    _in_threads(_scan, [*arrays, out.numpy()], turned.shape[0] * tables.numel(), out.numel())
     return out
+
+
+def _in_threads(work: Any, arrays: list[Any], units: int, size: int) -> None:
+    """Run `work` on all of its units, in as many threads as torch has."""
+    threads = min(torch.get_num_threads(), units)
+    if threads <= 1 or size < ALONE:
+        work(*arrays, 0, units)
+        return
+    edges = np.linspace(0, units, threads + 1).astype(int).tolist()
+    parts = [_pool(threads).submit(work, *[*arrays, *edge]) for edge in pairwise(edges)]
+    for part in parts:
+        part.result()
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """See `kernels.budget.best`; float32 alone.
+
+    The `count`-th greatest is found by its bits, which order as positive numbers do: eleven at a
+    time, by counting.
+    """
+    rows = scores.reshape(-1, scores.shape[-1])
+    out = torch.full((rows.shape[0], count), -1, dtype=torch.int64)
+    _in_threads(_best, [rows.view(torch.int32).numpy(), out.numpy()], rows.shape[0], rows.numel())
+    return out.view(*scores.shape[:-1], count)
 
 
 def _rounded(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries on a grid, q = step (level - 7.5).
 
     Returns:
-        The levels' bit planes int64 [blocks, queries, 4, words], and float32 [blocks, queries]:
-        the step, and what a product has to be corrected by for the grid's middle, over the step.
+        The levels' bit planes int64 [..., 4, words], and float32 [...]: the step, and what a product has to be corrected by for the grid's middle, over the step.
     """
     head_dim = query.shape[-1]
     middle = (LEVELS - 1) / 2
@@ -78,7 +96,7 @@ def _rounded(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     levels = F.pad(levels, (0, -head_dim % WORD)).unflatten(-1, (-1, WORD))  # type: ignore[no-untyped-call]
     place = torch.arange(WORD)
     planes = [((levels >> plane & 1) << place).sum(-1) for plane in range(PLANES)]
-    return torch.stack(planes, dim=2), step, constant
+    return torch.stack(planes, dim=-2), step, constant
 
 
 @lru_cache
@@ -100,45 +118,90 @@ _popcount: Any = intrinsic(_count_bits)
 
 def _scan_pages(
     codes: Any,
+    scales: Any,
+    tables: Any,
     planes: Any,
     step: Any,
     constant: Any,
-    spread: Any,
     centre: Any,
+    penalty: Any,
     out: Any,
     start: int,
     stop: int,
 ) -> None:
-    """Pages `start` to `stop` of all blocks' pages, counted through."""
-    pages, words = codes.shape[1], codes.shape[2]
-    queries = planes.shape[1]
+    """Pages `start` to `stop` of all pages of all sequences of all KV heads."""
+    words = codes.shape[2]
+    sequences, pages = tables.shape
+    queries = planes.shape[2]
     ones = np.empty(64, np.int64)
     sums = np.empty(64, np.int64)
     for number in range(start, stop):
-        block, page = number // pages, number % pages
+        head, rest = number // (sequences * pages), number % (sequences * pages)
+        sequence, page = rest // pages, rest % pages
+        cached = tables[sequence, page]
+        code, scale = codes[head, cached], scales[head, cached]
         ones[:] = 0
         for word in range(words):
             for key in range(64):
-                ones[key] += _popcount(codes[block, page, word, key])
+                ones[key] += _popcount(code[word, key])
         for query in range(queries):
             for key in range(64):
                 sums[key] = -15 * ones[key]
             for word in range(words):
-                one, two = planes[block, query, 0, word], planes[block, query, 1, word]
-                four, eight = planes[block, query, 2, word], planes[block, query, 3, word]
+                plane = planes[head, sequence, query, :, word]
+                one, two, four, eight = plane[0], plane[1], plane[2], plane[3]
                 for key in range(64):
-                    code = codes[block, page, word, key]
+                    bits = code[word, key]
                     sums[key] += (
-                        2 * _popcount(code & one)
-                        + 4 * _popcount(code & two)
-                        + 8 * _popcount(code & four)
-                        + 16 * _popcount(code & eight)
+                        2 * _popcount(bits & one)
+                        + 4 * _popcount(bits & two)
+                        + 8 * _popcount(bits & four)
+                        + 16 * _popcount(bits & eight)
                     )
-            size, shift = step[block, query], constant[block, query]
-            middle = centre[block, query, page]
+            size, shift = step[head, sequence, query], constant[head, sequence, query]
+            middle = centre[head, sequence, query, page]
+            less = penalty[head, sequence, query]
+            scores = out[head, sequence, query, page * 64 : page * 64 + 64]
             for key in range(64):
                 dot = size * (np.float32(sums[key]) + shift)
-                out[block, query, page * 64 + key] = dot * spread[block, page, key] + middle
+                scores[key] = (dot - less * scale[key]) * scale[key] + middle
 
 
 _scan: Any = numba.njit(nogil=True, fastmath={"contract"}, boundscheck=False)(_scan_pages)
+
+
+def _best_rows(bits: Any, out: Any, start: int, stop: int) -> None:
+    """Rows `start` to `stop` of all rows."""
+    count = out.shape[1]
+    size = bits.shape[1]
+    bins = np.empty(2048, np.int64)
+    for row in range(start, stop):
+        low, width, wanted = 0, 31, count  # the greatest `wanted` have bits low to low + 2^width
+        short = False
+        while width > 0 and not short:
+            shift = max(0, width - 11)
+            bins[:] = 0
+            for key in range(size):
+                offset = bits[row, key] - low
+                if offset >= 0 and (offset >> shift) < 2048:
+                    bins[offset >> shift] += 1
+            place, above = 2047, 0
+            while place > 0 and above + bins[place] < wanted:
+                above += bins[place]
+                place -= 1
+            short = above + bins[place] < wanted  # fewer than `count` are not negative
+            wanted -= above
+            low += place << shift
+            width = shift
+        least = -1 if short else low
+        level = size if short else wanted
+        found = 0
+        for key in range(size):
+            value = bits[row, key]
+            if value > least or (value == least and level > 0 and not short):
+                level -= value == least
+                out[row, found] = key
+                found += 1
+
+
+_best: Any = numba.njit(nogil=True, boundscheck=False)(_best_rows)

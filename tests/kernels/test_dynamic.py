@@ -82,16 +82,22 @@ def test_the_budget_is_the_reference_budget(data):
             assert torch.equal(actual[row, head], expected)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 100, 300])
-def test_counting_finds_the_kth_greatest(count):
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 250, 300])
+@pytest.mark.parametrize("find", [budget.best, budget.best_by_bisection])
+def test_the_best_are_the_greatest_and_of_equals_the_first(find, count):
     generator = torch.Generator().manual_seed(count)
     scores = torch.randn(4, 2, 300, generator=generator).exp().mul(8).round().div(8)  # with ties
     scores[0, 0, :5] = torch.inf
-    assert torch.equal(
-        budget.bisect_greatest(scores, count),
-        scores.sort(-1, descending=True)[0][..., count - 1, None],
-    )
-    assert torch.equal(budget.bisect_greatest(scores, count), budget.kth_greatest(scores, count))
+    scores[1, 0, 40:] = -1
+    scores[2, 1, ::2] = -1
+    scores[3, 0] = 0.25
+    found = find(scores, count)
+    for row in range(4):
+        for head in range(2):
+            one = scores[row, head].tolist()
+            ranked = sorted((i for i in range(300) if one[i] >= 0), key=lambda i: (-one[i], i))
+            expected = sorted(ranked[:count])
+            assert found[row, head].tolist() == expected + [-1] * (count - len(expected))
 
 
 @WHOLE
