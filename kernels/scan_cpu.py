@@ -86,7 +86,8 @@ def _rounded(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries on a grid, q = step (level - 7.5).
 
     Returns:
-        The levels' bit planes int64 [..., 4, words], and float32 [...]: the step, and what a product has to be corrected by for the grid's middle, over the step.
+        The levels' bit planes int64 [..., 4, words], and float32 [...]: the step, and what a
+        product has to be corrected by for the grid's middle, over the step.
     """
     head_dim = query.shape[-1]
     middle = (LEVELS - 1) / 2
