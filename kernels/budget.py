@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from kernels.policy import Dynamic
 
 
-def cut_by_mass(importance: Tensor, kept: Tensor, eligible: Tensor, policy: Dynamic) -> Tensor:
+def cut_by_mass(
+    importance: Tensor, kept: Tensor, eligible: Tensor, visible: Tensor, policy: Dynamic
+) -> Tensor:
     """Top-p between two top-k bounds; `kernels.reference.cut_by_mass` is its meaning.
 
     Args:
         importance: [rows, kv_heads, candidates], share of the row's attention mass.
         kept: bool, same shape: always chosen.
         eligible: bool, same shape: may be chosen.
+        visible: int64 [rows], keys each row sees, candidates or not.
         policy: the bounds.
 
     Returns:
@@ -34,7 +37,8 @@ def cut_by_mass(importance: Tensor, kept: Tensor, eligible: Tensor, policy: Dyna
     reached = torch.cat(
         (mass, mass + ranked.clamp_min(0).cumsum(-1)), dim=-1
     )  # [rows, kv_heads, most + 1]
-    needed = (reached < policy.coverage).sum(-1)
+    worthy = ranked >= policy.worth / visible[:, None, None]
+    needed = torch.minimum((reached < policy.coverage).sum(-1), worthy.sum(-1))
     wanted = needed.clamp_min(policy.min_keys - always).clamp_max(policy.max_keys - always)
     wanted = torch.minimum(wanted, free.sum(-1)).clamp_min(0)
     if most == 0:

@@ -287,7 +287,7 @@ def _choose(scored: _Scored, rows: Rows, policy: Dynamic) -> Choice:
     recent = scored.position >= recent_page(rows)[:, None, None] * PAGE
     kept = scored.visible & ((scored.position < policy.sinks) | recent)
     kept, visible = (x.expand(importance.shape) for x in (kept, scored.visible))
-    chosen = cut_by_mass(importance, kept, visible, policy)
+    chosen = cut_by_mass(importance, kept, visible, rows.visible, policy)
     left_out = (~chosen).to(mass.dtype)[..., None]  # [rows, kv_heads, candidates, 1]
     inner = (mass @ left_out).squeeze(-1)  # [rows, kv_heads, group]
     log_rest = (inner + outer).log() + peak

@@ -21,11 +21,16 @@ class Dense:
 class Dynamic:
     """Attend to the fewest keys whose estimated attention mass reaches `coverage`.
 
+    Where attention is spread evenly no few keys reach it, and more of them help little: there
+    `worth` ends the choice.
+
     Attributes:
         coverage: target share of the softmax mass, mean over a group's query heads, 0 to 1.
         min_keys: fewest keys kept a row and KV head, when that many are visible.
         max_keys: most keys kept a row and KV head; sinks and the recent window (64 to 127 keys)
             count, but are kept even where they alone are more.
+        worth: a key beyond `min_keys` must carry so many times the mass that it would have if all
+            visible keys carried the same.
         sinks: keys at the start of the sequence that are always kept (Xiao et al. 2023,
             "Efficient Streaming Language Models with Attention Sinks").
         rescored: so many times `max_keys` keys of a long context are scored exactly, those with the
@@ -39,9 +44,10 @@ class Dynamic:
 
     coverage: float = 0.98
     min_keys: int = 256
-    max_keys: int = 1024
+    max_keys: int = 2048
+    worth: float = 2.0
     sinks: int = 16
-    rescored: int = 4
+    rescored: int = 2
     whole: int = 16_384
 
     def __post_init__(self) -> None:
@@ -49,6 +55,8 @@ class Dynamic:
             raise KernelError(f"coverage must lie in (0, 1], not {self.coverage}")
         if not 0 <= self.sinks <= PAGE:
             raise KernelError(f"sinks must lie in 0 to {PAGE}, not {self.sinks}")
+        if not self.worth >= 0:
+            raise KernelError(f"worth must not be negative, but is {self.worth}")
         if self.rescored < 1:
             raise KernelError(f"rescored must be at least 1, not {self.rescored}")
         if self.max_keys < 1:

@@ -87,7 +87,13 @@ def dense_attention(
 
 
 def cut_by_mass(
-    importance: Tensor, kept: Tensor, eligible: Tensor, coverage: float, least: int, most: int
+    importance: Tensor,
+    kept: Tensor,
+    eligible: Tensor,
+    coverage: float,
+    least: int,
+    most: int,
+    worth: float = 0.0,
 ) -> Tensor:
     """The budget of one row and KV head: top-p between two top-k bounds.
 
@@ -98,6 +104,7 @@ def cut_by_mass(
         coverage: share of the mass to reach.
         least: fewest keys, `kept` included.
         most: most keys, `kept` included.
+        worth: share of the mass under which a key is chosen only to make up `least`.
 
     Returns:
         bool [candidates]. Greatest importance first; ties go to the lowest index.
@@ -107,7 +114,8 @@ def cut_by_mass(
     others = [int(i) for i in (eligible & ~kept).nonzero()]
     for index in sorted(others, key=lambda i: (-float(importance[i]), i)):
         count = int(chosen.sum())
-        if count >= most or (mass >= coverage and count >= least):
+        enough = mass >= coverage or float(importance[index]) < worth
+        if count >= most or (enough and count >= least):
             break
         chosen[index] = True
         mass += float(importance[index])

@@ -40,7 +40,7 @@ class SparsityConfig(BaseModel):
     policy: Literal["dynamic", "fixed", "dense", "auto"] = "dynamic"
     coverage: float = Field(default=0.98, gt=0, le=1, description="attention mass to keep, 0 to 1")
     min_keys: int = Field(default=256, ge=0, description="fewest keys a query")
-    max_keys: int = Field(default=1024, ge=1, description="most keys a query")
+    max_keys: int = Field(default=2048, ge=1, description="most keys a query")
     min_coverage: float = Field(
         default=0.0,
         ge=0,

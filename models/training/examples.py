@@ -37,11 +37,11 @@ _SYSTEM_TEXTS = (
 class Mix:
     """What sequences are drawn from; shares of sequences, the rest is variable tracking."""
 
-    plain: float = 0.22
-    needles: float = 0.26
+    plain: float = 0.20
+    needles: float = 0.28
     key_value: float = 0.16
-    several: float = 0.10
-    majority: float = 0.12
+    several: float = 0.12
+    majority: float = 0.10
     generated: float = 0.12  # share of documents whose text is the generated filler
     chat: float = 0.5  # share of question sequences in the chat template's form
     repeated: float = 0.5  # share of plain sequences with a repeated span
@@ -137,7 +137,7 @@ class ExampleBuilder:
     ) -> Example:
         """One to 64 facts (or `count`) in a text, and up to `asked` questions about them.
 
-        A fact has one value, in some sequences up to four, or `values`.
+        A fact has one value; in some sequences up to four, in others four; or `values`.
         """
         chat = rng.random() < self._mix.chat
         form = RULER
@@ -148,10 +148,12 @@ class ExampleBuilder:
             many = 16 if length > 8192 else 8  # long sequences are few: each must teach more
             low, high = (1, 1) if draw < 0.15 else (2, 8) if draw < 0.30 else (many, 64)
             count = int(np.exp(rng.uniform(np.log(low), np.log(high + 0.99))))
-        multiple = not self._held_out and rng.random() < 0.35
+        draw = 1.0 if self._held_out else rng.random()
+        if values is None and draw < 0.4:  # as in RULER: what is asked for does not tell how many
+            values, count = 4, max(1, count // 4)
         facts = []
         for key in self._keys(rng, count):
-            many = values or (int(rng.integers(1, 5)) if multiple else 1)
+            many = values or (int(rng.integers(1, 5)) if draw < 0.5 else 1)
             facts.append(Fact(key, tuple(self._value(rng) for _ in range(many)), form))
         introduce = rng.random() < 0.25
         while facts:

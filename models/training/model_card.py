@@ -42,9 +42,9 @@ RoPE base {rope:.0e} |
 | optimiser | Muon for matrices, AdamW for embedding and norms |
 
 Sequences are running text, needle sentences hidden in text with one to 64 facts, documents of facts
-alone, and chains of variable assignments; questions come after the document or inside it, in plain
-form (`Question: ...` / `Answer:`) or in the chat template. Planted sentences and questions carry no
-loss.
+alone, questions about several facts at once, yes and no votes on ballots, and chains of variable
+assignments; questions come after the document or inside it, in plain form (`Question: ...` /
+`Answer:`) or in the chat template. Planted sentences and questions carry no loss.
 
 ## Measured at the end of training
 

@@ -23,7 +23,7 @@ from models.training.bpe import (
     SYSTEM_ID,
     USER_ID,
 )
-from models.training.tasks import INTRODUCTION, Form
+from models.training.tasks import INTRODUCTION, SEVERAL, Form
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -174,10 +174,12 @@ class Speller:
         return self._ask(self.around(space + question, fact.key), answer, chat=chat)
 
     def several_query(self, facts: Sequence[Fact], *, chat: bool) -> Parts:
-        """RULER's question about several keys, answered by `key: value, key: value.`"""
+        """RULER's question about several keys, answered key by key, each with its value."""
         head, _, tail = facts[0].form.question.partition(" {key}")
         question = self.encode(head if chat else f" {head}")
         answer = Parts()
+        # Keys then begin with a space, as they do in the question: the same tokens.
+        answer.add(self.encode(SEVERAL if chat else f" {SEVERAL}"), ANSWER)
         for place, fact in enumerate(facts):
             if place:
                 question += self.encode(",")
@@ -185,7 +187,7 @@ class Speller:
             if place and place == len(facts) - 1:
                 question += self.encode(" and")
             question += self.key(fact.key)
-            answer.add(self.key(fact.key, space=bool(place) or not chat), ANSWER)
+            answer.add(self.key(fact.key), ANSWER)
             answer.add(self.encode(":") + self.spelled(fact.values[0]), ANSWER)
         answer.add(self.encode("."), ANSWER)
         return self._ask(question + self.encode(tail), answer, chat=chat)

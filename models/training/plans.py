@@ -133,6 +133,19 @@ PLANS: dict[str, Plan] = {
             adam_rate=1.5e-3,
             text_epochs=2.0,
         ),
+        # From the checkpoint of `answers`: the same questions at lower rates.
+        Plan(
+            name="finish",
+            minutes=4.4,
+            stages=(Stage(4096, 0.08), Stage(16_384, 0.26), Stage(65_536, 1.0)),
+            short_share=0.45,
+            shortest=1024,
+            warmup_steps=50,
+            decay=0.75,
+            muon_rate=1.8e-3,
+            adam_rate=1e-3,
+            text_epochs=0.8,
+        ),
     )
 }
 

@@ -77,6 +77,8 @@ MAJORITY = Form(
     question_one="Are most of the votes for {key} in the provided text yes or no?",
     answer_one="Most of the votes for {key} in the provided text are: {values}.",
 )
+SEVERAL = "The special magic numbers are"
+"""How an answer about several keys begins; `KEY: NUMBER, KEY: NUMBER.` follows."""
 INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards."

@@ -44,6 +44,9 @@ def evaluate(
     ] = "dense;dynamic;fixed:sinks:16+window:512",
     documents: Annotated[int, typer.Option(min=1, help="Documents a task and context.")] = 20,
     questions: Annotated[int, typer.Option(min=1, help="Most questions a document.")] = 16,
+    answers: Annotated[
+        int, typer.Option(min=0, help="Fewest answers a task and context: more documents.")
+    ] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes' worth of it.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of documents and questions.")] = 0,
     text_dir: Annotated[
@@ -89,6 +92,7 @@ def evaluate(
             "seed": seed,
             "documents": documents,
             "questions": questions,
+            "answers": answers,
             "text": None if text_dir is None else text_dir.name,
             "sparsity": settings.sparsity.model_dump(),
             "majority": {"margin": MARGIN, "votes": VOTES, "tokens_a_vote": TOKENS_A_VOTE},
@@ -113,7 +117,8 @@ def evaluate(
             longest,
             Plan(tuple(compared), questions, seed),
         )
-        _measure(setup, wanted, documents, torch_device, workers, results, output)
+        counts = {task: _documents(task, documents, questions, answers) for task in names}
+        _measure(setup, wanted, counts, torch_device, workers, results, output)
     print(table(results.records))
     if plot is not None:
         draw(results.records, plot)
@@ -122,14 +127,16 @@ def evaluate(
 def _measure(
     setup: Setup,
     wanted: list[tuple[str, int]],
-    documents: int,
+    documents: dict[str, int],
     device: torch.device,
     workers: int,
     results: Results,
     output: Path | None,
 ) -> None:
     """Fill in the wanted cells, saving each as it is complete."""
-    items = [Item(task, length, number) for task, length in wanted for number in range(documents)]
+    items = [
+        Item(task, length, number) for task, length in wanted for number in range(documents[task])
+    ]
     cells: dict[tuple[str, int], dict[int, list[DocumentScore]]] = defaultdict(dict)
     often = 0.1 if sys.stderr.isatty() else SELDOM
     with tqdm(total=len(items), unit="document", mininterval=often) as progress:
@@ -138,14 +145,21 @@ def _measure(
             cell[item.document] = scores
             progress.set_description(f"{item.task} {item.context}", refresh=False)
             progress.update()
-            if len(cell) == documents:
+            if len(cell) == documents[item.task]:
                 # By number: the faster of two workers must not change the sums.
-                ordered = [cell[number] for number in range(documents)]
+                ordered = [cell[number] for number in sorted(cell)]
                 passages = not isinstance(TASKS[item.task], Task)
                 results.add(record_cell(item.task, item.context, ordered, passages=passages))
                 del cells[item.task, item.context]
                 if output is not None:
                     results.save(output)
+
+
+def _documents(name: str, documents: int, questions: int, answers: int) -> int:
+    task = TASKS[name]
+    if not isinstance(task, Task):
+        return documents
+    return max(documents, task.documents(answers, questions))
 
 
 def _names(text: str) -> list[str]:

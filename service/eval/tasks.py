@@ -29,7 +29,7 @@ VOTES = 256
 """Most votes of a ballot."""
 TOKENS_A_VOTE = 150
 """A vote of each ballot for so many tokens of a document: at 18 tokens a vote nearly half of it."""
-MARGIN = 0.1
+MARGIN = 0.07
 """The winner's share of the votes less the loser's."""
 
 
@@ -72,11 +72,19 @@ class Task:
     Attributes:
         make: from a generator, a source, the document's tokens and the most questions to ask.
         answer_tokens: most tokens of an answer to one question.
+        questions: that can be asked about a document, if no fewer are wanted.
+        references: of a question.
     """
 
     name: str
     make: Callable[[np.random.Generator, Source, int, int], Document]
     answer_tokens: int
+    questions: int
+    references: int = 1
+
+    def documents(self, answers: int, questions: int) -> int:
+        """Documents for so many answers, at most `questions` questions about each."""
+        return -(-answers // (min(questions, self.questions) * self.references))
 
 
 def _keys(rng: np.random.Generator, count: int) -> list[str]:
@@ -226,14 +234,14 @@ def _vote(key: str, value: str) -> str:
 TASKS: dict[str, Task | PassageTask] = {
     task.name: task
     for task in (
-        Task("needle", _needles(1), 48),
-        Task("needles", _needles(16), 48),
-        Task("multi-key", _multi_key, 48),
-        Task("multi-value", _multi_value, 96),
-        Task("multi-query-4", _multi_query(4), 128),
-        Task("multi-query-16", _multi_query(16), 400),
-        Task("variables", _variables, 96),
-        Task("majority", _majority, 48),
+        Task("needle", _needles(1), 48, questions=1),
+        Task("needles", _needles(16), 48, questions=16),
+        Task("multi-key", _multi_key, 48, questions=16),
+        Task("multi-value", _multi_value, 96, questions=4, references=4),
+        Task("multi-query-4", _multi_query(4), 128, questions=4, references=4),
+        Task("multi-query-16", _multi_query(16), 400, questions=1, references=16),
+        Task("variables", _variables, 96, questions=4, references=6),
+        Task("majority", _majority, 48, questions=BALLOTS),
         PassageTask("text", continued),
         PassageTask("repeats", repeated),
     )

@@ -73,12 +73,15 @@ def test_the_budget_is_the_reference_budget(data):
     least = data.draw(st.integers(0, most))
     # Targets that no sum of equal shares meets exactly, whatever the order of the sum.
     coverage = data.draw(st.sampled_from([0.4987, 0.9013, 0.9999]))
-    policy = Dynamic(coverage=coverage, min_keys=least, max_keys=most)
-    actual = budget.cut_by_mass(importance, kept, eligible, policy)
+    worth = data.draw(st.sampled_from([0.0, 1.03, 2.1]))
+    policy = Dynamic(coverage=coverage, min_keys=least, max_keys=most, worth=worth)
+    visible = torch.tensor([n, n + 7, 2 * n])
+    actual = budget.cut_by_mass(importance, kept, eligible, visible, policy)
     for row in range(3):
         for head in range(2):
             one = (importance[row, head], kept[row, head], eligible[row, head])
-            expected = reference.cut_by_mass(*one, coverage, least, most)
+            share = worth / int(visible[row])
+            expected = reference.cut_by_mass(*one, coverage, least, most, share)
             assert torch.equal(actual[row, head], expected)
 
 
@@ -285,6 +288,7 @@ def test_a_score_that_is_not_finite_shows_as_nan_coverage_of_its_row_alone(paged
         ("min_keys", 5000),
         ("sinks", 65),
         ("rescored", 0),
+        ("worth", -1.0),
     ],
 )
 def test_a_budget_out_of_range_is_refused_by_name(field, value):

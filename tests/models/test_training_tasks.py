@@ -100,7 +100,7 @@ def test_a_question_about_several_keys_names_each_with_its_value(builder, tokeni
     for keys in asked:
         listed = keys.replace(", and ", ", ").split(", ")
         answer = ", ".join(f"{key}: {stated[key]}" for key in listed)
-        assert f"{answer}." in text
+        assert f"The special magic numbers are {answer}." in text
 
 
 @pytest.mark.parametrize("seed", range(6))
