@@ -26,7 +26,7 @@ class LayerCache:
     """
 
     kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
-    mean: Tensor  # [kv_heads, pages, head_dim]  of the page's keys
+    mean: Tensor  # [kv_heads, pages, 2, head_dim]  of the page's keys at 0, of its values at 1
     codes: Tensor  # int64 [kv_heads, pages, words, 64]  signs of the keys' rotated rest
     scale: Tensor  # float32 [kv_heads, pages, 64]  of the keys' codes
 
@@ -37,7 +37,7 @@ class LayerCache:
         """An empty cache of `pages` pages; zeroed, so that unwritten keys are finite."""
         return LayerCache(
             kv=torch.zeros(kv_heads, pages, PAGE, 2, head_dim, dtype=dtype, device=device),
-            mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
+            mean=torch.zeros(kv_heads, pages, 2, head_dim, dtype=dtype, device=device),
             codes=torch.zeros(
                 kv_heads, pages, words(head_dim), PAGE, dtype=torch.int64, device=device
             ),
@@ -47,7 +47,7 @@ class LayerCache:
     @staticmethod
     def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes in one layer, its codes included."""
-        numbers = (2 * PAGE + 1) * head_dim  # keys and values, and the keys' mean
+        numbers = (PAGE + 1) * 2 * head_dim  # keys and values, and their means
         return kv_heads * (numbers * dtype.itemsize + PAGE * (8 * words(head_dim) + 4))
 
     @property
@@ -72,7 +72,7 @@ class LayerCache:
         rows[:, slots] = torch.stack((keys, values), dim=2).transpose(0, 1).to(rows.dtype)
 
     def code(self, pages: Tensor) -> None:
-        """Write the codes of pages that have just filled.
+        """Write the codes and the means of pages that have just filled.
 
         Computed from the stored keys alone, so a code does not depend on how the prompt was cut
         into chunks.
@@ -83,10 +83,10 @@ class LayerCache:
         if pages.numel() == 0:
             return
         wide = torch.promote_types(self.kv.dtype, torch.float32)
-        keys = self.kv[:, pages, :, 0].to(wide)  # [kv_heads, filled, 64, head_dim]
-        self.mean[:, pages], self.codes[:, pages], self.scale[:, pages] = encode(
-            keys, self.kv.dtype
-        )
+        full = self.kv[:, pages].to(wide)  # [kv_heads, filled, 64, 2, head_dim]
+        mean = full.mean(2).to(self.mean.dtype)  # [kv_heads, filled, 2, head_dim]
+        self.mean[:, pages] = mean
+        self.codes[:, pages], self.scale[:, pages] = encode(full[:, :, :, 0], mean[:, :, 0])
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, for a sequence that goes its own way in a page it shared."""

@@ -40,7 +40,7 @@ class Masses:
     mass: Tensor  # [rows, kv_heads, group, keys]  e ** (score - peak); 0 where not coded
     peak: Tensor  # [rows, kv_heads, group]
     coded: Tensor  # bool [rows, 1, keys]
-    position: Tensor  # int64 [keys]
+    first: int  # page that they begin with
 
 
 def estimate_masses(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> Masses:
@@ -59,7 +59,7 @@ def estimate_masses(query: Tensor, cache: LayerCache, rows: Rows, scale: float) 
     peak = scores.amax(-1) if last > first else scores.new_zeros(scores.shape[:3])
     peak = peak.masked_fill(peak == -torch.inf, 0.0)  # of a row without coded keys
     mass = scores.sub_(peak[..., None]).exp_()  # in place: fresh memory costs more than the work
-    return Masses(query, mass, peak, coded, position)
+    return Masses(query, mass, peak, coded, first)
 
 
 def name_candidates(
@@ -78,15 +78,14 @@ def name_candidates(
         int64 [rows, kv_heads, candidates], ascending positions, -1 behind the last, the sinks among
         them; and [rows, kv_heads, group], the log of the estimated mass of the other coded keys.
     """
-    mass, position = found.mass, found.position
-    group = mass.shape[2]
+    mass, group, first = found.mass, found.mass.shape[2], found.first * PAGE
     sums = mass.sum(-1)  # [rows, kv_heads, group]
     weight = 1 / (sums + (recent - found.peak).exp()) / group
     # The mean over the group of each head's share, as one product.
     rank = (weight[:, :, None] @ mass).squeeze(2)  # [rows, kv_heads, keys]
     rank.masked_fill_(~found.coded, -1.0)
-    rank.masked_fill_(found.coded & (position < policy.sinks), torch.inf)
-    first = int(position[0]) if position.shape[0] else 0
+    sinks = max(0, policy.sinks - first)
+    rank[..., :sinks].masked_fill_(found.coded[..., :sinks], torch.inf)
     near = best(rank, min(policy.candidates, rank.shape[-1]))  # [rows, kv_heads, candidates]
     there, place = near >= 0, near.clamp_min(0)
     own = mass.gather(-1, place[:, :, None].expand(-1, -1, group, -1)) * there[:, :, None]

@@ -46,19 +46,18 @@ def rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return orthogonal.to(device, dtype)  # [head_dim, head_dim]
 
 
-def encode(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def encode(keys: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Code full pages.
 
     Args:
         keys: [..., 64, head_dim], float32 or float64.
-        dtype: of the means.
+        mean: [..., head_dim], the pages' means as they are stored: what rounding took from them is
+            then part of the code.
 
     Returns:
-        The pages' means [..., head_dim], the signs int64 [..., words, 64] (bit i of word w is set
-        where channel 64 w + i is not negative) and the scales, float32 [..., 64].
+        The signs int64 [..., words, 64] (bit i of word w is set where channel 64 w + i is not
+        negative) and the scales, float32 [..., 64].
     """
-    mean = keys.mean(-2).to(dtype)
-    # From the mean as it is stored: the code then makes up for its rounding.
     rest = keys - mean.to(keys.dtype)[..., None, :]
     turned = rest @ rotation(keys.shape[-1], keys.dtype, keys.device)  # [..., 64, head_dim]
     scale = turned.square().sum(-1) / turned.abs().sum(-1).clamp_min(1e-30)
@@ -67,7 +66,7 @@ def encode(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     bits = bits.view(*keys.shape[:-1], -1, WORD)  # [..., 64, words, 64]
     place = torch.arange(WORD, device=keys.device)
     signs = (bits << place).sum(-1)  # [..., 64, words]
-    return mean, signs.transpose(-1, -2), scale.float()
+    return signs.transpose(-1, -2), scale.float()
 
 
 def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int) -> Tensor:
@@ -95,7 +94,7 @@ def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
     grouped = grouped.reshape(kv_heads, sequences, -1, head_dim)
     turned = grouped @ rotation(head_dim, query.dtype, query.device)
     penalty = grouped.square().sum(-1) * (NOISE / 2)  # [kv_heads, sequences, queries * group]
-    mean = _of_pages(cache.mean, tables)  # [kv_heads, sequences, pages, head_dim]
+    mean = _of_pages(cache.mean[:, :, 0], tables)  # [kv_heads, sequences, pages, head_dim]
     centre = (grouped.to(dtype) @ mean.mT).to(query.dtype)  # [.., queries * group, pages]
     if query.device.type == "cpu":
         from kernels.scan_cpu import scan  # numba takes a moment, and a GPU needs none

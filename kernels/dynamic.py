@@ -2,7 +2,8 @@
 
 A short context is scored key by key. In a longer one the keys' codes (`kernels.codes`) name the
 candidates that are (`kernels.candidates`), and the others are known by their estimated mass alone.
-The budget (`kernels.budget`) then keeps the fewest keys whose share of all mass reaches the target.
+The budget (`kernels.budget`) then keeps the fewest keys whose share of all mass reaches the target,
+and the others count through the means of their pages (`kernels.remainder`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from kernels.budget import cut_by_mass
 from kernels.candidates import estimate_masses, name_candidates, recent_page
 from kernels.page import PAGE
+from kernels.remainder import mean_value
 from kernels.selection import Selection
 from kernels.timing import Phases
 from kernels.torch_backend import at_once, head_offsets, neighbours, prescaled, wide
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows
+    from kernels.candidates import Masses
     from kernels.policy import Dynamic
 
 
@@ -33,6 +36,7 @@ class Choice:
 
     selection: Selection
     log_rest: Tensor  # [rows, heads]  log of the estimated mass that was not selected
+    rest: Tensor | None = None  # [rows, heads, head_dim]  the mean value of what was not, if wanted
 
     def coverage(self, lse: Tensor) -> Tensor:
         """Estimated share of the attention mass on the selected keys, [rows, heads].
@@ -42,6 +46,18 @@ class Choice:
                 the scores shows as nan here.
         """
         return torch.sigmoid(lse - self.log_rest)
+
+    def complete(self, output: Tensor, lse: Tensor) -> Tensor:
+        """Attention over the selection and, where it was wanted, the remainder.
+
+        Args:
+            output: [rows, heads, head_dim], attention over the selection.
+            lse: [rows, heads], its log-sum-exp.
+        """
+        if self.rest is None:
+            return output
+        share = self.coverage(lse)[..., None]  # [rows, heads, 1]
+        return (output.to(share.dtype) * share + self.rest * (1 - share)).to(output.dtype)
 
 
 def select(
@@ -83,7 +99,8 @@ def select(
     joined = _join(parts)
     order = torch.cat(places).argsort()
     selection = Selection(joined.selection.indices[order], joined.selection.counts[order])
-    return Choice(selection, joined.log_rest[order])
+    rest = None if joined.rest is None else joined.rest[order]
+    return Choice(selection, joined.log_rest[order], rest)
 
 
 def _select(
@@ -110,7 +127,7 @@ def _select(
             else:
                 scored = _score_likely_keys(query[part], cache, piece, policy, scale)
         with phases.time("select", query.device):
-            parts.append(_choose(scored, piece, policy))
+            parts.append(_choose(scored, cache, piece, policy))
     return _join(parts)
 
 
@@ -192,6 +209,7 @@ class _Scored:
     visible: Tensor  # bool, as position
     scores: Tensor  # [rows, kv_heads, group, candidates]  exact; -inf where not visible
     others: Tensor  # [rows, kv_heads, group]  log mass of the visible keys that are no candidates
+    masses: Masses | None  # estimated masses of all coded keys; None where all are candidates
 
 
 def _score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> _Scored:
@@ -218,7 +236,8 @@ def _score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float)
             target = scores[part, head, :, : keys.shape[1]]  # [queries, group, keys]
             target.copy_(product.view(target.shape)).mul_(scale)
     scores.masked_fill_(~visible[:, :, None], -torch.inf)
-    return _Scored(position, visible, scores, scores.new_full(scores.shape[:3], -torch.inf))
+    others = scores.new_full(scores.shape[:3], -torch.inf)
+    return _Scored(position, visible, scores, others, None)
 
 
 def _keys_of_pages(cache: LayerCache, table: Tensor) -> Tensor:
@@ -247,7 +266,7 @@ def _score_likely_keys(
     scores.masked_fill_((likely < 0)[:, :, None], -torch.inf)
     position = torch.cat((likely, near), dim=-1)
     visible = (position >= 0) & _visible(position, rows)
-    return _Scored(position, visible, torch.cat((scores, exact), dim=-1), others)
+    return _Scored(position, visible, torch.cat((scores, exact), dim=-1), others, found)
 
 
 def _scores_at(
@@ -276,7 +295,7 @@ def _scores_at(
     return (product.to(wide(query.dtype)) * scale).view(count, kv_heads, -1, wanted)
 
 
-def _choose(scored: _Scored, rows: Rows, policy: Dynamic) -> Choice:
+def _choose(scored: _Scored, cache: LayerCache, rows: Rows, policy: Dynamic) -> Choice:
     """Spend the budget on the candidates."""
     peak = torch.maximum(scored.scores.amax(-1), scored.others)  # [rows, kv_heads, group]
     mass = (scored.scores - peak[..., None]).exp()  # [rows, kv_heads, group, candidates]
@@ -291,7 +310,18 @@ def _choose(scored: _Scored, rows: Rows, policy: Dynamic) -> Choice:
     left_out = (~chosen).to(mass.dtype)[..., None]  # [rows, kv_heads, candidates, 1]
     inner = (mass @ left_out).squeeze(-1)  # [rows, kv_heads, group]
     log_rest = (inner + outer).log() + peak
-    return Choice(Selection.from_mask(chosen, scored.position), log_rest.flatten(1))
+    selection = Selection.from_mask(chosen, scored.position)
+    if not policy.remainder:
+        return Choice(selection, log_rest.flatten(1))
+    if scored.masses is not None:
+        mass, start = (
+            scored.masses.mass,
+            rows.starts.new_full((rows.sequences,), scored.masses.first),
+        )
+    else:
+        start = scored.position.view(rows.sequences, rows.queries, -1)[:, 0, 0] // PAGE
+    rest = mean_value(mass, start, cache, rows, selection)
+    return Choice(selection, log_rest.flatten(1), rest)
 
 
 def _recent_positions(rows: Rows, kv_heads: int) -> Tensor:
@@ -315,4 +345,6 @@ def _join(parts: list[Choice]) -> Choice:
     padded = [F.pad(one, (0, capacity - one.shape[2]), value=-1) for one in indices]
     counts = torch.cat([part.selection.counts for part in parts])
     log_rest = torch.cat([part.log_rest for part in parts])
-    return Choice(Selection(torch.cat(padded), counts), log_rest)
+    rests = [part.rest for part in parts if part.rest is not None]
+    rest = torch.cat(rests) if rests else None  # all have one, or none has
+    return Choice(Selection(torch.cat(padded), counts), log_rest, rest)

@@ -33,6 +33,7 @@ class Dynamic:
             visible keys carried the same.
         sinks: keys at the start of the sequence that are always kept (Xiao et al. 2023,
             "Efficient Streaming Language Models with Attention Sinks").
+        remainder: whether keys that are not selected count through their pages' mean values.
         rescored: so many times `max_keys` keys of a long context are scored exactly, those with the
             best estimates.
         whole: contexts of at most so many keys are scored exactly throughout: to estimate first
@@ -47,6 +48,7 @@ class Dynamic:
     max_keys: int = 2048
     worth: float = 2.0
     sinks: int = 16
+    remainder: bool = True
     rescored: int = 2
     whole: int = 16_384
 

@@ -110,9 +110,10 @@ class LayerAttention:
         for part, piece in rows.pieces(self._rows_at_once(cache, rows, group.policy)):
             choice = self._choose(query[part], cache, piece, group.policy, recorder.phases)
             with recorder.phases.time("attend", query.device):
-                output[part], lse = selected_attention(
+                selected, lse = selected_attention(
                     query[part], cache, piece, choice.selection, self.scale, self.impl
                 )
+                output[part] = choice.complete(selected, lse)
             exact = None
             if recorder.audit:
                 exact = dynamic.true_coverage(

@@ -41,6 +41,9 @@ class SparsityConfig(BaseModel):
     coverage: float = Field(default=0.98, gt=0, le=1, description="attention mass to keep, 0 to 1")
     min_keys: int = Field(default=256, ge=0, description="fewest keys a query")
     max_keys: int = Field(default=2048, ge=1, description="most keys a query")
+    remainder: bool = Field(
+        default=True, description="keys not selected count through the means of their pages' values"
+    )
     min_coverage: float = Field(
         default=0.0,
         ge=0,
@@ -75,6 +78,7 @@ class SparsityConfig(BaseModel):
             coverage=self.coverage,
             min_keys=self.min_keys,
             max_keys=self.max_keys,
+            remainder=self.remainder,
             min_coverage=self.min_coverage,
             pattern=self.pattern,
             allow_brownout=self.allow_brownout,

@@ -67,6 +67,7 @@ class SparsityRequest(_Request):
     coverage: Annotated[float, Field(gt=0, le=1)] | None = None
     min_keys: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     max_keys: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    remainder: bool | None = None
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
     pattern: Annotated[str, Field(max_length=256)] | None = None
     allow_brownout: bool | None = None

@@ -25,7 +25,12 @@ def policy_of(sequence: Sequence, mode: Mode) -> Dynamic | Fixed:
     """The kernel's policy for tokens of `sequence` in a sparse mode."""
     wanted = sequence.request.sparsity
     if mode is Mode.DYNAMIC:
-        return Dynamic(coverage=wanted.coverage, min_keys=wanted.min_keys, max_keys=wanted.max_keys)
+        return Dynamic(
+            coverage=wanted.coverage,
+            min_keys=wanted.min_keys,
+            max_keys=wanted.max_keys,
+            remainder=wanted.remainder,
+        )
     return Fixed(Pattern.parse(wanted.pattern))
 
 

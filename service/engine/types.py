@@ -56,6 +56,7 @@ class SparsityParams:
         coverage: share of the attention mass that the selected keys should carry, 0 to 1.
         min_keys: fewest keys a query row and KV head.
         max_keys: most keys a query row and KV head.
+        remainder: whether keys that are not selected count through their pages' mean values.
         min_coverage: estimated coverage under which the request falls back to dense; 0 is never.
         pattern: the fixed pattern, "sinks:16+window:1024"; also where a kernel error falls back to.
         allow_brownout: under overload the budget of this request may be cut.
@@ -65,6 +66,7 @@ class SparsityParams:
     coverage: float
     min_keys: int
     max_keys: int
+    remainder: bool
     min_coverage: float
     pattern: str
     allow_brownout: bool

@@ -121,6 +121,7 @@ def dynamic(**changes):
                 "coverage": 0.9,
                 "min_keys": 0,
                 "max_keys": 160,
+                "remainder": True,
                 "min_coverage": 0.0,
                 "pattern": "sinks:4+window:64",
                 "allow_brownout": True,
