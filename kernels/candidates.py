@@ -22,7 +22,7 @@ import torch
 
 from kernels.budget import best
 from kernels.codes import NOISE, estimate
-from kernels.page import PAGE
+from kernels.page import PAGE, recent_page
 from kernels.torch_backend import head_offsets, wide
 
 if TYPE_CHECKING:
@@ -101,8 +101,3 @@ def name_candidates(
         back = (shares * tilt).sum(2) < least  # [rows, kv_heads, candidates]
         rest[:, :, head] += (own[:, :, head] * back).sum(-1)
     return named, rest.log() + found.peak
-
-
-def recent_page(rows: Rows) -> Tensor:
-    """int64 [rows], the page with which each row's always-kept window begins."""
-    return (rows.lengths // PAGE - 1).clamp_min(0)

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from kernels.budget import cut_by_mass
-from kernels.candidates import estimate_masses, name_candidates, recent_page
-from kernels.page import PAGE
+from kernels.candidates import estimate_masses, name_candidates
+from kernels.page import PAGE, recent_page
 from kernels.remainder import mean_value
 from kernels.selection import Selection
 from kernels.timing import Phases
@@ -47,16 +47,16 @@ class Choice:
         """
         return torch.sigmoid(lse - self.log_rest)
 
-    def complete(self, output: Tensor, lse: Tensor) -> Tensor:
+    def complete(self, output: Tensor, coverage: Tensor) -> Tensor:
         """Attention over the selection and, where it was wanted, the remainder.
 
         Args:
             output: [rows, heads, head_dim], attention over the selection.
-            lse: [rows, heads], its log-sum-exp.
+            coverage: [rows, heads], the selection's.
         """
         if self.rest is None:
             return output
-        share = self.coverage(lse)[..., None]  # [rows, heads, 1]
+        share = coverage[..., None]  # [rows, heads, 1]
         return (output.to(share.dtype) * share + self.rest * (1 - share)).to(output.dtype)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.page import PAGE, PAGE_BITS
+from kernels.page import PAGE, PAGE_BITS, recent_page
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +47,16 @@ def mean_value(
     taken = mass.gather(-1, offset) * inside[:, :, None]
     left = mass.view(count, kv_heads, group, -1, PAGE).sum(-1)  # [rows, kv_heads, group, pages]
     left = left.scatter_add_(-1, offset >> PAGE_BITS, -taken).clamp_min_(0)
+    # The recent window is always selected whole. What rounding leaves of its mass must not meet the
+    # means of its pages, which are not written yet.
+    recent = recent_page(rows) - first.repeat_interleave(queries)
+    place = torch.arange(left.shape[-1], device=first.device)
+    left.masked_fill_((place >= recent[:, None])[:, None, None], 0.0)
     left /= left.sum(-1, keepdim=True).clamp_min(1e-30)
     # All queries of a sequence and KV head side by side: [kv_heads, sequences, queries * group, ..]
     left = left.view(sequences, queries, kv_heads, group, -1).permute(2, 0, 1, 3, 4)
     left = left.reshape(kv_heads, sequences, queries * group, -1)
-    page = first[:, None] + torch.arange(left.shape[-1], device=first.device)  # [.., pages]
+    page = first[:, None] + place  # [sequences, pages]
     table = rows.block_tables.gather(1, page.clamp_max(rows.block_tables.shape[1] - 1))
     # Pages that carry no weight may be another sequence's: what is in them must not matter.
     values = cache.mean[:, table, 1].to(mass.dtype).nan_to_num(0.0, 0.0, 0.0)

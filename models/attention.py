@@ -113,7 +113,8 @@ class LayerAttention:
                 selected, lse = selected_attention(
                     query[part], cache, piece, choice.selection, self.scale, self.impl
                 )
-                output[part] = choice.complete(selected, lse)
+                coverage = choice.coverage(lse)
+                output[part] = choice.complete(selected, coverage)
             exact = None
             if recorder.audit:
                 exact = dynamic.true_coverage(
@@ -125,7 +126,7 @@ class LayerAttention:
                     tokens=group.tokens[part],
                     keys=choice.selection.counts,
                     visible=piece.visible,
-                    coverage=choice.coverage(lse),
+                    coverage=coverage,
                     true_coverage=exact,
                 )
             )

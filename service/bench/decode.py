@@ -135,8 +135,8 @@ def _ways(
 
     def selected() -> Tensor:
         choice = dynamic.select(query, cache, rows, policy, scale)
-        _, lse = selected_attention(query, cache, rows, choice.selection, scale)
-        return choice.coverage(lse)
+        output, lse = selected_attention(query, cache, rows, choice.selection, scale)
+        return choice.complete(output, choice.coverage(lse))
 
     return [
         selected,

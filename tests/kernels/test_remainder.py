@@ -33,7 +33,7 @@ def dense(case, query):
 def answer(case, query, **policy):
     choice = dynamic.select(query, case.cache, case.rows, Dynamic(**policy), SCALE)
     output, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
-    return choice.complete(output, lse).double()
+    return choice.complete(output, choice.coverage(lse)).double()
 
 
 @pytest.mark.parametrize("whole", [0, 16_384], ids=["two levels", "every key scored"])
@@ -61,8 +61,8 @@ def test_masses_that_are_level_within_pages_lose_nothing(paged):
 
 
 def test_selected_keys_carry_no_weight_in_it(paged):
-    case = paged([PAGE * 4], 1, 8, torch.float64)
-    mass = torch.zeros(1, 1, 2, PAGE * 3, dtype=torch.float64)
+    case = paged([PAGE * 6], 1, 8, torch.float64)
+    mass = torch.zeros(1, 1, 2, PAGE * 5, dtype=torch.float64)
     mass[..., 5] = 3.0  # selected
     mass[..., PAGE + 9] = 1.0
     mass[:, :, 1, PAGE * 2] = 3.0
@@ -71,6 +71,17 @@ def test_selected_keys_carry_no_weight_in_it(paged):
     pages = case.cache.mean[0, case.tables[0], 1]
     torch.testing.assert_close(found[0, 0], pages[1])
     torch.testing.assert_close(found[0, 1], pages[1] / 4 + pages[2] * 3 / 4)
+
+
+@pytest.mark.parametrize("whole", [0, 16_384], ids=["two levels", "every key scored"])
+def test_means_that_are_not_written_yet_do_not_matter(paged, whole):
+    case = paged([2000, 300], 2, 16, queries=3)
+    query = case.query(2)
+    policy = {"max_keys": 150, "min_keys": 0, "rescored": 1, "whole": whole}
+    expected = answer(case, query, **policy)
+    for table, n in zip(case.tables, (2000, 300), strict=True):
+        case.cache.mean[:, table[n // PAGE - 1 :]] = 1e30
+    assert torch.equal(answer(case, query, **policy), expected)
 
 
 def test_values_of_others_that_are_not_finite_stay_theirs(paged):

@@ -61,8 +61,8 @@ def test_audited_tokens_have_their_exact_coverage(harness):
     ("text", "expected"),
     [
         ("dense", {"policy": "dense"}),
-        (" dynamic ", {"policy": "dynamic", "max_keys": 1024}),
-        ("dynamic:k=512", {"min_keys": 512, "max_keys": 512, "coverage": 1.0}),
+        (" dynamic ", {"policy": "dynamic", "max_keys": 2048, "remainder": True}),
+        ("dynamic:k=512", {"min_keys": 512, "max_keys": 512, "coverage": 1.0, "remainder": False}),
         ("dynamic:coverage=0.9,max_keys=700", {"coverage": 0.9, "max_keys": 700, "min_keys": 256}),
         ("fixed:sinks:16+window:64", {"policy": "fixed", "pattern": "sinks:16+window:64"}),
         ("fixed", {"policy": "fixed", "pattern": "sinks:16+window:1024"}),
