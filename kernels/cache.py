@@ -26,7 +26,8 @@ class LayerCache:
     """
 
     kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
-    mean: Tensor  # [kv_heads, pages, 2, head_dim]  of the page's keys at 0, of its values at 1
+    key_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
+    value_mean: Tensor  # [kv_heads, pages, head_dim]  of each page, always finite
     codes: Tensor  # int64 [kv_heads, pages, words, 64]  signs of the keys' rotated rest
     scale: Tensor  # float32 [kv_heads, pages, 64]  of the keys' codes
 
@@ -37,7 +38,8 @@ class LayerCache:
         """An empty cache of `pages` pages; zeroed, so that unwritten keys are finite."""
         return LayerCache(
             kv=torch.zeros(kv_heads, pages, PAGE, 2, head_dim, dtype=dtype, device=device),
-            mean=torch.zeros(kv_heads, pages, 2, head_dim, dtype=dtype, device=device),
+            key_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
+            value_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
             codes=torch.zeros(
                 kv_heads, pages, words(head_dim), PAGE, dtype=torch.int64, device=device
             ),
@@ -59,6 +61,18 @@ class LayerCache:
     def head_dim(self) -> int:
         """Size of one head."""
         return self.kv.shape[-1]
+
+    @staticmethod
+    def of_pages(part: Tensor, tables: Tensor) -> Tensor:
+        """What `part` [kv_heads, pages, ...] holds of physical pages `tables` [sequences, pages].
+
+        Returns:
+            [kv_heads * sequences, pages, ...], in place where one sequence's pages are neighbours.
+        """
+        start = neighbours(tables[0]) if len(tables) == 1 else None
+        if start is None:
+            return part[:, tables].flatten(0, 1)
+        return part[:, start : start + tables.shape[1]]
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store new keys and values.
@@ -84,13 +98,15 @@ class LayerCache:
             return
         wide = torch.promote_types(self.kv.dtype, torch.float32)
         full = self.kv[:, pages].to(wide)  # [kv_heads, filled, 64, 2, head_dim]
-        mean = full.mean(2).to(self.mean.dtype)  # [kv_heads, filled, 2, head_dim]
-        self.mean[:, pages] = mean
-        self.codes[:, pages], self.scale[:, pages] = encode(full[:, :, :, 0], mean[:, :, 0])
+        keys, values = full.mean(2).to(self.kv.dtype).unbind(2)  # [kv_heads, filled, head_dim]
+        self.key_mean[:, pages] = keys
+        # A page's mean may meet another sequence's weight of zero.
+        self.value_mean[:, pages] = values.nan_to_num(0.0, 0.0, 0.0)
+        self.codes[:, pages], self.scale[:, pages] = encode(full[:, :, :, 0], keys)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, for a sequence that goes its own way in a page it shared."""
-        for part in (self.kv, self.mean, self.codes, self.scale):
+        for part in (self.kv, self.key_mean, self.value_mean, self.codes, self.scale):
             part[:, target] = part[:, source]
 
 
@@ -120,6 +136,11 @@ class Rows:
     def visible(self) -> Tensor:
         """int64 [rows], keys each row may see."""
         return self.lengths - self.starts
+
+    @property
+    def recent_page(self) -> Tensor:
+        """int64 [rows], the page with which each row's always-kept window begins."""
+        return (self.lengths // PAGE - 1).clamp_min(0)
 
     def within(self, window: int | None) -> Rows:
         """These rows under a sliding window of `window` keys, self included."""
@@ -181,3 +202,13 @@ class Segment:
             else:
                 runs.append((page, 1))
         return Segment(torch.tensor(pages, device=device), tuple(runs), start, tokens)
+
+
+def neighbours(pages: Tensor) -> int | None:
+    """The first of physical `pages` [n] when each lies right behind the one before it."""
+    count = pages.shape[0]
+    if count == 0:
+        return None
+    first = int(pages[0])
+    run = torch.arange(first, first + count, device=pages.device)
+    return first if torch.equal(pages, run) else None

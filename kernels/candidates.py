@@ -22,7 +22,7 @@ import torch
 
 from kernels.budget import best
 from kernels.codes import NOISE, estimate
-from kernels.page import PAGE, recent_page
+from kernels.page import PAGE
 from kernels.torch_backend import head_offsets, wide
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Masses:
 
     query: Tensor  # [rows, kv_heads, group, head_dim]  wide, scaled
     mass: Tensor  # [rows, kv_heads, group, keys]  e ** (score - peak); 0 where not coded
+    page_mass: Tensor  # [rows, kv_heads, group, pages]  its sums
     peak: Tensor  # [rows, kv_heads, group]
     coded: Tensor  # bool [rows, 1, keys]
     first: int  # page that they begin with
@@ -45,7 +46,7 @@ class Masses:
 
 def estimate_masses(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> Masses:
     """Estimate e ** score of every coded key, without bias; arguments as in `select`."""
-    recent = recent_page(rows)
+    recent = rows.recent_page
     first, last = int(rows.starts.min()) // PAGE, int(recent.max())
     last = max(first, last)
     position = torch.arange(first * PAGE, last * PAGE, device=query.device)
@@ -59,7 +60,8 @@ def estimate_masses(query: Tensor, cache: LayerCache, rows: Rows, scale: float) 
     peak = scores.amax(-1) if last > first else scores.new_zeros(scores.shape[:3])
     peak = peak.masked_fill(peak == -torch.inf, 0.0)  # of a row without coded keys
     mass = scores.sub_(peak[..., None]).exp_()  # in place: fresh memory costs more than the work
-    return Masses(query, mass, peak, coded, first)
+    page_mass = mass.view(*mass.shape[:3], -1, PAGE).sum(-1)
+    return Masses(query, mass, page_mass, peak, coded, first)
 
 
 def name_candidates(
@@ -79,7 +81,7 @@ def name_candidates(
         them; and [rows, kv_heads, group], the log of the estimated mass of the other coded keys.
     """
     mass, group, first = found.mass, found.mass.shape[2], found.first * PAGE
-    sums = mass.sum(-1)  # [rows, kv_heads, group]
+    sums = found.page_mass.sum(-1)  # [rows, kv_heads, group]
     weight = 1 / (sums + (recent - found.peak).exp()) / group
     # The mean over the group of each head's share, as one product.
     rank = (weight[:, :, None] @ mass).squeeze(2)  # [rows, kv_heads, keys]

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from kernels.page import PAGE
-from kernels.torch_backend import neighbours
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,8 +93,10 @@ def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
     grouped = grouped.reshape(kv_heads, sequences, -1, head_dim)
     turned = grouped @ rotation(head_dim, query.dtype, query.device)
     penalty = grouped.square().sum(-1) * (NOISE / 2)  # [kv_heads, sequences, queries * group]
-    mean = _of_pages(cache.mean[:, :, 0], tables)  # [kv_heads, sequences, pages, head_dim]
-    centre = (grouped.to(dtype) @ mean.mT).to(query.dtype)  # [.., queries * group, pages]
+    mean = cache.of_pages(cache.key_mean, tables)  # [kv_heads * sequences, pages, head_dim]
+    # Means first: the other way round a CPU copies them.
+    centre = torch.bmm(mean, grouped.to(dtype).flatten(0, 1).mT).to(query.dtype).mT
+    centre = centre.reshape(*penalty.shape, -1)  # [kv_heads, sequences, queries * group, pages]
     if query.device.type == "cpu":
         from kernels.scan_cpu import scan  # numba takes a moment, and a GPU needs none
 
@@ -107,18 +108,6 @@ def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
         scores = scores.sub_(penalty[..., None, None] * scale).mul_(scale).add_(centre[..., None])
     scores = scores.view(kv_heads, sequences, queries, group, -1)
     return scores.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, -1)
-
-
-def _of_pages(part: Tensor, tables: Tensor) -> Tensor:
-    """What `part` [kv_heads, pages, ...] of a cache holds of the pages of `tables`.
-
-    Returns:
-        [kv_heads, sequences, pages, ...], in place where one sequence's pages are neighbours.
-    """
-    start = neighbours(tables[0]) if len(tables) == 1 else None
-    if start is None:
-        return part[:, tables]
-    return part[:, None, start : start + tables.shape[1]]
 
 
 def signs_of(codes: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:

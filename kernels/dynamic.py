@@ -15,12 +15,13 @@ import torch
 from torch.nn import functional as F
 
 from kernels.budget import cut_by_mass
+from kernels.cache import neighbours
 from kernels.candidates import estimate_masses, name_candidates
-from kernels.page import PAGE, recent_page
+from kernels.page import PAGE
 from kernels.remainder import mean_value
 from kernels.selection import Selection
 from kernels.timing import Phases
-from kernels.torch_backend import at_once, head_offsets, neighbours, prescaled, wide
+from kernels.torch_backend import at_once, head_offsets, prescaled, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,7 +177,7 @@ def rest_of(
         coded = (found.mass @ left.to(found.mass.dtype)[..., None]).squeeze(-1)
         position = _recent_positions(piece, cache.kv_heads)
         recent = _scores_at(own, cache, piece, position, scale)  # [rows, kv_heads, group, 2 * 64]
-        start = recent_page(piece)[:, None, None] * PAGE
+        start = piece.recent_page[:, None, None] * PAGE
         left = _unselected(selection.indices[part], 2 * PAGE, start) & _visible(position, piece)
         recent = recent.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
         parts.append(torch.logaddexp(coded.log() + found.peak, recent).flatten(1))
@@ -303,7 +304,7 @@ def _choose(scored: _Scored, cache: LayerCache, rows: Rows, policy: Dynamic) -> 
     # The mean over the group of each head's share, as one product.
     weight = 1 / (mass.sum(-1) + outer) / mass.shape[2]  # [rows, kv_heads, group]
     importance = (weight[:, :, None] @ mass).squeeze(2)  # [rows, kv_heads, candidates]
-    recent = scored.position >= recent_page(rows)[:, None, None] * PAGE
+    recent = scored.position >= rows.recent_page[:, None, None] * PAGE
     kept = scored.visible & ((scored.position < policy.sinks) | recent)
     kept, visible = (x.expand(importance.shape) for x in (kept, scored.visible))
     chosen = cut_by_mass(importance, kept, visible, rows.visible, policy)
@@ -314,20 +315,22 @@ def _choose(scored: _Scored, cache: LayerCache, rows: Rows, policy: Dynamic) -> 
     if not policy.remainder:
         return Choice(selection, log_rest.flatten(1))
     if scored.masses is not None:
+        page_mass = scored.masses.page_mass
         mass, start = (
             scored.masses.mass,
             rows.starts.new_full((rows.sequences,), scored.masses.first),
         )
     else:
+        page_mass = mass.view(*mass.shape[:3], -1, PAGE).sum(-1)
         start = scored.position.view(rows.sequences, rows.queries, -1)[:, 0, 0] // PAGE
-    rest = mean_value(mass, start, cache, rows, selection)
+    rest = mean_value(mass, page_mass, start, cache, rows, selection)
     return Choice(selection, log_rest.flatten(1), rest)
 
 
 def _recent_positions(rows: Rows, kv_heads: int) -> Tensor:
     """Positions of the recent window's two pages: [rows, kv_heads, 2 * 64]."""
     offset = torch.arange(2 * PAGE, device=rows.lengths.device)
-    position = recent_page(rows)[:, None, None] * PAGE + offset
+    position = rows.recent_page[:, None, None] * PAGE + offset
     return position.expand(-1, kv_heads, -1)
 
 

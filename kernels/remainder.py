@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.page import PAGE, PAGE_BITS, recent_page
+from kernels.page import PAGE, PAGE_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +23,18 @@ if TYPE_CHECKING:
 
 
 def mean_value(
-    mass: Tensor, first: Tensor, cache: LayerCache, rows: Rows, selection: Selection
+    mass: Tensor,
+    page_mass: Tensor,
+    first: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    selection: Selection,
 ) -> Tensor:
     """The mean value of the keys that were not selected, weighted with their mass.
 
     Args:
         mass: [rows, kv_heads, group, pages * 64], mass of each key; 0 where a row does not see it.
+        page_mass: [rows, kv_heads, group, pages], its sums.
         first: int64 [sequences], the page that the masses begin with.
         cache: the layer's paged cache; pages in which a key is left out are complete.
         rows: where each row's keys lie.
@@ -45,11 +51,10 @@ def mean_value(
     inside = (offset >= 0) & (offset < keys)  # [rows, kv_heads, capacity]
     offset = offset.clamp(0, keys - 1)[:, :, None].expand(-1, -1, group, -1)
     taken = mass.gather(-1, offset) * inside[:, :, None]
-    left = mass.view(count, kv_heads, group, -1, PAGE).sum(-1)  # [rows, kv_heads, group, pages]
-    left = left.scatter_add_(-1, offset >> PAGE_BITS, -taken).clamp_min_(0)
+    left = page_mass.scatter_add(-1, offset >> PAGE_BITS, -taken).clamp_min_(0)
     # The recent window is always selected whole. What rounding leaves of its mass must not meet the
     # means of its pages, which are not written yet.
-    recent = recent_page(rows) - first.repeat_interleave(queries)
+    recent = rows.recent_page - first.repeat_interleave(queries)
     place = torch.arange(left.shape[-1], device=first.device)
     left.masked_fill_((place >= recent[:, None])[:, None, None], 0.0)
     left /= left.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -58,7 +63,7 @@ def mean_value(
     left = left.reshape(kv_heads, sequences, queries * group, -1)
     page = first[:, None] + place  # [sequences, pages]
     table = rows.block_tables.gather(1, page.clamp_max(rows.block_tables.shape[1] - 1))
-    # Pages that carry no weight may be another sequence's: what is in them must not matter.
-    values = cache.mean[:, table, 1].to(mass.dtype).nan_to_num(0.0, 0.0, 0.0)
-    mean = (left @ values).view(kv_heads, sequences, queries, group, -1)
+    values = cache.of_pages(cache.value_mean, table)  # [kv_heads * sequences, pages, head_dim]
+    mean = torch.bmm(left.flatten(0, 1).to(values.dtype), values).to(mass.dtype)
+    mean = mean.view(kv_heads, sequences, queries, group, -1)
     return mean.permute(1, 2, 0, 3, 4).reshape(count, kv_heads * group, -1)

@@ -80,16 +80,6 @@ def prescaled(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return query * power, scale / power
 
 
-def neighbours(pages: Tensor) -> int | None:
-    """The first of physical `pages` [n] when each lies right behind the one before it."""
-    count = pages.shape[0]
-    if count == 0:
-        return None
-    first = int(pages[0])
-    run = torch.arange(first, first + count, device=pages.device)
-    return first if torch.equal(pages, run) else None
-
-
 def head_offsets(cache: LayerCache, device: torch.device) -> Tensor:
     """int64 [kv_heads, 1], where each head's slots begin in the cache seen as one list of rows."""
     slots = cache.kv.shape[1] * PAGE

@@ -67,8 +67,9 @@ def test_selected_keys_carry_no_weight_in_it(paged):
     mass[..., PAGE + 9] = 1.0
     mass[:, :, 1, PAGE * 2] = 3.0
     selection = Selection(torch.tensor([[[5, PAGE * 3 + 1]]]), torch.tensor([[2]]))
-    found = mean_value(mass, torch.tensor([0]), case.cache, case.rows, selection)
-    pages = case.cache.mean[0, case.tables[0], 1]
+    page_mass = mass.view(1, 1, 2, -1, PAGE).sum(-1)
+    found = mean_value(mass, page_mass, torch.tensor([0]), case.cache, case.rows, selection)
+    pages = case.cache.value_mean[0, case.tables[0]]
     torch.testing.assert_close(found[0, 0], pages[1])
     torch.testing.assert_close(found[0, 1], pages[1] / 4 + pages[2] * 3 / 4)
 
@@ -80,7 +81,7 @@ def test_means_that_are_not_written_yet_do_not_matter(paged, whole):
     policy = {"max_keys": 150, "min_keys": 0, "rescored": 1, "whole": whole}
     expected = answer(case, query, **policy)
     for table, n in zip(case.tables, (2000, 300), strict=True):
-        case.cache.mean[:, table[n // PAGE - 1 :]] = 1e30
+        case.cache.value_mean[:, table[n // PAGE - 1 :]] = 1e30
     assert torch.equal(answer(case, query, **policy), expected)
 
 
@@ -88,7 +89,9 @@ def test_values_of_others_that_are_not_finite_stay_theirs(paged):
     case = paged([3000, 200], 1, 16)
     query = case.query(2)
     expected = answer(case, query, max_keys=150, min_keys=0, whole=0)
-    # The second sequence's pages, which the first one's table is padded with in none of its places.
-    case.cache.mean[:, case.tables[0], 1] = torch.inf
+    pages = torch.tensor(case.tables[0])
+    case.cache.kv[:, pages[:40], :, 1] = torch.inf
+    case.cache.code(pages[:40])
+    case.rows.block_tables[1, 4:] = pages[0]  # padded with a page of the other's
     found = answer(case, query, max_keys=150, min_keys=0, whole=0)
     torch.testing.assert_close(found[1], expected[1])
