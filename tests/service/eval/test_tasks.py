@@ -137,3 +137,12 @@ def test_votes_leave_room_for_prose_and_always_have_a_winner():
     for count in range(1, 300):
         assert 2 * winning(count) > count >= winning(count)
         assert winning(count) >= count * (0.5 + MARGIN / 2) - 1e-9
+
+
+@pytest.mark.parametrize("task", ASKED)
+def test_documents_are_as_many_as_the_answers_need(task):
+    document, one = draw(task, tokens=4096, most=10), TASKS[task]
+    assert len(document.questions) == min(10, one.questions)
+    assert all(len(asked.references) == one.references for asked in document.questions)
+    each = len(document.questions) * one.references
+    assert (one.documents(1000, 10) - 1) * each < 1000 <= one.documents(1000, 10) * each
