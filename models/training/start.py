@@ -149,8 +149,9 @@ def _from_card(folder: Path) -> dict[str, Any]:
     run = dict(_UNKNOWN)
     if plan := re.search(r"--plan ([\w-]+)", card):
         run["plan"] = plan[1]
-    if tokens := re.search(r"\| (\d+) million in \d+ steps", card):
+    if tokens := re.search(r"(?:\| |\()(\d+) million (?:in \d+ steps|tokens)", card):
         run["tokens_seen"] = 1_000_000 * int(tokens[1])
-    if time := re.search(r"\| ([\d.]+) minutes of training on ([^|\n]+?) \|", card):
-        run |= {"seconds": 60 * float(time[1]), "device": time[2]}
+    # The first time named: in the card of a chain of runs it is the first one's.
+    if time := re.search(r"([\d.]+) minutes(?: of training)?(?: on ([^|,)\n]+))?", card):
+        run |= {"seconds": 60 * float(time[1]), "device": time[2] and time[2].strip()}
     return run

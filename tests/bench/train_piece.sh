@@ -10,7 +10,7 @@
 set -euo pipefail
 texts=$1 results=$2 plan=${3:-long} start=${4:-} minutes=${MINUTES:-9.4}
 work=build/training
-state=$work/state-$plan checkpoint=$work/saccade-12m
+state=$work/state-$plan checkpoint=$work/checkpoint-$plan/saccade-12m
 limit=$(awk -v minutes="$minutes" 'BEGIN { printf "%d", 60 * minutes + 20 }')
 
 mkdir -p "$work/text" "$results"
