@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Gathers are cut into pieces of this many bytes: enough to fill the cores, small enough that the
 # copies of a long prompt's rows do not double the process.
 GATHER_BYTES = 64 << 20
-GPU_GATHER_BYTES = 1 << 29
+GPU_GATHER_BYTES = 512 << 20  # more memory, and a launch costs as much as many rows
 # A run of neighbouring pages at least this long is read in place; shorter ones are gathered
 # together first, since each call costs as much as reading a few pages.
 RUN_PAGES = 16

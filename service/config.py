@@ -70,7 +70,7 @@ class SparsityConfig(BaseModel):
         """These defaults as the engine takes them.
 
         Raises:
-            KernelError: the budget contradicts itself or the keys that are always kept.
+            KernelError: the budget contradicts itself.
         """
         Dynamic(coverage=self.coverage, min_keys=self.min_keys, max_keys=self.max_keys)
         return SparsityParams(

@@ -63,8 +63,8 @@ class Record:
     """One policy in one cell.
 
     Attributes:
-        phase: what ran under the policy: "decode", the question and the answer; for passages
-            "predict", the predicted tokens.
+        phase: what ran under the policy: "decode" is the question and the answer, or the passage's
+            predicted tokens; the document before them was prefilled densely.
         n: answers, one a reference, the same for every policy of the cell; for passages tokens.
         accuracy: share of the references that the answers mention; None for passages.
         low, high: 95% interval of the accuracy, or of the bits per byte; by document.
@@ -226,7 +226,7 @@ def _record(
         task=task,
         context=context,
         policy=policy,
-        phase="predict" if passages else "decode",
+        phase="decode",
         n=sum(one.n for one in column),
         documents=len(column),
         accuracy=None if passages else value,

@@ -59,18 +59,6 @@ class Answer:
     report: SparsityReport
     audit: Audit
 
-    @property
-    def exact(self) -> NDArray[np.float64]:
-        """Exact coverage of the audited tokens, [audited], mean over layers and heads."""
-        exact: NDArray[np.float64] = self.audit.exact.mean((0, 2))
-        return exact
-
-    @property
-    def estimated(self) -> NDArray[np.float64]:
-        """The estimate for the same tokens, [audited]."""
-        estimated: NDArray[np.float64] = self.audit.estimated.mean((0, 2))
-        return estimated
-
 
 @dataclass(frozen=True, slots=True)
 class Forced:

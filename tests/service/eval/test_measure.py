@@ -53,8 +53,9 @@ def test_audited_tokens_have_their_exact_coverage(harness):
     one = harness()
     session = Session(one.decoder, tiny_config(), letters(), tokens=800)
     [answer] = session.answers([prompt_of(700)], dynamic(), 9)
-    assert len(answer.exact) == len(answer.estimated) > 128
-    np.testing.assert_allclose(answer.exact, answer.estimated, atol=1e-9)
+    exact, estimated = answer.audit.exact, answer.audit.estimated
+    assert exact.shape[1] == estimated.shape[1] > 128
+    np.testing.assert_allclose(exact.mean((0, 2)), estimated.mean((0, 2)), atol=1e-9)
 
 
 @pytest.mark.parametrize(
