@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ def read_start(folder: Path, shape: Shape) -> Start:
             named |= load_file(folder / file)
         log = (folder / LOG).read_text(encoding="utf-8") if (folder / LOG).exists() else ""
         weights = stacked_weights(named, shape.layers)
-        return Start(weights, log, _runs(folder, log))
+        return Start(weights, log, _runs(log))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise TrainingError(
             f"The checkpoint {folder} cannot be read ({error}): name a whole folder that an "
@@ -125,33 +124,13 @@ def _weight_files(folder: Path) -> list[str]:
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
-def _runs(folder: Path, log: str) -> list[dict[str, Any]]:
-    """The runs before, from the log; a log that names no plan began before plans were named in it.
-
-    The model card knows that plan.
-    """
+def _runs(log: str) -> list[dict[str, Any]]:
+    """The runs before, from the log: each begins with a line that names its plan."""
+    unknown: dict[str, Any] = dict.fromkeys(("plan", "device", "tokens_seen", "seconds"))
     runs: list[dict[str, Any]] = []
     for line in map(json.loads, log.splitlines()):
         if "plan" in line:
-            runs.append({"plan": line["plan"], "device": line["device"]})
-        if "clock" in line:
-            runs = runs or [_from_card(folder)]
+            runs.append(unknown | {"plan": line["plan"], "device": line["device"]})
+        elif "clock" in line and runs:
             runs[-1] |= {"tokens_seen": line["tokens"], "seconds": line["clock"]}
-    return [_UNKNOWN | run for run in runs or [_from_card(folder)]]
-
-
-_UNKNOWN: dict[str, Any] = dict.fromkeys(("plan", "device", "tokens_seen", "seconds"))
-
-
-def _from_card(folder: Path) -> dict[str, Any]:
-    path = folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.exists() else ""
-    run = dict(_UNKNOWN)
-    if plan := re.search(r"--plan ([\w-]+)", card):
-        run["plan"] = plan[1]
-    if tokens := re.search(r"(?:\| |\()(\d+) million (?:in \d+ steps|tokens)", card):
-        run["tokens_seen"] = 1_000_000 * int(tokens[1])
-    # The first time named: in the card of a chain of runs it is the first one's.
-    if time := re.search(r"([\d.]+) minutes(?: of training)?(?: on ([^|,)\n]+))?", card):
-        run |= {"seconds": 60 * float(time[1]), "device": time[2] and time[2].strip()}
-    return run
+    return runs or [unknown]
