@@ -47,8 +47,8 @@ class Masses:
 def estimate_masses(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> Masses:
     """Estimate e ** score of every coded key, without bias; arguments as in `select`."""
     recent = rows.recent_page
-    first, last = int(rows.starts.min()) // PAGE, int(recent.max())
-    last = max(first, last)
+    first = int(rows.starts.min()) // PAGE
+    last = max(first, int(recent.max()))
     position = torch.arange(first * PAGE, last * PAGE, device=query.device)
     coded = (position < recent[:, None] * PAGE) & (position >= rows.starts[:, None])
     coded = coded[:, None]  # [rows, 1, keys]

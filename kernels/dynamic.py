@@ -15,19 +15,17 @@ import torch
 from torch.nn import functional as F
 
 from kernels.budget import cut_by_mass
-from kernels.cache import neighbours
-from kernels.candidates import estimate_masses, name_candidates
 from kernels.page import PAGE
 from kernels.remainder import mean_value
+from kernels.scores import Scored, score_every_key, score_likely_keys
 from kernels.selection import Selection
 from kernels.timing import Phases
-from kernels.torch_backend import at_once, head_offsets, prescaled, wide
+from kernels.torch_backend import at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows
-    from kernels.candidates import Masses
     from kernels.policy import Dynamic
 
 
@@ -124,179 +122,15 @@ def _select(
     for part, piece in rows.pieces(at_once(query.device, each)):
         with phases.time("score", query.device):
             if whole:
-                scored = _score_every_key(query[part], cache, piece, scale)
+                scored = score_every_key(query[part], cache, piece, scale)
             else:
-                scored = _score_likely_keys(query[part], cache, piece, policy, scale)
+                scored = score_likely_keys(query[part], cache, piece, policy, scale)
         with phases.time("select", query.device):
             parts.append(_choose(scored, cache, piece, policy))
     return _join(parts)
 
 
-def true_coverage(
-    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, lse: Tensor, scale: float
-) -> Tensor:
-    """Share of the attention mass that a selection carries: every key is read, in float32.
-
-    Args:
-        query: [rows, heads, head_dim].
-        cache: the layer's paged cache.
-        rows: where each row's keys lie.
-        selection: the keys each row attends to.
-        lse: [rows, heads], log-sum-exp of attention over the selection.
-        scale: factor on the scores.
-
-    Returns:
-        [rows, heads], 0 to 1.
-    """
-    longest = int(rows.visible.max()) + 2 * PAGE
-    parts = []
-    for part, piece in rows.pieces(at_once(query.device, 8 * query.shape[1] * longest)):
-        scored = _score_every_key(query[part].to(wide(query.dtype)), cache, piece, scale)
-        left = _unselected(
-            selection.indices[part], scored.scores.shape[-1], scored.position[..., :1]
-        )
-        rest = scored.scores.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
-        parts.append(torch.sigmoid(lse[part] - rest.flatten(1)))
-    return torch.cat(parts)
-
-
-def rest_of(
-    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
-) -> Choice:
-    """Judge a selection made elsewhere (a fixed pattern's): estimate the mass it leaves out.
-
-    From the codes of the keys; the recent window is scored exactly.
-    """
-    each = (8 * query.shape[1] + cache.kv_heads * cache.head_dim) * int(rows.visible.max())
-    parts = []
-    for part, piece in rows.pieces(at_once(query.device, each)):
-        own = query[part]
-        found = estimate_masses(own, cache, piece, scale)
-        first = int(piece.starts.min()) // PAGE * PAGE
-        left = _unselected(selection.indices[part], found.mass.shape[-1], first)
-        coded = (found.mass @ left.to(found.mass.dtype)[..., None]).squeeze(-1)
-        position = _recent_positions(piece, cache.kv_heads)
-        recent = _scores_at(own, cache, piece, position, scale)  # [rows, kv_heads, group, 2 * 64]
-        start = piece.recent_page[:, None, None] * PAGE
-        left = _unselected(selection.indices[part], 2 * PAGE, start) & _visible(position, piece)
-        recent = recent.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
-        parts.append(torch.logaddexp(coded.log() + found.peak, recent).flatten(1))
-    return Choice(selection, torch.cat(parts))
-
-
-def _unselected(taken: Tensor, width: int, start: Tensor | int) -> Tensor:
-    """Which of the `width` positions from `start` on are not among `taken`.
-
-    Args:
-        taken: int64 [rows, kv_heads, capacity], -1 where there is none.
-        width: how many positions.
-        start: int64 [rows, 1, 1], or one for all rows.
-
-    Returns:
-        bool [rows, kv_heads, width].
-    """
-    column = taken - start
-    column = torch.where((taken >= 0) & (column >= 0) & (column < width), column, width)
-    # One column more takes the writes of what lies elsewhere.
-    left = torch.ones(*taken.shape[:2], width + 1, dtype=torch.bool, device=taken.device)
-    return left.scatter_(2, column, False)[..., :-1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """The candidates of some rows, and the mass of the keys that are none."""
-
-    position: Tensor  # int64 [rows, kv_heads or 1, candidates]  ascending where visible
-    visible: Tensor  # bool, as position
-    scores: Tensor  # [rows, kv_heads, group, candidates]  exact; -inf where not visible
-    others: Tensor  # [rows, kv_heads, group]  log mass of the visible keys that are no candidates
-    masses: Masses | None  # estimated masses of all coded keys; None where all are candidates
-
-
-def _score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> _Scored:
-    """Every visible key is a candidate; a sequence's keys are read once for all its rows.
-
-    A query wider than the cache has its products computed in its own dtype.
-    """
-    query, scale = prescaled(query, scale)
-    count, heads, head_dim = query.shape
-    kv_heads, queries = cache.kv_heads, rows.queries
-    first = rows.starts.view(-1, queries).amin(1) // PAGE  # [sequences]
-    last = -(-rows.lengths.view(-1, queries).amax(1) // PAGE)  # [sequences]
-    width = int((last - first).max()) * PAGE
-    offset = torch.arange(width, device=query.device)
-    position = (first.repeat_interleave(queries)[:, None] * PAGE + offset)[:, None]
-    visible = _visible(position, rows)  # [rows, 1, width]
-    scores = query.new_empty(count, kv_heads, heads // kv_heads, width, dtype=wide(query.dtype))
-    for number, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
-        part = slice(number * queries, (number + 1) * queries)
-        keys = _keys_of_pages(cache, rows.block_tables[number, low:high])
-        grouped = query[part].view(queries, kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
-        for head in range(kv_heads):  # one product over them all would copy the keys first
-            product = grouped[head] @ keys[head].to(query.dtype).T  # [queries * group, keys]
-            target = scores[part, head, :, : keys.shape[1]]  # [queries, group, keys]
-            target.copy_(product.view(target.shape)).mul_(scale)
-    scores.masked_fill_(~visible[:, :, None], -torch.inf)
-    others = scores.new_full(scores.shape[:3], -torch.inf)
-    return _Scored(position, visible, scores, others, None)
-
-
-def _keys_of_pages(cache: LayerCache, table: Tensor) -> Tensor:
-    """The keys of physical pages `table` [pages], in place where they are neighbours.
-
-    Returns:
-        [kv_heads, pages * 64, head_dim].
-    """
-    start = neighbours(table)
-    if start is None:
-        return cache.kv[:, table, :, 0].flatten(1, 2)
-    run = cache.kv[:, start : start + table.shape[0]]
-    return run.view(cache.kv_heads, -1, 2, cache.head_dim)[:, :, 0]
-
-
-def _score_likely_keys(
-    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float
-) -> _Scored:
-    """Candidates are the keys whose codes promise the most mass, and the recent ones."""
-    near = _recent_positions(rows, cache.kv_heads)  # [rows, kv_heads, 2 * 64]
-    exact = _scores_at(query, cache, rows, near, scale)
-    exact.masked_fill_(~_visible(near, rows)[:, :, None], -torch.inf)
-    found = estimate_masses(query, cache, rows, scale)
-    likely, others = name_candidates(found, cache, rows, exact.logsumexp(-1), policy)
-    scores = _scores_at(query, cache, rows, likely, scale)
-    scores.masked_fill_((likely < 0)[:, :, None], -torch.inf)
-    position = torch.cat((likely, near), dim=-1)
-    visible = (position >= 0) & _visible(position, rows)
-    return _Scored(position, visible, torch.cat((scores, exact), dim=-1), others, found)
-
-
-def _scores_at(
-    query: Tensor, cache: LayerCache, rows: Rows, position: Tensor, scale: float
-) -> Tensor:
-    """Exact scores of the keys at `position` [rows, kv_heads, n]: [rows, kv_heads, group, n].
-
-    Keys that are not there get some finite-or-not score; the caller masks them.
-    """
-    count, kv_heads, wanted = position.shape
-    if rows.queries * wanted > int(rows.lengths.max()):
-        # The rows of a sequence share most of these keys: one product with all of them is cheaper.
-        scored = _score_every_key(query, cache, rows, scale)
-        place = (position - scored.position[..., :1]).clamp(0, scored.scores.shape[-1] - 1)
-        group = query.shape[1] // kv_heads
-        return scored.scores.gather(-1, place[:, :, None].expand(-1, -1, group, -1))
-    query, scale = prescaled(query, scale)
-    last = rows.block_tables.shape[1] * PAGE - 1
-    slot = rows.slots(position.clamp(0, last)) + head_offsets(cache, query.device)
-    # The cache seen as rows of head_dim numbers, a key at each even row: one copy, keys alone.
-    keys = cache.kv.view(-1, cache.head_dim).index_select(0, slot.flatten() * 2)
-    keys = keys.view(count * kv_heads, wanted, -1)
-    grouped = query.view(count * kv_heads, -1, cache.head_dim)
-    # Keys first: the other way round is twice as slow on a CPU in bfloat16.
-    product = torch.bmm(keys, grouped.transpose(1, 2)).transpose(1, 2).contiguous()
-    return (product.to(wide(query.dtype)) * scale).view(count, kv_heads, -1, wanted)
-
-
-def _choose(scored: _Scored, cache: LayerCache, rows: Rows, policy: Dynamic) -> Choice:
+def _choose(scored: Scored, cache: LayerCache, rows: Rows, policy: Dynamic) -> Choice:
     """Spend the budget on the candidates."""
     peak = torch.maximum(scored.scores.amax(-1), scored.others)  # [rows, kv_heads, group]
     mass = (scored.scores - peak[..., None]).exp()  # [rows, kv_heads, group, candidates]
@@ -315,29 +149,13 @@ def _choose(scored: _Scored, cache: LayerCache, rows: Rows, policy: Dynamic) -> 
     if not policy.remainder:
         return Choice(selection, log_rest.flatten(1))
     if scored.masses is not None:
-        page_mass = scored.masses.page_mass
-        mass, start = (
-            scored.masses.mass,
-            rows.starts.new_full((rows.sequences,), scored.masses.first),
-        )
+        mass, page_mass = scored.masses.mass, scored.masses.page_mass
+        start = rows.starts.new_full((rows.sequences,), scored.masses.first)
     else:
         page_mass = mass.view(*mass.shape[:3], -1, PAGE).sum(-1)
         start = scored.position.view(rows.sequences, rows.queries, -1)[:, 0, 0] // PAGE
     rest = mean_value(mass, page_mass, start, cache, rows, selection)
     return Choice(selection, log_rest.flatten(1), rest)
-
-
-def _recent_positions(rows: Rows, kv_heads: int) -> Tensor:
-    """Positions of the recent window's two pages: [rows, kv_heads, 2 * 64]."""
-    offset = torch.arange(2 * PAGE, device=rows.lengths.device)
-    position = rows.recent_page[:, None, None] * PAGE + offset
-    return position.expand(-1, kv_heads, -1)
-
-
-def _visible(position: Tensor, rows: Rows) -> Tensor:
-    """Which of `position` [rows, ..., candidates] their rows may see."""
-    start, stop = rows.starts[:, None, None], rows.lengths[:, None, None]
-    return (position >= start) & (position < stop)
 
 
 def _join(parts: list[Choice]) -> Choice:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import dynamic
+from kernels import dynamic, judge
 from kernels.attention import Impl, dense_attention, selected_attention
 from kernels.policy import Dynamic
 from kernels.timing import Phases
@@ -117,7 +117,7 @@ class LayerAttention:
                 output[part] = choice.complete(selected, coverage)
             exact = None
             if recorder.audit:
-                exact = dynamic.true_coverage(
+                exact = judge.true_coverage(
                     query[part], cache, piece, choice.selection, lse, self.scale
                 )
             recorder.entries.append(
@@ -145,7 +145,7 @@ class LayerAttention:
         selection = policy.pattern.select(
             rows.lengths.tolist(), rows.starts.tolist(), cache.kv_heads, query.device
         )
-        return dynamic.rest_of(query, cache, rows, selection, self.scale)
+        return judge.rest_of(query, cache, rows, selection, self.scale)
 
     @staticmethod
     def _rows_at_once(cache: LayerCache, rows: Rows, policy: Dynamic | Fixed) -> int:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import budget, dynamic, reference
+from kernels import budget, dynamic, judge, reference
 from kernels.attention import dense_attention, selected_attention
 from kernels.cache import Segment
 from kernels.errors import KernelError
@@ -193,7 +193,7 @@ def test_the_audit_knows_the_true_coverage(paged, dtype, gain):
     choice = dynamic.select(query, case.cache, case.rows, policy, SCALE)
     _, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
     rest = (query, case.cache, case.rows, choice.selection, lse, SCALE)
-    audited = dynamic.true_coverage(*rest).double()
+    audited = judge.true_coverage(*rest).double()
     truth = exact_coverage(case, query, choice.selection)
     tolerance = 3e-3 if dtype is torch.bfloat16 else 1e-5
     assert (audited - truth).abs().max() < tolerance
@@ -247,7 +247,7 @@ def test_a_fixed_pattern_is_judged_by_the_same_codes(paged, text):
     pattern = Pattern.parse(text)
     selection = pattern.select(lengths, [0, 0, 0], 2, query.device)
     selection.validate(case.rows.lengths)
-    choice = dynamic.rest_of(query, case.cache, case.rows, selection, SCALE)
+    choice = judge.rest_of(query, case.cache, case.rows, selection, SCALE)
     _, lse = selected_attention(query, case.cache, case.rows, selection, SCALE)
     truth = exact_coverage(case, query, selection)
     assert (choice.coverage(lse).double() - truth).abs().max() < 0.08
