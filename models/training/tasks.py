@@ -79,6 +79,11 @@ MAJORITY = Form(
 )
 SEVERAL = "The special magic numbers are"
 """How an answer about several keys begins; `KEY: NUMBER, KEY: NUMBER.` follows."""
+SYSTEM_TEXTS = (
+    "You are a helpful assistant.",
+    "Answer the question from the text.",
+    "Read the text and answer briefly.",
+)
 INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards."
