@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.errors import SaccadeError
-from kernels.patterns import Pattern
-from service.engine.batch import policy_of
+from service.engine.admission import check_request
+from service.engine.measures import observe, time_end, time_token
 from service.engine.output import Ending, Output
 from service.engine.runner import Runner, decide
 from service.engine.sampler import Ranked, Sampler, rank, rank_in_slices
@@ -139,7 +138,13 @@ class Engine:
             OverloadedError: the queue is full; try again later.
             EngineDeadError: the step loop has stopped.
         """
-        self._check(prompt, sampling, sparsity)
+        check_request(
+            prompt,
+            sampling,
+            sparsity,
+            vocab=self.config.vocab_size,
+            max_model_len=self.max_model_len,
+        )
         self.check_room(n)
         stream = Stream(n, lambda: self.abort(request_id))
         request = Request(
@@ -199,38 +204,6 @@ class Engine:
         if not alive:
             reason = self._failure or f"no step for {age:.0f} seconds"
         return Health(alive, age, self._runner.degraded is not None, reason)
-
-    def _check(self, prompt: Seq[int], sampling: SamplingParams, sparsity: SparsityParams) -> None:
-        if not prompt:
-            raise RequestError("prompt must hold at least one token", param="prompt")
-        vocab = self.config.vocab_size
-        if not all(0 <= token < vocab for token in prompt):
-            raise RequestError(f"prompt token ids must lie in 0 to {vocab - 1}", param="prompt")
-        if len(prompt) + sampling.max_tokens > self.max_model_len:
-            # The field at fault is the prompt only when not even one token would fit behind it.
-            param = "prompt" if len(prompt) >= self.max_model_len else "max_tokens"
-            raise RequestError(
-                f"{len(prompt)} prompt tokens and max_tokens {sampling.max_tokens} exceed the "
-                f"model's limit of {self.max_model_len} tokens: shorten the prompt or max_tokens",
-                param=param,
-                code="context_length_exceeded",
-            )
-        for name, ids in (
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", [token for token, _ in sampling.logit_bias]),
-        ):
-            if not all(0 <= token < vocab for token in ids):
-                raise RequestError(f"{name} must lie in 0 to {vocab - 1}", param=name)
-        try:
-            Pattern.parse(sparsity.pattern)
-        except SaccadeError as error:
-            raise RequestError(str(error), param="sparsity.pattern") from error
-        probe = Sequence(Request("", (0,), sampling, sparsity, 0, lambda _: None, 0.0), 0, [0])
-        try:
-            policy_of(probe, Mode.DYNAMIC)
-        except SaccadeError as error:
-            field_name = str(error).split(" ", 1)[0]
-            raise RequestError(str(error), param=f"sparsity.{field_name}") from error
 
     # -- the engine's thread ----------------------------------------------------------------
 
@@ -302,7 +275,7 @@ class Engine:
                 _log.error("request %s failed", sequence.request.id, exc_info=error)
                 self._finish(sequence, "", Ending("error"), error="sampling failed on this request")
         if looked:
-            self._observe(looked)
+            observe(self.metrics, looked)
 
     def _advance(self, outcome: Outcome, looked: list[Looked]) -> None:
         """Book one outcome: its keys, its statistics, and its next token if it has one.
@@ -346,7 +319,7 @@ class Engine:
         logits = self._runner.logits(hidden)[0]  # [vocab]
         token = progress.sampler.sample(logits, sequence.generated)
         sequence.tokens.append(token)
-        self._time_token(sequence)
+        time_token(self.metrics, sequence)
         room = len(sequence.tokens) < self.max_model_len
         text, ending = progress.output.push(token, sequence.generated, room)
         logprobs: tuple[TokenLogprob, ...] = ()
@@ -388,7 +361,7 @@ class Engine:
         self._scheduler.finish(sequence)
         self._emit(sequence, text, ending, tokens, logprobs, error)
         del self._progress[sequence]
-        self._time_end(sequence, ending)
+        time_end(self.metrics, sequence, ending)
         request = sequence.request
         # A choice that waits for a prompt which will never be computed ends with it.
         for other in request.sequences:
@@ -445,35 +418,6 @@ class Engine:
         top = tuple((token, text(token), logprob) for token, logprob in entry.top)
         return TokenLogprob(entry.token, text(entry.token), entry.logprob, top)
 
-    # -- measures ---------------------------------------------------------------------------
-
-    def _observe(self, looked: list[Looked]) -> None:
-        """One observation a layer group of what the step's tail and decode tokens looked at."""
-        layers = looked[0].density.shape[0]
-        third = max(1, layers // 3)
-        groups = {
-            "first": slice(0, third),
-            "middle": slice(third, layers - third),
-            "last": slice(layers - third, layers),
-        }
-        for name, part in groups.items():
-            rows = sum(entry.density[part].size for entry in looked)
-            if rows == 0:
-                continue
-            self.metrics.attention(
-                name,
-                sum(float(entry.density[part].sum()) for entry in looked) / rows,
-                sum(float(entry.coverage[part].mean(-1).sum()) for entry in looked) / rows,
-                sum(float(entry.keys[part].sum()) for entry in looked) / rows,
-            )
-            errors = [
-                float((entry.coverage[part] - entry.exact[part]).mean(-1).sum())
-                for entry in looked
-                if entry.exact is not None
-            ]
-            if errors:
-                self.metrics.audited(name, sum(errors) / rows)
-
     def _report_load(self) -> None:
         scheduler = self._scheduler
         forking = sum(
@@ -489,33 +433,6 @@ class Engine:
         self.metrics.preempted(scheduler.preemptions - self._preemptions)
         self._preemptions = scheduler.preemptions
         self.metrics.set_load(len(scheduler.running), waiting, scheduler.pool.usage)
-
-    def _time_token(self, sequence: Sequence) -> None:
-        now = time.monotonic()
-        if sequence.last_token is None:
-            sequence.first_token = now
-            if sequence.index == 0:
-                self.metrics.first_token(now - sequence.request.arrived)
-        else:
-            self.metrics.inter_token(now - sequence.last_token)
-        sequence.last_token = now
-
-    def _time_end(self, sequence: Sequence, ending: Ending) -> None:
-        """A request's phases, once, when its last choice ends."""
-        request = sequence.request
-        if any(choice.state is not State.FINISHED for choice in request.sequences):
-            return
-        now = time.monotonic()
-        lead = request.sequences[0]
-        started = lead.started or now
-        first_token = lead.first_token or now
-        self.metrics.finished(
-            ending.reason,
-            e2e=now - request.arrived,
-            queue=started - request.arrived,
-            prefill=first_token - started,
-            decode=now - first_token,
-        )
 
     def _close(self) -> None:
         """End everything that is still open, so that nobody waits for ever."""

@@ -1,0 +1,74 @@
+"""What the engine reports of its tokens and requests."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from service.engine.sequence import State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from service.engine.output import Ending
+    from service.engine.sequence import Sequence
+    from service.engine.tally import Looked
+    from service.metrics import Metrics
+
+
+def observe(metrics: Metrics, looked: Seq[Looked]) -> None:
+    """One observation a layer group of what the step's tail and decode tokens looked at."""
+    layers = looked[0].density.shape[0]
+    third = max(1, layers // 3)
+    groups = {
+        "first": slice(0, third),
+        "middle": slice(third, layers - third),
+        "last": slice(layers - third, layers),
+    }
+    for name, part in groups.items():
+        rows = sum(entry.density[part].size for entry in looked)
+        if rows == 0:
+            continue
+        metrics.attention(
+            name,
+            sum(float(entry.density[part].sum()) for entry in looked) / rows,
+            sum(float(entry.coverage[part].mean(-1).sum()) for entry in looked) / rows,
+            sum(float(entry.keys[part].sum()) for entry in looked) / rows,
+        )
+        errors = [
+            float((entry.coverage[part] - entry.exact[part]).mean(-1).sum())
+            for entry in looked
+            if entry.exact is not None
+        ]
+        if errors:
+            metrics.audited(name, sum(errors) / rows)
+
+
+def time_token(metrics: Metrics, sequence: Sequence) -> None:
+    """A token's time since the one before, or since the request came."""
+    now = time.monotonic()
+    if sequence.last_token is None:
+        sequence.first_token = now
+        if sequence.index == 0:
+            metrics.first_token(now - sequence.request.arrived)
+    else:
+        metrics.inter_token(now - sequence.last_token)
+    sequence.last_token = now
+
+
+def time_end(metrics: Metrics, sequence: Sequence, ending: Ending) -> None:
+    """A request's phases, once, when its last choice ends."""
+    request = sequence.request
+    if any(choice.state is not State.FINISHED for choice in request.sequences):
+        return
+    now = time.monotonic()
+    lead = request.sequences[0]
+    started = lead.started or now
+    first_token = lead.first_token or now
+    metrics.finished(
+        ending.reason,
+        e2e=now - request.arrived,
+        queue=started - request.arrived,
+        prefill=first_token - started,
+        decode=now - first_token,
+    )
