@@ -43,8 +43,8 @@ def sharded(tiny_checkpoint, tmp_path):
     return tmp_path
 
 
-def refused(folder, *words, error=CheckpointError):
-    """The one sentence that loading the folder ends in."""
+def assert_refused(folder, *words, error=CheckpointError):
+    """Loading the folder ends in one sentence with all of the words."""
     with pytest.raises(error) as caught:
         load(folder)
     sentence = str(caught.value)
@@ -142,17 +142,17 @@ def test_dummy_weights_need_the_config_alone_and_repeat(folder):
 
 def test_a_missing_tensor_is_named(folder):
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    refused(folder, "lacks the tensor 'model.layers.1.mlp.up_proj.weight'", "fetch")
+    assert_refused(folder, "lacks the tensor 'model.layers.1.mlp.up_proj.weight'", "fetch")
 
 
 def test_a_missing_output_layer_hints_at_the_tie(folder):
     edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
-    refused(folder, "'lm_head.weight'", "tie_word_embeddings")
+    assert_refused(folder, "'lm_head.weight'", "tie_word_embeddings")
 
 
 def test_a_wrong_shape_is_named(folder):
     edit_config(folder, intermediate_size=112)
-    refused(folder, "mlp", "[96, 64]", "[112, 64]", "model.safetensors")
+    assert_refused(folder, "mlp", "[96, 64]", "[112, 64]", "model.safetensors")
 
 
 def test_a_tensor_without_a_use_is_refused(folder):
@@ -160,7 +160,7 @@ def test_a_tensor_without_a_use_is_refused(folder):
         folder,
         lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
     )
-    refused(folder, "q_proj.bias", "no use")
+    assert_refused(folder, "q_proj.bias", "no use")
 
 
 def test_tensors_that_follow_from_the_rest_are_ignored(folder):
@@ -177,7 +177,7 @@ def test_tensors_that_follow_from_the_rest_are_ignored(folder):
 
 def test_a_tie_that_the_weights_contradict_is_refused(folder):
     edit_config(folder, tie_word_embeddings=True)
-    refused(folder, "lm_head.weight differs", "tie_word_embeddings to false")
+    assert_refused(folder, "lm_head.weight differs", "tie_word_embeddings to false")
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1, -4096])
@@ -185,24 +185,24 @@ def test_a_truncated_file_is_named(folder, size):
     file = folder / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:size])
-    refused(folder, "model.safetensors is truncated or damaged", "fetch the file again")
+    assert_refused(folder, "model.safetensors is truncated or damaged", "fetch the file again")
 
 
 def test_a_pointer_in_place_of_a_file_is_damage(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    refused(folder, "model.safetensors is truncated or damaged")
+    assert_refused(folder, "model.safetensors is truncated or damaged")
 
 
 def test_a_truncated_shard_is_named(sharded):
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-10])
-    refused(sharded, shard.name, "truncated or damaged")
+    assert_refused(sharded, shard.name, "truncated or damaged")
 
 
 def test_a_missing_shard_is_named(sharded):
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     shard.unlink()
-    refused(sharded, shard.name, "is missing")
+    assert_refused(sharded, shard.name, "is missing")
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(sharded):
@@ -212,9 +212,9 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(sharded):
     content["weight_map"]["model.norm.weight"] = shards[0]
     content["weight_map"]["lm_head.weight"] = shards[-1]
     index.write_text(json.dumps(content))
-    refused(sharded, "lacks the tensor", "index.json says")
+    assert_refused(sharded, "lacks the tensor", "index.json says")
     index.write_text("{}")
-    refused(sharded, "lacks 'weight_map'")
+    assert_refused(sharded, "lacks 'weight_map'")
 
 
 @pytest.mark.parametrize("where", ["../other/x.safetensors", "/etc/x.safetensors", "a/b", ""])
@@ -223,12 +223,12 @@ def test_an_index_names_no_file_outside_its_folder(sharded, where):
     content = json.loads(index.read_text())
     content["weight_map"]["model.norm.weight"] = where
     index.write_text(json.dumps(content))
-    refused(sharded, "not in its folder")
+    assert_refused(sharded, "not in its folder")
 
 
 def test_a_configuration_that_nests_without_end_is_refused(folder):
     (folder / "config.json").write_text('{"a":' * 100_000)
-    refused(folder, "not valid JSON")
+    assert_refused(folder, "not valid JSON")
 
 
 def test_quantised_tensors_are_refused(folder):
@@ -238,25 +238,25 @@ def test_quantised_tensors_are_refused(folder):
             {"lm_head.weight": tensors["lm_head.weight"].to(torch.int8)}
         ),
     )
-    refused(folder, "'lm_head.weight' is stored as I8", "not quantised")
+    assert_refused(folder, "'lm_head.weight' is stored as I8", "not quantised")
 
 
 def test_pickled_weights_are_never_loaded(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    refused(folder, "pytorch_model.bin", "only safetensors")
+    assert_refused(folder, "pytorch_model.bin", "only safetensors")
 
 
 def test_a_folder_without_weights_or_config_says_so(folder):
     (folder / "model.safetensors").unlink()
-    refused(folder, "neither model.safetensors nor model.safetensors.index.json")
+    assert_refused(folder, "neither model.safetensors nor model.safetensors.index.json")
     (folder / "config.json").unlink()
-    refused(folder, "config.json cannot be read")
+    assert_refused(folder, "config.json cannot be read")
 
 
 def test_an_unsupported_architecture_is_refused(folder):
     edit_config(folder, architectures=["FalconForCausalLM"])
-    refused(folder, "FalconForCausalLM is not supported", error=UnsupportedModelError)
+    assert_refused(folder, "FalconForCausalLM is not supported", error=UnsupportedModelError)
 
 
 PEAK = """
