@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from models.training.mix import Mix
+
 _STOP = None
 
 
@@ -69,7 +71,7 @@ def build_batch(builder: ExampleBuilder, request: Request, seed: int) -> Batch:
     )
 
 
-def _work(folder: str, seed: int, requests: Any, results: Any) -> None:
+def _work(folder: str, seed: int, mix: Mix, requests: Any, results: Any) -> None:
     """A worker process: builds what is asked for until told to stop."""
     from pathlib import Path
 
@@ -85,6 +87,7 @@ def _work(folder: str, seed: int, requests: Any, results: Any) -> None:
             Corpus.load(root / "text"),
             Corpus.load(root / "generated"),
             text_words=json.loads((root / "words.json").read_text(encoding="utf-8")),
+            mix=mix,
         )
         while (request := requests.get()) is not _STOP:
             results.put(build_batch(builder, request, seed))
@@ -99,7 +102,13 @@ class Loader:
     """
 
     def __init__(
-        self, folder: Path, *, workers: int, seed: int, move: Callable[[Batch], Any]
+        self,
+        folder: Path,
+        *,
+        workers: int,
+        seed: int,
+        mix: Mix,
+        move: Callable[[Batch], Any],
     ) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # inherited; one thread a worker
         context = multiprocessing.get_context("spawn")
@@ -110,7 +119,9 @@ class Loader:
         self._order: queue.Queue[int] = queue.Queue()
         self._workers = [
             context.Process(
-                target=_work, args=(str(folder), seed, self._requests, self._results), daemon=True
+                target=_work,
+                args=(str(folder), seed, mix, self._requests, self._results),
+                daemon=True,
             )
             for _ in range(workers)
         ]

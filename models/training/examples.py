@@ -8,12 +8,12 @@ questions carry no loss: a model trained to predict them leaks fake needles into
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from models.training.bpe import BOS_ID
+from models.training.mix import Mix
 from models.training.names import Names
 from models.training.pieces import NONE, TEXT, Example, Fact, Parts, Speller
 from models.training.planting import Planted, Texts, assemble, one_after_another, places_in
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 """What a document is about: facts, ballots, chains."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """What sequences are drawn from; shares of sequences, the rest is variable tracking."""
-
-    plain: float = 0.20
-    needles: float = 0.28
-    key_value: float = 0.16
-    several: float = 0.12
-    majority: float = 0.10
-    generated: float = 0.12  # share of documents whose text is the generated filler
-    chat: float = 0.5  # share of question sequences in the chat template's form
-    repeated: float = 0.5  # share of plain sequences with a repeated span
-    interleaved: float = 0.5  # share of question sequences that ask in the middle of the document
 
 
 class ExampleBuilder:
@@ -143,11 +128,11 @@ class ExampleBuilder:
             low, high = (1, 1) if draw < 0.15 else (2, 8) if draw < 0.30 else (many, 64)
             count = int(np.exp(rng.uniform(np.log(low), np.log(high + 0.99))))
         draw = 1.0 if self._held_out else rng.random()
-        if values is None and draw < 0.4:  # as in RULER: what is asked for does not tell how many
+        if values is None and draw < self._mix.four_values:
             values, count = 4, max(1, count // 4)
         facts = []
         for key in self._names.keys(rng, count):
-            many = values or (int(rng.integers(1, 5)) if draw < 0.5 else 1)
+            many = values or (int(rng.integers(1, 5)) if draw < self._mix.four_values + 0.1 else 1)
             facts.append(Fact(key, tuple(self._names.value(rng) for _ in range(many)), form))
         introduce = rng.random() < 0.25
 

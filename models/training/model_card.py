@@ -99,9 +99,10 @@ def _training(facts: Mapping[str, Any]) -> str:
             f"| time | {minutes} of training on {facts['device']} |"
         )
     runs = [_earlier(run) for run in earlier]
+    kept = f", {facts['blend']:.0%} of its change of the weights kept" if "blend" in facts else ""
     runs.append(
         f"by plan `{facts['plan']}` ({steps} tokens in {facts['step']} steps, {text}, "
-        f"{minutes} on {facts['device']})"
+        f"{minutes} on {facts['device']}{kept})"
     )
     return f"| recipe | {recipe} |\n| trained | {', then '.join(runs)} |"
 
@@ -113,6 +114,8 @@ def _earlier(run: Mapping[str, Any]) -> str:
     if run["seconds"] is not None:
         on = f" on {run['device']}" if run["device"] else ""
         known.append(f"{run['seconds'] / 60:.1f} minutes{on}")
+    if run.get("blend"):
+        known.append(f"{run['blend']:.0%} of its change of the weights kept")
     name = f"by plan `{run['plan']}`" if run["plan"] else "by an earlier run"
     return f"{name} ({', '.join(known)})" if known else name
 

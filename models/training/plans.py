@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from models.training.errors import TrainingError
+from models.training.mix import Mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Plan:
     minutes: float  # of training; start-up, evaluation and saving are not counted
     stages: tuple[Stage, ...]
     shape: Shape = field(default_factory=Shape)
+    mix: Mix = field(default_factory=Mix)
     step_tokens: int = 65_536  # twice that in the second half
     shortest: int = 512  # tokens
     short_share: float = 0.33  # share of steps with a shorter length than the stage's
@@ -48,6 +50,9 @@ class Plan:
     text_epochs: float = 12.0  # passes over the text with loss on it: more overfits 60 MB of books
     filler_characters: int = 6_000_000
     tokenizer_characters: int = 30_000_000  # of text to train the tokenizer on
+    # Of what the run changed in its start's weights so much is kept: between the two the model is
+    # better than at either end (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
+    blend: float = 1.0
 
     @property
     def seconds(self) -> float:
@@ -80,7 +85,7 @@ PLANS: dict[str, Plan] = {
         Plan(
             name="tiny",
             minutes=0.05,
-            stages=(Stage(256, 0.5), Stage(512, 1.0)),
+            stages=(Stage(256, 0.2), Stage(512, 1.0)),
             shape=Shape(512, 64, 2, 4, 2, 16, 128),
             step_tokens=2048,
             shortest=128,
@@ -145,6 +150,50 @@ PLANS: dict[str, Plan] = {
             muon_rate=1.8e-3,
             adam_rate=1e-3,
             text_epochs=0.8,
+        ),
+        # From the checkpoint of `finish`: what it still got wrong, on one GPU. Which of a key's
+        # values comes next is learnt on short documents, where a second holds ten times as many.
+        Plan(
+            name="values",
+            minutes=7.4,
+            stages=(Stage(4096, 0.22), Stage(16_384, 0.42), Stage(65_536, 1.0)),
+            mix=Mix(
+                plain=0.16,
+                needles=0.34,
+                key_value=0.22,
+                several=0.12,
+                majority=0.08,
+                four_values=0.7,
+            ),
+            short_share=0.4,
+            shortest=1024,
+            warmup_steps=50,
+            decay=0.7,
+            muon_rate=2e-3,
+            adam_rate=1e-3,
+            text_epochs=1.0,
+            blend=0.35,
+        ),
+        # From the checkpoint of `values`: low rates, all lengths together.
+        Plan(
+            name="polish",
+            minutes=4.2,
+            stages=(Stage(65_536, 1.0),),
+            mix=Mix(
+                plain=0.12,
+                needles=0.36,
+                key_value=0.24,
+                several=0.12,
+                majority=0.06,
+                four_values=0.75,
+            ),
+            short_share=0.6,
+            shortest=1024,
+            warmup_steps=30,
+            decay=1.0,
+            muon_rate=6e-4,
+            adam_rate=3e-4,
+            text_epochs=0.7,
         ),
     )
 }

@@ -15,9 +15,11 @@ from tokenizers import Tokenizer
 from models.training import words
 from models.training.bpe import train_tokenizer
 from models.training.corpus import Corpus, read_texts, token_bytes, tokenise
-from models.training.examples import ExampleBuilder, Mix
+from models.training.examples import ExampleBuilder
 from models.training.filler import prose
+from models.training.mix import Mix
 from models.training.start import copy_tokenizer
+from models.training.state import has_state
 from models.training.tasks import form_words
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def prepare(
     texts = read_texts(text)
     generated = prose(1, plan.filler_characters)
     saved = state / "tokenizer.json"
-    if start is not None:
+    if start is not None and not has_state(state):
         copy_tokenizer(start, saved, plan.shape.vocab)
     if not saved.exists():
         sample = _sample([*texts, generated[: plan.tokenizer_characters // 20]], plan)

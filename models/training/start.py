@@ -16,6 +16,7 @@ from models.training.checkpoint import configuration, stacked_weights
 from models.training.errors import TrainingError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -80,6 +81,15 @@ def take_weights(parameters: dict[str, Tensor], weights: dict[str, Tensor], fold
             parameter.copy_(weights[name])
 
 
+def blend_weights(
+    parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], share: float
+) -> None:
+    """Moves a model's weights back towards its start's, so that `share` of the change is left."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.lerp_(weights[name].to(parameter.device), 1 - share)
+
+
 def copy_tokenizer(folder: Path, target: Path, vocab: int) -> None:
     """Copies a checkpoint's tokenizer.json to the file `target`.
 
@@ -133,4 +143,6 @@ def _runs(log: str) -> list[dict[str, Any]]:
             runs.append(unknown | {"plan": line["plan"], "device": line["device"]})
         elif "clock" in line and runs:
             runs[-1] |= {"tokens_seen": line["tokens"], "seconds": line["clock"]}
+        elif "blend" in line and runs:
+            runs[-1]["blend"] = line["blend"]
     return runs or [unknown]

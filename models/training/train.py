@@ -39,7 +39,6 @@ def _run(options: argparse.Namespace) -> int:
 
     from models.training.launch import train_together
     from models.training.prepare import prepare
-    from models.training.state import has_state
     from models.training.trainer import Settings, Trainer
 
     plan = find_plan(options.plan)
@@ -53,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
         compile_parts=cuda and not options.no_compile,
         steps=options.steps,
         max_shard=options.max_shard_mib * 2**20 if options.max_shard_mib else None,
-        start=None if has_state(options.state) else options.start,
+        start=options.start,
     )
     with tempfile.TemporaryDirectory(prefix="training-") as folder:
         scratch = Path(folder)

@@ -22,7 +22,7 @@ from models.training.optimiser import Optimiser
 from models.training.pieces import ANSWER, TEXT
 from models.training.ranks import Ranks
 from models.training.schedule import Schedule
-from models.training.start import LOG, read_start, take_weights
+from models.training.start import LOG, blend_weights, read_start, take_weights
 from models.training.state import load_state, save_state
 from models.training.warm_up import warm_up
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _SAVE_EVERY = 180.0  # seconds of wall clock
 _REPORT_EVERY = 60.0  # seconds of training
+_CHECKED = (4096, 16_384)  # lengths of the last check, whether or not a stage ends with them
 _RESERVE = 12.0  # seconds of a piece kept for stopping and saving
 
 
@@ -49,7 +50,7 @@ class Settings:
     compile_parts: bool
     steps: int | None = None  # stop the piece after so many steps
     max_shard: int | None = None  # bytes of a weight file of the checkpoint
-    start: Path | None = None  # checkpoint folder that a new run begins from
+    start: Path | None = None  # checkpoint folder that the run begins from
 
 
 class Trainer:
@@ -126,6 +127,7 @@ class Trainer:
                 self._data.folder,
                 workers=self._settings.workers,
                 seed=self._facts["seed"] + 1,
+                mix=self._plan.mix,
                 move=Mover(self._device),
             )
             try:
@@ -138,6 +140,7 @@ class Trainer:
             return self.finished
         self.save()
         if self.finished:
+            self._blend()
             self.export()  # first without a last check, so that a cut piece leaves a checkpoint
             if self._settings.deadline - time.monotonic() > 0:
                 self._check(self._lengths(), final=True)
@@ -213,6 +216,18 @@ class Trainer:
         self._facts["start"] = start.runs
         self._earlier_log = start.log
         print(f"started from the weights of {folder}")
+
+    def _blend(self) -> None:
+        """Keep the plan's share of the change; once, whoever ends the run."""
+        share, folder = self._plan.blend, self._settings.start
+        if share == 1.0 or "blend" in self._facts:
+            return
+        if folder is None:
+            raise TrainingError("The plan ends near its start's weights: name it with --start.")
+        start = read_start(folder, self._plan.shape)
+        blend_weights(dict(self._model.named_parameters()), start.weights, share)
+        self._facts["blend"] = share
+        self._journal.record({"step": self._facts["step"], "blend": share})
 
     # -- loop ------------------------------------------------------------------------------------
 
@@ -327,8 +342,8 @@ class Trainer:
 
     def _lengths(self) -> tuple[int, ...]:
         longest = self._facts["longest"]
-        lengths = [s.length for s in self._plan.stages if s.length < longest]
-        return (*lengths, longest) if longest else ()
+        lengths = {*_CHECKED, *(stage.length for stage in self._plan.stages), longest}
+        return tuple(sorted(n for n in lengths if 0 < n <= longest))
 
     def _check(self, lengths: tuple[int, ...], *, final: bool = False, **options: Any) -> None:
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def checkpoint(text, tmp_path):
     return write
 
 
-def _run(text, root, start, steps):
+def _run(text, root, start, steps, plan=PLAN):
     state = root / "state"
     settings = Settings(
         out=root / "out",
@@ -79,7 +80,7 @@ def _run(text, root, start, steps):
         steps=steps,
         start=start,
     )
-    trainer = Trainer(PLAN, prepare(text, None, PLAN, root / "scratch", state, start), settings)
+    trainer = Trainer(plan, prepare(text, None, plan, root / "scratch", state, start), settings)
     trainer.run()
     return trainer
 
@@ -122,6 +123,32 @@ def test_log_and_card_tell_of_all_runs(checkpoint, text, tmp_path):
     assert [run["plan"] for run in runs] == ["quick", "tiny"]
     assert runs[0] == earlier
     assert runs[1]["tokens_seen"] == second.facts["tokens_seen"]
+
+
+def test_a_plan_may_keep_a_share_of_what_it_changed(checkpoint, text, tmp_path, monkeypatch):
+    weights, start = checkpoint()
+    plan = replace(PLAN, minutes=0.0, blend=0.25)
+    trainer = Trainer(
+        plan,
+        prepare(text, None, plan, tmp_path / "scratch", tmp_path / "state", start),
+        Settings(tmp_path / "out", tmp_path / "state", 0.0, 1, False, start=start),
+    )
+    changed = {}
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            changed[name] = parameter.add_(0.1).clone()
+    assert trainer.run()
+    for name, parameter in trainer.model.named_parameters():
+        expected = 0.25 * changed[name] + 0.75 * weights[name].bfloat16().float()
+        torch.testing.assert_close(parameter.detach(), expected)
+    runs = read_start(tmp_path / "out", PLAN.shape).runs
+    assert runs[-1]["blend"] == 0.25
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "25% of its change of the weights kept" in card
+    # The state is that of the training: what goes on from it blends again, and needs the start.
+    again = Settings(tmp_path / "out", tmp_path / "state", 0.0, 1, False)
+    with pytest.raises(TrainingError, match="--start"):
+        Trainer(plan, prepare(text, None, plan, tmp_path / "s2", again.state), again).run()
 
 
 def test_a_checkpoint_without_record_starts_a_run_too(checkpoint):
