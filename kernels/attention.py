@@ -8,6 +8,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import torch
+
 from kernels import reference, torch_backend
 from kernels.errors import KernelError
 
@@ -25,6 +27,14 @@ class Impl(StrEnum):
     """The specification, in float64: slow, for tests."""
     TORCH = "torch"
     """Plain torch operations: fast on a CPU, correct on any device."""
+    TRITON = "triton"
+    """Triton's kernels: for a GPU, in bfloat16, float16 and float32."""
+
+    @staticmethod
+    def of(device: torch.device, dtype: torch.dtype) -> Impl:
+        """The fastest for a device and dtype."""
+        narrow = dtype in (torch.bfloat16, torch.float16, torch.float32)
+        return Impl.TRITON if device.type == "cuda" and narrow else Impl.TORCH
 
 
 def selected_attention(
@@ -62,7 +72,41 @@ def selected_attention(
     if impl is Impl.REFERENCE:
         output, lse = reference.selected_attention(query, cache, rows, selection, scale)
         return output.to(query.dtype), lse.to(torch_backend.wide(query.dtype))
+    if impl is Impl.TRITON:
+        from kernels.gpu import attend  # a CPU has no Triton
+
+        return attend.selected_attention(query, cache, rows, selection, scale)
     return torch_backend.selected_attention(query, cache, rows, selection, scale)
+
+
+def dense_decode(
+    query: Tensor, cache: LayerCache, rows: Rows, scale: float, impl: Impl = Impl.TORCH
+) -> tuple[Tensor, Tensor]:
+    """Attention of single tokens over every key that each of them sees.
+
+    Args:
+        query: [rows, heads, head_dim]; the tokens' own keys are already in the cache.
+        cache: the layer's paged cache.
+        rows: where each row's keys lie.
+        scale: factor on the scores, usually head_dim ** -0.5.
+        impl: backend.
+
+    Returns:
+        Output [rows, heads, head_dim] in the query's dtype and log-sum-exp [rows, heads] in
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        KernelError: when the shapes or dtypes do not fit together.
+    """
+    _check(query, cache)
+    if impl is Impl.REFERENCE:
+        output, lse = reference.dense_decode(query, cache, rows, scale)
+        return output.to(query.dtype), lse.to(torch_backend.wide(query.dtype))
+    if impl is Impl.TRITON:
+        from kernels.gpu import attend  # a CPU has no Triton
+
+        return attend.dense_decode(query, cache, rows, scale)
+    return torch_backend.dense_decode(query, cache, rows, scale)
 
 
 def dense_attention(
@@ -74,8 +118,6 @@ def dense_attention(
     impl: Impl = Impl.TORCH,
 ) -> Tensor:
     """Causal attention of consecutive tokens over everything before them and themselves.
-
-    A decode token that attends densely is a segment of one token.
 
     Args:
         query: [tokens, heads, head_dim]; the tokens' own keys are already in the cache.

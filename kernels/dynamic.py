@@ -9,18 +9,20 @@ and the others count through the means of their pages (`kernels.remainder`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
+from kernels.attention import Impl
 from kernels.budget import cut_by_mass
 from kernels.page import PAGE
 from kernels.remainder import mean_value
 from kernels.scores import Scored, score_every_key, score_likely_keys
 from kernels.selection import Selection
 from kernels.timing import Phases
-from kernels.torch_backend import at_once
+from kernels.torch_backend import at_once, scan_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +68,7 @@ def select(
     policy: Dynamic,
     scale: float,
     phases: Phases | None = None,
+    impl: Impl = Impl.TORCH,
 ) -> Choice:
     """Choose the keys of each row by content.
 
@@ -76,16 +79,18 @@ def select(
         policy: the budget.
         scale: factor on the scores.
         phases: notes the time of scoring and of selecting, where it is on.
+        impl: backend. Budgets that none of Triton's programs can hold (more than 16,384 keys) are
+            chosen by the torch operations under it too.
 
     Returns:
         The choice; the recent window (64 to 127 keys) and the visible sinks are always in it. It
         depends on a row's own keys and position alone, never on other rows or on chunk sizes.
     """
-    phases = phases or Phases()
+    run = partial(_select, policy=policy, scale=scale, phases=phases or Phases(), impl=impl)
     visible = (rows.lengths - rows.starts).tolist()
     whole = [policy.scores_all(keys) for keys in visible]
     if len(set(whole)) == 1:
-        return _select(query, cache, rows, policy, scale, phases, max(visible), whole=whole[0])
+        return run(query, cache, rows, keys=max(visible), whole=whole[0])
     # Short contexts must not pay for a long one in their company: each kind on its own.
     parts, places = [], []
     for kind in (True, False):
@@ -93,7 +98,7 @@ def select(
         place = torch.tensor(some, device=query.device)
         most = max(visible[row] for row in some)
         own = rows.only(place)
-        parts.append(_select(query[place], cache, own, policy, scale, phases, most, whole=kind))
+        parts.append(run(query[place], cache, own, keys=most, whole=kind))
         places.append(place)
     joined = _join(parts)
     order = torch.cat(places).argsort()
@@ -109,11 +114,23 @@ def _select(
     policy: Dynamic,
     scale: float,
     phases: Phases,
-    keys: int,
+    impl: Impl,
     *,
+    keys: int,
     whole: bool,
 ) -> Choice:
     """`select` for rows of one kind, scored `whole` or in two levels, of at most `keys` keys."""
+    if impl is Impl.TRITON:
+        from kernels.gpu.select import fits, select  # a CPU has no Triton
+
+        if fits(policy, keys):
+            each = scan_bytes(query.shape[1], keys)
+            return _join(
+                [
+                    Choice(*select(query[part], cache, piece, policy, scale, phases, whole=whole))
+                    for part, piece in rows.pieces(at_once(query.device, each))
+                ]
+            )
     each = 8 * query.shape[1] * keys  # bytes of a row: its scores and their exponentials,
     if not whole:  # or the copies of its candidates' keys and, for a sequence, of the codes
         each += cache.kv_heads * cache.head_dim * query.itemsize * policy.candidates

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.attention import Impl, dense_decode
 from kernels.candidates import estimate_masses
 from kernels.dynamic import Choice
 from kernels.page import PAGE
 from kernels.scores import recent_positions, score_every_key, scores_at, sees
-from kernels.torch_backend import at_once, wide
+from kernels.selection import unselected
+from kernels.torch_backend import at_once, scan_bytes, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +22,13 @@ if TYPE_CHECKING:
 
 
 def true_coverage(
-    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, lse: Tensor, scale: float
+    query: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    selection: Selection,
+    lse: Tensor,
+    scale: float,
+    impl: Impl = Impl.TORCH,
 ) -> Tensor:
     """Share of the attention mass that a selection carries: every key is read, in float32.
 
@@ -31,15 +39,18 @@ def true_coverage(
         selection: the keys each row attends to.
         lse: [rows, heads], log-sum-exp of attention over the selection.
         scale: factor on the scores.
+        impl: backend.
 
     Returns:
         [rows, heads], 0 to 1.
     """
+    if impl is Impl.TRITON:
+        return (lse - dense_decode(query, cache, rows, scale, impl)[1]).exp().clamp_max(1)
     longest = int(rows.visible.max()) + 2 * PAGE
     parts = []
     for part, piece in rows.pieces(at_once(query.device, 8 * query.shape[1] * longest)):
         scored = score_every_key(query[part].to(wide(query.dtype)), cache, piece, scale)
-        left = _unselected(
+        left = unselected(
             selection.indices[part], scored.scores.shape[-1], scored.position[..., :1]
         )
         rest = scored.scores.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
@@ -48,41 +59,37 @@ def true_coverage(
 
 
 def rest_of(
-    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
+    query: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    selection: Selection,
+    scale: float,
+    impl: Impl = Impl.TORCH,
 ) -> Choice:
     """Judge a selection made elsewhere (a fixed pattern's): estimate the mass it leaves out.
 
     From the codes of the keys; the recent window is scored exactly.
     """
+    if impl is Impl.TRITON:
+        from kernels.gpu.select import mass_left  # a CPU has no Triton
+
+        each = scan_bytes(query.shape[1], int(rows.visible.max()))
+        lefts = [
+            mass_left(query[part], cache, piece, selection.rows(part.start, part.stop), scale)
+            for part, piece in rows.pieces(at_once(query.device, each))
+        ]
+        return Choice(selection, torch.cat(lefts))
     each = (8 * query.shape[1] + cache.kv_heads * cache.head_dim) * int(rows.visible.max())
     parts = []
     for part, piece in rows.pieces(at_once(query.device, each)):
         own = query[part]
         found = estimate_masses(own, cache, piece, scale)
-        left = _unselected(selection.indices[part], found.mass.shape[-1], found.first * PAGE)
+        left = unselected(selection.indices[part], found.mass.shape[-1], found.first * PAGE)
         coded = (found.mass @ left.to(found.mass.dtype)[..., None]).squeeze(-1)
         position = recent_positions(piece, cache.kv_heads)
         recent = scores_at(own, cache, piece, position, scale)  # [rows, kv_heads, group, 2 * 64]
         start = piece.recent_page[:, None, None] * PAGE
-        left = _unselected(selection.indices[part], 2 * PAGE, start) & sees(position, piece)
+        left = unselected(selection.indices[part], 2 * PAGE, start) & sees(position, piece)
         recent = recent.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
         parts.append(torch.logaddexp(coded.log() + found.peak, recent).flatten(1))
     return Choice(selection, torch.cat(parts))
-
-
-def _unselected(taken: Tensor, width: int, start: Tensor | int) -> Tensor:
-    """Which of the `width` positions from `start` on are not among `taken`.
-
-    Args:
-        taken: int64 [rows, kv_heads, capacity], -1 where there is none.
-        width: how many positions.
-        start: int64 [rows, 1, 1], or one for all rows.
-
-    Returns:
-        bool [rows, kv_heads, width].
-    """
-    column = taken - start
-    column = torch.where((taken >= 0) & (column >= 0) & (column < width), column, width)
-    # One column more takes the writes of what lies elsewhere.
-    left = torch.ones(*taken.shape[:2], width + 1, dtype=torch.bool, device=taken.device)
-    return left.scatter_(2, column, False)[..., :-1]

@@ -62,6 +62,19 @@ def selected_attention(
     return output, lse
 
 
+def dense_decode(
+    query: Tensor, cache: LayerCache, rows: Rows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of each row over the keys that it sees; see `kernels.attention.dense_decode`."""
+    table = rows.block_tables.repeat_interleave(rows.queries, dim=0)  # [rows, pages]
+    flat = cache.kv[:, table].flatten(2, 3).transpose(0, 1)  # [rows, kv_heads, keys, 2, head_dim]
+    flat = flat.repeat_interleave(query.shape[1] // cache.kv_heads, dim=1)
+    key = torch.arange(flat.shape[2], device=query.device)
+    mask = (key >= rows.starts[:, None]) & (key < rows.lengths[:, None])  # [rows, keys]
+    mask = mask[:, None].expand(-1, query.shape[1], -1)
+    return masked_attention(query, flat[..., 0, :], flat[..., 1, :], mask, scale)
+
+
 def dense_attention(
     query: Tensor, cache: LayerCache, segment: Segment, scale: float, window: int | None
 ) -> Tensor:

@@ -66,3 +66,21 @@ class Selection:
         step = self.indices[..., 1:] - self.indices[..., :-1]
         if bool((packed[..., 1:] & (step <= 0)).any()):
             raise KernelError("a selection's positions do not ascend")
+
+
+def unselected(taken: Tensor, width: int, start: Tensor | int) -> Tensor:
+    """Which of the `width` positions from `start` on are not among `taken`.
+
+    Args:
+        taken: int64 [rows, kv_heads, capacity], -1 where there is none.
+        width: how many positions.
+        start: int64 [rows, 1, 1], or one for all rows.
+
+    Returns:
+        bool [rows, kv_heads, width].
+    """
+    column = taken - start
+    column = torch.where((taken >= 0) & (column >= 0) & (column < width), column, width)
+    # One column more takes the writes of what lies elsewhere.
+    left = torch.ones(*taken.shape[:2], width + 1, dtype=torch.bool, device=taken.device)
+    return left.scatter_(2, column, False)[..., :-1]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels import dynamic, judge
-from kernels.attention import Impl, dense_attention, selected_attention
+from kernels.attention import Impl, dense_attention, dense_decode, selected_attention
 from kernels.policy import Dynamic
 from kernels.timing import Phases
 
@@ -93,13 +93,16 @@ class LayerAttention:
         cache.write(step.slots, keys, values)
         cache.code(step.filled)
         output = torch.empty_like(query)
-        for group in step.dense:
-            part = slice(group.first, group.first + group.segment.tokens)
+        for run in step.dense:
+            part = slice(run.first, run.first + run.segment.tokens)
             output[part] = dense_attention(
-                query[part], cache, group.segment, self.scale, self.window, self.impl
+                query[part], cache, run.segment, self.scale, self.window, self.impl
             )
-        for rows in step.sparse:
-            output[rows.tokens] = self._selected(query[rows.tokens], cache, rows, recorder)
+        if step.alone is not None:
+            place, rows = step.alone.tokens, step.alone.rows.within(self.window)
+            output[place], _ = dense_decode(query[place], cache, rows, self.scale, self.impl)
+        for group in step.sparse:
+            output[group.tokens] = self._selected(query[group.tokens], cache, group, recorder)
         return output
 
     def _selected(
@@ -118,7 +121,7 @@ class LayerAttention:
             exact = None
             if recorder.audit:
                 exact = judge.true_coverage(
-                    query[part], cache, piece, choice.selection, lse, self.scale
+                    query[part], cache, piece, choice.selection, lse, self.scale, self.impl
                 )
             recorder.entries.append(
                 Entry(
@@ -141,11 +144,11 @@ class LayerAttention:
         phases: Phases,
     ) -> dynamic.Choice:
         if isinstance(policy, Dynamic):
-            return dynamic.select(query, cache, rows, policy, self.scale, phases)
+            return dynamic.select(query, cache, rows, policy, self.scale, phases, self.impl)
         selection = policy.pattern.select(
             rows.lengths.tolist(), rows.starts.tolist(), cache.kv_heads, query.device
         )
-        return judge.rest_of(query, cache, rows, selection, self.scale)
+        return judge.rest_of(query, cache, rows, selection, self.scale, self.impl)
 
     @staticmethod
     def _rows_at_once(cache: LayerCache, rows: Rows, policy: Dynamic | Fixed) -> int:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from kernels.attention import Impl
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import CheckpointError, ModelError
@@ -92,7 +93,7 @@ def load(
     place = usable_device(device)
     config = ModelConfig.from_folder(folder)
     if load_format == "dummy":
-        decoder = Decoder(config, resolve_dtype(dtype, config.dtype, place), place)
+        decoder = _decoder(config, resolve_dtype(dtype, config.dtype, place), place)
         _fill_with_noise(decoder)
         return decoder, config
 
@@ -100,7 +101,7 @@ def load(
     wanted = dict(Decoder(config, torch.float32, "meta").named_parameters())
     _check(folder, config, wanted, stored)
     source = config.dtype or str(stored["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    decoder = Decoder(config, resolve_dtype(dtype, source, place), place)
+    decoder = _decoder(config, resolve_dtype(dtype, source, place), place)
     parameters = dict(decoder.named_parameters())
     total = sum(stored[name].bytes for name in parameters)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights") as progress:
@@ -273,6 +274,10 @@ def _check_tie(embedding: Tensor, head: _Stored) -> None:
             f"{head.file}: lm_head.weight differs from the embedding, although config.json ties "
             "them; set tie_word_embeddings to false."
         )
+
+
+def _decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+    return Decoder(config, dtype, device, Impl.of(device, dtype))
 
 
 def _fill_with_noise(decoder: Decoder) -> None:

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class DenseRows:
+    """Single tokens of several sequences that attend densely."""
+
+    rows: Rows
+    tokens: Tensor  # int64 [rows]  place of each row in the step
+
+
+@dataclass(frozen=True, slots=True)
 class DenseGroup:
     """Consecutive tokens of one sequence that attend densely."""
 
@@ -38,4 +46,5 @@ class StepInput:
     slots: Tensor  # int64 [tokens]  where each token's key goes: physical page * 64 + offset
     filled: Tensor  # int64 [pages]  physical pages whose last key this step writes
     dense: tuple[DenseGroup, ...]
+    alone: DenseRows | None
     sparse: tuple[SparseGroup, ...]

@@ -12,7 +12,7 @@ from kernels.cache import Rows, Segment
 from kernels.page import PAGE
 from kernels.patterns import Pattern
 from kernels.policy import Dynamic, Fixed
-from models.step import DenseGroup, SparseGroup, StepInput
+from models.step import DenseGroup, DenseRows, SparseGroup, StepInput
 from service.engine.sequence import Mode, Sequence
 
 if TYPE_CHECKING:
@@ -48,20 +48,23 @@ class _Span:
 def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
     """The model's input for one step.
 
-    Tokens stand in the order of `work`. Consecutive dense tokens become a segment; sparse ones of
-    the same policy and number a sequence share one group.
+    Tokens stand in the order of `work`. Consecutive dense tokens become a segment, single ones
+    share a group; sparse ones of the same policy and number a sequence share one too.
     """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     filled: list[int] = []
     dense: list[DenseGroup] = []
+    alone: list[_Span] = []
     sparse: dict[tuple[Dynamic | Fixed, int], list[_Span]] = defaultdict(list)
     for item in work:
         sequence = item.sequence
         for span in _spans(item, len(tokens)):
             count = span.stop - span.start
-            if span.mode is Mode.DENSE:
+            if span.mode is Mode.DENSE and count == 1:
+                alone.append(span)
+            elif span.mode is Mode.DENSE:
                 segment = Segment.of(sequence.pages, span.start, count, device)
                 dense.append(DenseGroup(segment, span.first))
             else:
@@ -79,7 +82,10 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
         slots=_int64(slots, device),
         filled=_int64(filled, device),
         dense=tuple(dense),
-        sparse=tuple(_group(policy, spans, device) for (policy, _), spans in sparse.items()),
+        alone=DenseRows(*_rows(alone, device)) if alone else None,
+        sparse=tuple(
+            SparseGroup(*_rows(spans, device), policy) for (policy, _), spans in sparse.items()
+        ),
     )
 
 
@@ -99,7 +105,8 @@ def _spans(item: Work, first: int) -> list[_Span]:
     return spans
 
 
-def _group(policy: Dynamic | Fixed, spans: list[_Span], device: torch.device) -> SparseGroup:
+def _rows(spans: list[_Span], device: torch.device) -> tuple[Rows, torch.Tensor]:
+    """Where the keys of some spans lie, and their tokens' places in the step."""
     tables = [span.sequence.pages[: -(-span.stop // PAGE)] for span in spans]
     width = max(len(table) for table in tables)
     lengths = [n for span in spans for n in range(span.start + 1, span.stop + 1)]
@@ -109,7 +116,7 @@ def _group(policy: Dynamic | Fixed, spans: list[_Span], device: torch.device) ->
         lengths=_int64(lengths, device),
         starts=torch.zeros(len(lengths), dtype=torch.int64, device=device),
     )
-    return SparseGroup(rows, _int64(places, device), policy)
+    return rows, _int64(places, device)
 
 
 def _int64(values: list[int], device: torch.device) -> torch.Tensor:

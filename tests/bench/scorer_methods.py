@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.codes import encode, rotation, signs_of
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -125,6 +126,16 @@ def low_bit(heads: Heads, *, bits: int, rotated: bool) -> Tensor:
     return heads.dot(q, quantised(keys, bits))
 
 
+def centred_code(heads: Heads) -> Tensor:
+    """Scores by the codes that serving uses: one bit a channel, around each page's mean."""
+    mean = heads.pages.mean(2).bfloat16().float()  # [heads, pages, head_dim]
+    codes, scale = encode(heads.pages, mean)
+    signs = signs_of(codes, torch.float32, HEAD_DIM)  # [heads, keys, head_dim]
+    q = heads.queries
+    rest = heads.dot(q @ rotation(HEAD_DIM, q.dtype, q.device), signs)
+    return rest * scale.flatten(1)[:, None, None] + heads.dot(q, mean).repeat_interleave(PAGE, -1)
+
+
 def label_channels(heads: Heads, *, count: int) -> Tensor:
     """Scores over each head's channels of most energy in the first half of the context."""
     seen = heads.keys[:, : heads.keys.shape[1] // 2]
@@ -203,15 +214,18 @@ def all_methods() -> list[Method]:
         )
         for bits, rotated in product((1, 2, 4), (False, True))
     }
+    # Signs, a scale, and a share of the page's mean.
+    code = Scorer("centred code", HEAD_DIM / 8 + 4 + 2 * HEAD_DIM / PAGE, centred_code)
     channels = [
         Scorer(f"{name} channels {count}", 2 * count, partial(score, count=count))
         for name, score in (("label", label_channels), ("principal", principal_channels))
         for count in (16, 32, 64)
     ]
-    alone = [exact, bounds, spread, normal, *low.values(), *channels]
+    alone = [exact, bounds, spread, normal, *low.values(), code, *channels]
     fine = (exact, low[4, True], low[2, True])
     pages = [Method(*way) for way in product((spread, bounds), fine, (4, 8, 16, 32))]
     keys = [Method(low[bits, True], exact, budgets=4) for bits in (1, 2)]
+    keys += [Method(code, exact, budgets=budgets) for budgets in (2, 4)]
     return [*map(Method, alone), *pages, *keys]
 
 

@@ -95,6 +95,7 @@ def dense_step(
         slots=position,  # pages lie in order
         filled=position[:0],  # the cache's own codes are not used
         dense=(DenseGroup(segment, 0),),
+        alone=None,
         sparse=(),
     )
     return decoder(step, caches, Recorder())

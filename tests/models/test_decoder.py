@@ -126,6 +126,7 @@ class Runner:
             self.lengths[sequence] += len(tokens)
         integers = {"dtype": torch.int64, "device": device}
         step = StepInput(
+            alone=None,
             token_ids=torch.tensor(ids, **integers),
             positions=torch.tensor(positions, **integers),
             slots=torch.tensor(slots, **integers),
