@@ -1,6 +1,6 @@
 """Fixed patterns: which keys a query sees by position alone.
 
-Each primitive has one definition, `allows(query, key)`; `keys(position)` lists the same keys
+Each primitive has one definition, `allows(query, key)`; `keys(positions)` lists the same keys
 without forming a mask. All are causal: a query never sees a later key.
 """
 
@@ -15,8 +15,6 @@ from kernels.errors import PatternError
 from kernels.selection import Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
 
@@ -31,9 +29,10 @@ class Sinks:
         """bool, broadcast over positions: may `query` see `key`."""
         return (key <= query) & (key < self.size)
 
-    def keys(self, position: int) -> Tensor:
-        """int64 [keys], ascending positions that the query at `position` sees."""
-        return torch.arange(min(self.size, position + 1))
+    def keys(self, positions: Tensor, most: int) -> Tensor:
+        """int64 [rows, n], what each query sees; entries outside 0 to its position do not count."""
+        key = torch.arange(min(self.size, most + 1), device=positions.device)
+        return key.expand(len(positions), -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +46,10 @@ class Window:
         """bool, broadcast over positions: may `query` see `key`."""
         return (key <= query) & (query - key < self.size)
 
-    def keys(self, position: int) -> Tensor:
-        """int64 [keys], ascending positions that the query at `position` sees."""
-        return torch.arange(max(0, position + 1 - self.size), position + 1)
+    def keys(self, positions: Tensor, most: int) -> Tensor:
+        """int64 [rows, n], what each query sees; entries outside 0 to its position do not count."""
+        back = torch.arange(min(self.size, most + 1), device=positions.device)
+        return positions[:, None] - back
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,10 @@ class Strided:
         """bool, broadcast over positions: may `query` see `key`."""
         return (key <= query) & ((query - key) % self.size == 0)
 
-    def keys(self, position: int) -> Tensor:
-        """int64 [keys], ascending positions that the query at `position` sees."""
-        return torch.arange(position % self.size, position + 1, self.size)
+    def keys(self, positions: Tensor, most: int) -> Tensor:
+        """int64 [rows, n], what each query sees; entries outside 0 to its position do not count."""
+        back = torch.arange(0, most + 1, self.size, device=positions.device)
+        return positions[:, None] - back
 
 
 Primitive = Sinks | Window | Strided
@@ -106,32 +107,23 @@ class Pattern:
             allowed = allowed | part.allows(query, key)
         return allowed
 
-    def keys(self, position: int) -> Tensor:
-        """int64 [keys], ascending and unique positions that the query at `position` sees."""
-        keys: Tensor = torch.unique(torch.cat([part.keys(position) for part in self.parts]))
-        return keys
-
-    def select(
-        self, lengths: Sequence[int], starts: Sequence[int], kv_heads: int, device: torch.device
-    ) -> Selection:
+    def select(self, lengths: Tensor, starts: Tensor, kv_heads: int) -> Selection:
         """The selection of decode rows; all KV heads share it.
 
         Args:
-            lengths: end of the visible keys a row; the query is the key before it.
-            starts: first visible key a row.
+            lengths: int64 [rows], end of the visible keys; the query is the key before it.
+            starts: int64 [rows], first visible key.
             kv_heads: number of KV heads.
-            device: where the selection is needed.
         """
-        rows = [
-            keys[keys >= start]
-            for keys, start in zip((self.keys(n - 1) for n in lengths), starts, strict=True)
-        ]
-        indices = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        counts = torch.tensor([len(row) for row in rows])  # [rows]
-        return Selection(
-            indices.to(device)[:, None].expand(-1, kv_heads, -1),
-            counts.to(device)[:, None].expand(-1, kv_heads),
-        )
+        positions = lengths - 1
+        most = int(positions.max())
+        keys = torch.cat([part.keys(positions, most) for part in self.parts], dim=1)
+        seen = (keys >= starts[:, None]) & (keys <= positions[:, None])  # [rows, listed]
+        keys = keys.masked_fill(~seen, most + 1).sort(dim=1).values
+        seen = keys <= most
+        seen[:, 1:] &= keys[:, 1:] != keys[:, :-1]  # what two primitives see counts once
+        one = Selection.from_mask(seen[:, None], keys[:, None])
+        return Selection(one.indices.expand(-1, kv_heads, -1), one.counts.expand(-1, kv_heads))
 
 
 def _parse_part(part: str, whole: str) -> Primitive:

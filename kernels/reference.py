@@ -72,6 +72,7 @@ def dense_decode(
     key = torch.arange(flat.shape[2], device=query.device)
     mask = (key >= rows.starts[:, None]) & (key < rows.lengths[:, None])  # [rows, keys]
     mask = mask[:, None].expand(-1, query.shape[1], -1)
+    flat = flat.masked_fill(~mask[..., None, None], 0.0)  # pages hold anything behind the last key
     return masked_attention(query, flat[..., 0, :], flat[..., 1, :], mask, scale)
 
 

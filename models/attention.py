@@ -145,9 +145,7 @@ class LayerAttention:
     ) -> dynamic.Choice:
         if isinstance(policy, Dynamic):
             return dynamic.select(query, cache, rows, policy, self.scale, phases, self.impl)
-        selection = policy.pattern.select(
-            rows.lengths.tolist(), rows.starts.tolist(), cache.kv_heads, query.device
-        )
+        selection = policy.pattern.select(rows.lengths, rows.starts, cache.kv_heads)
         return judge.rest_of(query, cache, rows, selection, self.scale, self.impl)
 
     @staticmethod

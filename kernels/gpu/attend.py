@@ -5,6 +5,7 @@ Split over the keys and joined by the parts' log-sum-exps (FlashDecoding; Dao et
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,99 +29,167 @@ def selected_attention(
     query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.attention.selected_attention`."""
-    indices, counts = selection.indices.contiguous(), selection.counts.contiguous()
-    return _attend(query, cache, rows, scale, indices.shape[-1], (indices, counts))
+    count, heads, head_dim = query.shape
+    kv_heads, group = cache.kv_heads, heads // cache.kv_heads
+    capacity = selection.indices.shape[-1]
+    blocks = max(1, -(-capacity // BLOCK))
+    splits = splits_for(count * kv_heads, blocks)
+    parts = _Parts.of(query, splits)
+    _selected[count, kv_heads, splits](
+        query.contiguous(), cache.kv, rows.block_tables, selection.indices.contiguous(),
+        selection.counts.contiguous(), parts.outputs, parts.lses, scale,
+        rows.queries, capacity, rows.block_tables.stride(0), cache.kv.shape[1],
+        -(-blocks // splits),
+        GROUP=group, TILE=tile_of(group), DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
+        BLOCK=BLOCK, PAGE=PAGE, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return parts.joined(query.dtype)
 
 
 def dense_decode(
     query: Tensor, cache: LayerCache, rows: Rows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.attention.dense_decode`."""
-    return _attend(query, cache, rows, scale, rows.block_tables.shape[1] * PAGE, None)
+    heads, head_dim = query.shape[1:]
+    kv_heads, group = cache.kv_heads, heads // cache.kv_heads
+    tile = tile_of(group)
+    tiles = rows.sequences * -(-rows.queries // (tile // group))
+    blocks = rows.block_tables.shape[1] * PAGE // BLOCK
+    splits = splits_for(tiles * kv_heads, blocks)
+    parts = _Parts.of(query, splits)
+    _dense[tiles, kv_heads, splits](
+        query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
+        parts.outputs, parts.lses, scale,
+        rows.queries, rows.block_tables.stride(0), cache.kv.shape[1], -(-blocks // splits),
+        GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim,
+        WIDTH=triton.next_power_of_2(head_dim), BLOCK=BLOCK, PAGE=PAGE, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return parts.joined(query.dtype)
 
 
-def _attend(
-    query: Tensor, cache: LayerCache, rows: Rows, scale: float,
-    keys: int, listed: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    count, heads, head_dim = query.shape
-    kv_heads = cache.kv_heads
-    blocks = max(1, -(-keys // BLOCK))
-    splits = splits_for(count * kv_heads, blocks)
-    outputs = torch.empty(count, heads, splits, head_dim, device=query.device)
-    lses = torch.empty(count, heads, splits, device=query.device)
-    indices, counts = listed if listed is not None else (rows.lengths, rows.starts)
-    width = triton.next_power_of_2(head_dim)
-    _part[count, kv_heads, splits](
-        query.contiguous(), cache.kv, rows.block_tables, indices, counts, outputs, lses, scale,
-        rows.queries, keys, rows.block_tables.stride(0), cache.kv.shape[1], -(-blocks // splits),
-        GROUP=heads // kv_heads, TILE=tile_of(heads // kv_heads), DIM=head_dim, WIDTH=width,
-        LISTED=listed is not None, BLOCK=BLOCK, PAGE=PAGE, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    if splits == 1:
-        return outputs[:, :, 0].to(query.dtype), lses[:, :, 0]
-    output = torch.empty_like(query)
-    lse = torch.empty(count, heads, device=query.device)
-    _join[count, heads](
-        outputs, lses, output, lse, splits,
-        SPLITS=triton.next_power_of_2(splits), DIM=head_dim, WIDTH=width, num_warps=4,
-    )  # fmt: skip
-    return output, lse
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Attention over each split of the keys."""
+
+    outputs: Tensor  # float32 [rows, heads, splits, head_dim]
+    lses: Tensor  # float32 [rows, heads, splits]
+
+    @staticmethod
+    def of(query: Tensor, splits: int) -> _Parts:
+        count, heads, head_dim = query.shape
+        outputs = torch.empty(count, heads, splits, head_dim, device=query.device)
+        return _Parts(outputs, torch.empty(count, heads, splits, device=query.device))
+
+    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        count, heads, splits, head_dim = self.outputs.shape
+        if splits == 1:
+            return self.outputs[:, :, 0].to(dtype), self.lses[:, :, 0]
+        output = torch.empty(count, heads, head_dim, dtype=dtype, device=self.lses.device)
+        lse = torch.empty(count, heads, device=self.lses.device)
+        _join[count, heads](
+            self.outputs, self.lses, output, lse, splits,
+            SPLITS=triton.next_power_of_2(splits), DIM=head_dim,
+            WIDTH=triton.next_power_of_2(head_dim), num_warps=4,
+        )  # fmt: skip
+        return output, lse
 
 
 @triton.jit
-def _part(
+def _selected(
     query, kv, tables, indices, counts, outputs, lses, scale,
     queries, capacity, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    LISTED: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """One row and KV head over a split of its keys.
-
-    LISTED: of those in `indices`, of which there are `counts`. Else of all that the row sees:
-    `counts` to `indices`.
-    """
+    """One row and KV head over a split of its selected keys."""
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    line = row * tl.num_programs(1) + kv_head
+    pair = row * tl.num_programs(1) + kv_head
     head, channel = tl.arange(0, TILE), tl.arange(0, WIDTH)
+    line = pair * GROUP + head  # [TILE] of [rows, heads]
     wide = (head < GROUP)[:, None] & (channel < DIM)[None]
-    own = tl.load(query + (line * GROUP + head[:, None]) * DIM + channel[None], wide, 0.0)
+    own = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)
     table = tables + (row // queries) * table_stride
     base = kv_head.to(tl.int64) * cache_pages * PAGE
     peak = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     sums = tl.zeros((TILE, WIDTH), tl.float32)
-    if LISTED:
-        begin, end = 0, tl.load(counts + line).to(tl.int32)
-    else:
-        begin, end = tl.load(counts + row).to(tl.int32), tl.load(indices + row).to(tl.int32)
-    low = tl.maximum(split * blocks * BLOCK, begin // BLOCK * BLOCK)
-    for block in range(low, tl.minimum((split + 1) * blocks * BLOCK, end), BLOCK):
+    count = tl.load(counts + pair).to(tl.int32)
+    low = split * blocks * BLOCK
+    for block in range(low, tl.minimum(low + blocks * BLOCK, count), BLOCK):
         place = block + tl.arange(0, BLOCK)
-        seen = (place >= begin) & (place < end)
-        if LISTED:
-            position = tl.load(indices + line * capacity + place, seen, 0)
-        else:
-            position = place.to(tl.int64)
+        seen = place < count
+        position = tl.load(indices + pair * capacity + place, seen, 0)
         page = tl.load(table + position // PAGE, seen, 0)
-        slot = base + page * PAGE + position % PAGE
-        data = kv + slot[:, None] * (2 * DIM) + channel[None]
+        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
         there = seen[:, None] & (channel < DIM)[None]
         keys = tl.load(data, there, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, there, 0.0)
-        score = tl.dot(own, tl.trans(keys), input_precision="ieee") * scale  # [TILE, BLOCK]
-        score = tl.where(seen[None], score, float("-inf"))
-        higher = tl.maximum(peak, tl.max(score, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp(peak - safe)
-        mass = tl.exp(score - safe[:, None])
-        total = total * shrink + tl.sum(mass, 1)
-        sums = tl.dot(mass.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
-        peak = higher
+        peak, total, sums = _add(own, keys, values, seen[None], scale, peak, total, sums)
+    _leave(outputs, lses, line, split, channel, wide, head < GROUP, peak, total, sums, DIM)
+
+
+@triton.jit
+def _dense(
+    query, kv, tables, starts, lengths, outputs, lses, scale,
+    queries, table_stride, cache_pages, blocks,
+    GROUP: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of one sequence over a split of the keys that any of them sees."""
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.cdiv(queries, TOGETHER)
+    sequence = tile // tiles
+    place, channel = tl.arange(0, TILE), tl.arange(0, WIDTH)
+    number = (tile % tiles) * TOGETHER + place // GROUP  # of the query in its sequence
+    there = (place < TOGETHER * GROUP) & (number < queries)
+    row = (sequence * queries + number).to(tl.int64)
+    line = row * (tl.num_programs(1) * GROUP) + kv_head * GROUP + place % GROUP
+    wide = there[:, None] & (channel < DIM)[None]
+    own = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
+    start = tl.load(starts + row, there, 1 << 40)
+    stop = tl.load(lengths + row, there, 0)
+    table = tables + sequence * table_stride
+    base = kv_head.to(tl.int64) * cache_pages * PAGE
+    peak = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    sums = tl.zeros((TILE, WIDTH), tl.float32)
+    begin, end = tl.min(start, 0).to(tl.int32), tl.max(stop, 0).to(tl.int32)
+    low = tl.maximum(split * blocks * BLOCK, begin // BLOCK * BLOCK)
+    for block in range(low, tl.minimum((split + 1) * blocks * BLOCK, end), BLOCK):
+        position = block + tl.arange(0, BLOCK)
+        page = tl.load(table + position // PAGE, position < end, 0)
+        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
+        loaded = (position < end)[:, None] & (channel < DIM)[None]
+        keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
+        values = tl.load(data + DIM, loaded, 0.0)
+        seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
+        peak, total, sums = _add(own, keys, values, seen, scale, peak, total, sums)
+    _leave(outputs, lses, line, split, channel, wide, there, peak, total, sums, DIM)
+
+
+@triton.jit
+def _add(own, keys, values, seen, scale, peak, total, sums):
+    """Some more keys and values into a running softmax (FlashAttention's recurrence)."""
+    score = tl.dot(own, tl.trans(keys), input_precision="ieee") * scale  # [TILE, BLOCK]
+    score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp(peak - safe)
+    mass = tl.exp(score - safe[:, None])
+    total = total * shrink + tl.sum(mass, 1)
+    sums = tl.dot(mass.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
+    return higher, total, sums
+
+
+@triton.jit
+def _leave(
+    outputs, lses, line, split, channel, wide, there, peak, total, sums, DIM: tl.constexpr
+):  # fmt: skip
+    """Writes one split's part."""
     output = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total)
-    target = (line * GROUP + head) * tl.num_programs(2) + split
-    tl.store(lses + target, lse, head < GROUP)
+    target = line * tl.num_programs(2) + split
+    tl.store(lses + target, lse, there)
     tl.store(outputs + target[:, None] * DIM + channel[None], output, wide)
 
 

@@ -11,7 +11,7 @@ from service.errors import RequestError
 if TYPE_CHECKING:
     from models.generation import GenerationDefaults
     from service.api.schemas import GenerationRequest, SparsityRequest
-    from service.config import SparsityConfig
+    from service.sparsity import SparsityConfig
 
 
 def token_budget(

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kernels.cache import Rows, Segment
@@ -69,11 +70,15 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
                 dense.append(DenseGroup(segment, span.first))
             else:
                 sparse[policy_of(sequence, span.mode), count].append(span)
-        for position in range(item.start, item.stop):
-            page, offset = sequence.pages[position // PAGE], position % PAGE
-            slots.append(page * PAGE + offset)
-            if offset == PAGE - 1:
-                filled.append(page)
+        # Page by page: token by token would take a large part of a long prompt's step.
+        first, last = item.start // PAGE, -(-item.stop // PAGE)
+        of_pages = [
+            slot
+            for page in sequence.pages[first:last]
+            for slot in range(page * PAGE, (page + 1) * PAGE)
+        ]
+        slots += of_pages[item.start - first * PAGE : item.stop - first * PAGE]
+        filled += sequence.pages[first : item.stop // PAGE]
         positions += range(item.start, item.stop)
         tokens += sequence.tokens[item.start : item.stop]
     return StepInput(
@@ -107,12 +112,14 @@ def _spans(item: Work, first: int) -> list[_Span]:
 
 def _rows(spans: list[_Span], device: torch.device) -> tuple[Rows, torch.Tensor]:
     """Where the keys of some spans lie, and their tokens' places in the step."""
-    tables = [span.sequence.pages[: -(-span.stop // PAGE)] for span in spans]
-    width = max(len(table) for table in tables)
+    ends = [-(-span.stop // PAGE) for span in spans]
+    tables = np.zeros((len(spans), max(ends)), dtype=np.int64)  # from lists torch takes far longer
+    for row, (span, end) in enumerate(zip(spans, ends, strict=True)):
+        tables[row, :end] = span.sequence.pages[:end]
     lengths = [n for span in spans for n in range(span.start + 1, span.stop + 1)]
     places = [span.first + i for span in spans for i in range(span.stop - span.start)]
     rows = Rows(
-        block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], device=device),
+        block_tables=torch.from_numpy(tables).to(device),
         lengths=_int64(lengths, device),
         starts=torch.zeros(len(lengths), dtype=torch.int64, device=device),
     )
@@ -120,4 +127,4 @@ def _rows(spans: list[_Span], device: torch.device) -> tuple[Rows, torch.Tensor]
 
 
 def _int64(values: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)

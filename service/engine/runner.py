@@ -78,12 +78,19 @@ class Runner:
         self._audit_every = audit_every
         self._device = caches[0].kv.device
         self._sparse_steps = 0
+        self._audit: bool | None = None  # whether this step is audited; None for every so many
         self._trouble: str | None = None  # what went wrong with dynamic selection in this step
         self.degraded: str | None = None  # why dynamic selection does not run at present
 
-    def run(self, work: Seq[Work]) -> list[Outcome]:
-        """Compute `work`; one outcome each, in order, whatever happens to the others."""
+    def run(self, work: Seq[Work], audit: bool | None = None) -> list[Outcome]:
+        """Compute `work`; one outcome each, in order, whatever happens to the others.
+
+        Args:
+            work: what to compute.
+            audit: whether sparse rows are audited; by default in one of `audit_every` steps.
+        """
         self._trouble = None
+        self._audit = audit
         dynamic = any(dynamic_rows(item) for item in work)
         outcomes = self._run(work)
         held = any(_held_by_error(item) for item in work)
@@ -124,7 +131,7 @@ class Runner:
             redone = self._forward([work[place] for place in again])
             for place, outcome in zip(again, redone, strict=True):
                 outcomes[place] = outcome
-        return [_finite(outcome) for outcome in outcomes]
+        return _finite(outcomes)
 
     def _rescue(self, item: Work, error: Exception) -> Outcome:
         """One item alone failed: once more on the fixed pattern if it was dynamic, else give up."""
@@ -134,7 +141,7 @@ class Runner:
             self._trouble = f"dynamic selection failed: {type(error).__name__}"
             hold(item, Fallback.KERNEL_ERROR)
             try:
-                return _finite(self._forward([item])[0])
+                return _finite(self._forward([item]))[0]
             except Exception as second:  # noqa: BLE001  the request's own boundary, as above
                 failure = second
         _log.error("request %s failed", item.sequence.request.id, exc_info=failure)
@@ -151,12 +158,13 @@ class Runner:
             self._trouble = "dynamic selection met scores that are not finite"
             return Fallback.KERNEL_ERROR
         floor = outcome.work.sequence.request.sparsity.min_coverage
-        return Fallback.LOW_COVERAGE if coverage.mean() < floor else None
+        return Fallback.LOW_COVERAGE if floor > 0 and coverage.mean() < floor else None
 
     def _forward(self, work: Seq[Work]) -> list[Outcome]:
         step = build_step(work, self._device)
         self._sparse_steps += bool(step.sparse)
-        audit = bool(step.sparse) and (self._sparse_steps - 1) % self._audit_every == 0
+        due = (self._sparse_steps - 1) % self._audit_every == 0
+        audit = bool(step.sparse) and (due if self._audit is None else self._audit)
         recorder = Recorder(Phases(on=audit))
         hidden = self._model(step, self._caches, recorder)  # [tokens, hidden]
         for phase, seconds in recorder.phases.seconds.items():
@@ -220,28 +228,44 @@ def _looked(step: StepInput, recorder: Recorder, windows: Seq[int | None], heads
     density = torch.ones(layers, tokens, dtype=torch.float64)
     coverage = torch.ones(layers, tokens, heads, dtype=torch.float64)
     exact = torch.ones_like(coverage) if recorder.audit else None
-    for entry in recorder.entries:
-        place = entry.tokens.cpu()
-        attended = entry.keys.to("cpu", torch.float64).mean(-1)  # [rows]
-        keys[entry.layer, place] = attended
-        density[entry.layer, place] = attended / entry.visible.to("cpu", torch.float64)
-        coverage[entry.layer, place] = entry.coverage.to("cpu", torch.float64)
-        if exact is not None and entry.true_coverage is not None:
-            exact[entry.layer, place] = entry.true_coverage.to("cpu", torch.float64)
+    if recorder.entries:
+        # All layers in one piece: a GPU's answer to each transfer takes as long as many rows.
+        entries = recorder.entries
+        rows = torch.tensor([entry.tokens.shape[0] for entry in entries])
+        layer = torch.tensor([entry.layer for entry in entries]).repeat_interleave(rows)
+        place = torch.cat([entry.tokens for entry in entries]).cpu()  # [rows of all layers]
+        attended = torch.cat([entry.keys for entry in entries]).cpu().double().mean(-1)
+        keys[layer, place] = attended
+        seen = torch.cat([entry.visible for entry in entries]).cpu().double()
+        density[layer, place] = attended / seen
+        estimates = torch.cat([entry.coverage for entry in entries]).cpu()
+        coverage[layer, place] = estimates.double()
+        known = [e.true_coverage for e in entries if e.true_coverage is not None]
+        if exact is not None and known:
+            exact[layer, place] = torch.cat(known).cpu().double()  # audits are of whole steps
     audited = None if exact is None else exact.numpy()
     return Looked(density.numpy(), keys.numpy(), coverage.numpy(), audited)
 
 
-def _finite(outcome: Outcome) -> Outcome:
-    """The outcome, or an error in its place when it cannot be sampled from."""
-    hidden, looked = outcome.hidden, outcome.looked
-    assert hidden is not None and looked is not None
-    if outcome.work.samples and not bool(torch.isfinite(hidden[-1]).all()):
-        return Outcome(outcome.work, None, None, "the model's output for this is not finite")
-    # A fixed pattern's coverage is informative only: where its scores overflow, nothing is known
-    # to be covered.
-    known = replace(looked, coverage=np.nan_to_num(looked.coverage, nan=0.0))
-    return Outcome(outcome.work, hidden, known)
+def _finite(outcomes: Seq[Outcome]) -> list[Outcome]:
+    """The outcomes, with an error in the place of those that cannot be sampled from."""
+    ends = [one.hidden[-1] for one in outcomes if one.work.samples and one.hidden is not None]
+    # One question to the device for all of them.
+    sound = iter(torch.isfinite(torch.stack(ends)).all(-1).tolist() if ends else ())
+    checked = []
+    for outcome in outcomes:
+        looked = outcome.looked
+        assert looked is not None
+        if outcome.work.samples and not next(sound):
+            error = "the model's output for this is not finite"
+            checked.append(Outcome(outcome.work, None, None, error))
+            continue
+        # A fixed pattern's coverage is informative only: where its scores overflow, nothing is
+        # known to be covered.
+        if not np.isfinite(looked.coverage).all():
+            looked = replace(looked, coverage=np.nan_to_num(looked.coverage, nan=0.0))
+        checked.append(Outcome(outcome.work, outcome.hidden, looked))
+    return checked
 
 
 def _name(error: Exception) -> str:

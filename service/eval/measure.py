@@ -1,27 +1,23 @@
-"""Runs a task's document: every policy on the same questions, or on the same passage."""
+"""Puts papers to a model and scores what comes back, policy by policy."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.errors import TemplateError
-from service.eval.passages import PassageTask
+from service.eval.paper import Dictation, Exam
 from service.eval.record import Calibration, DocumentScore
-from service.eval.source import Source
-from service.eval.tasks import TASKS, Document
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from models.tokenizer import Tokenizer
     from service.engine.types import SparsityReport
+    from service.eval.paper import Paper
     from service.eval.policies import NamedPolicy
-    from service.eval.session import Audit, Session
-    from service.eval.tasks import Task
+    from service.eval.script import Audit
+    from service.eval.session import Answer, Forced, Session
 
 SAMPLE = 4096
 """Most exact coverages kept of a document and policy."""
@@ -29,132 +25,58 @@ TOO_HIGH = 0.05
 """An estimate that exceeds the exact coverage by more is an overestimate."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One document of one cell: the unit of work."""
-
-    task: str
-    context: int
-    document: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is done with every document.
-
-    Attributes:
-        policies: what to compare.
-        questions: most questions to ask about a document.
-        seed: of the documents; a task and a context have documents of their own.
-    """
-
-    policies: tuple[NamedPolicy, ...]
-    questions: int
-    seed: int
-
-
 class Examiner:
-    """Draws documents and runs every policy on each.
+    """Runs every policy on papers and scores them; a paper's scores depend on no other."""
 
-    Args:
-        session: with room for the longest context.
-        tokenizer: the model's.
-        source: text to hide facts in, and to predict.
-        plan: what to do with a document.
-    """
-
-    def __init__(self, session: Session, tokenizer: Tokenizer, source: Source, plan: Plan) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
-        self._tokenizer = tokenizer
-        self._source = source
-        self._plan = plan
 
-    def measure(self, item: Item) -> list[DocumentScore]:
-        """The scores of every policy; they depend on the item alone.
+    def measure(
+        self, papers: Sequence[Paper], policies: Sequence[NamedPolicy]
+    ) -> list[list[DocumentScore]]:
+        """Of each paper, the scores of every policy.
+
+        Args:
+            papers: either exams or dictations.
+            policies: what to compare.
 
         Raises:
-            GenerationError: the model failed.
-            ConfigError: there is too little text for this.
+            GenerationError: the model failed, or has no room for a paper.
         """
-        task = TASKS[item.task]
-        if isinstance(task, PassageTask):
-            return self._predict(task, item)
-        return self._ask(task, item)
-
-    def _ask(self, task: Task, item: Item) -> list[DocumentScore]:
-        rng = np.random.default_rng(
-            [self._plan.seed, _number(task.name), item.context, item.document]
-        )
-        room = item.context - _reserve(task, self._tokenizer)
-        document = task.make(rng, self._source, room, self._plan.questions)
-        asked = document.questions
-        prompts = [prompt_tokens(self._tokenizer, document, i) for i in range(len(asked))]
-        scores = []
-        for policy in self._plan.policies:
-            answers = self._session.answers(prompts, policy.sparsity, task.answer_tokens)
-            found = [one.found(answer.text) for one, answer in zip(asked, answers, strict=True)]
-            count = sum(len(one.references) for one in asked)
-            scores.append(
-                _score(
-                    policy.name,
-                    (sum(found), count, count),
-                    [answer.report for answer in answers],
-                    [answer.audit for answer in answers],
-                )
-            )
-        return scores
-
-    def _predict(self, task: PassageTask, item: Item) -> list[DocumentScore]:
-        # Without the context: whatever the length, the same passage is predicted.
-        rng = np.random.default_rng([self._plan.seed, _number(task.name), item.document])
-        first = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
-        passage = task.make(rng, self._source, item.context - len(first))
-        counted = passage.targets - passage.skipped
-        size = self._bytes(passage.tokens, counted)
-        scores = []
-        for policy in self._plan.policies:
-            forced = self._session.forced(
-                [*first, *passage.tokens], passage.targets, policy.sparsity
-            )
-            bits = float(forced.nats[passage.skipped :].sum()) / math.log(2)
-            scores.append(
-                _score(policy.name, (bits, size, counted), [forced.report], [forced.audit])
-            )
-        return scores
-
-    def _bytes(self, tokens: Sequence[int], counted: int) -> int:
-        """Bytes of text in the last `counted` tokens."""
-        # With some tokens before: a decoder may drop a text's leading space.
-        before = list(tokens[-counted - 16 : -counted])
-        both = self._tokenizer.decode([*before, *tokens[-counted:]])
-        return len(both.encode()) - len(self._tokenizer.decode(before).encode())
+        exams = [paper for paper in papers if isinstance(paper, Exam)]
+        dictations = [paper for paper in papers if isinstance(paper, Dictation)]
+        assert not (exams and dictations)
+        sparsities = [policy.sparsity for policy in policies]
+        marks: list[list[DocumentScore]] = []  # by policy
+        if exams:
+            given = self._session.answers(exams, sparsities)
+            for policy, answers in zip(policies, given, strict=True):
+                pairs = zip(exams, answers, strict=True)
+                marks.append([_exam_score(policy.name, *pair) for pair in pairs])
+        else:
+            costs = self._session.forced(dictations, sparsities)
+            for policy, forced in zip(policies, costs, strict=True):
+                predicted = zip(dictations, forced, strict=True)
+                marks.append([_dictation_score(policy.name, *pair) for pair in predicted])
+        return [list(scores) for scores in zip(*marks, strict=True)]
 
 
-def prompt_tokens(tokenizer: Tokenizer, document: Document, question: int) -> list[int]:
-    """A document and one of its questions as the model was trained to read them.
-
-    A chat, where the checkpoint has a template; else `Question: ...` and `Answer:`.
-    """
-    asked = document.questions[question].text
-    try:
-        text = tokenizer.render_chat(
-            [{"role": "user", "content": f"{document.text}\n\n{asked}"}],
-            add_generation_prompt=True,
-        )
-    except TemplateError:
-        return tokenizer.encode(f"{document.text}\n\nQuestion: {asked}\nAnswer:")
-    return tokenizer.encode(text, add_special_tokens=False)
+def _exam_score(policy: str, exam: Exam, answers: Sequence[Answer]) -> DocumentScore:
+    pairs = zip(exam.questions, answers, strict=True)
+    found = sum(asked.found(answer.text) for asked, answer in pairs)
+    count = sum(len(asked.references) for asked in exam.questions)
+    return _score(
+        policy,
+        (found, count, count),
+        [answer.report for answer in answers],
+        [answer.audit for answer in answers],
+    )
 
 
-def _number(name: str) -> int:
-    return int.from_bytes(name.encode()[-8:], "big")
-
-
-def _reserve(task: Task, tokenizer: Tokenizer) -> int:
-    """Tokens of a prompt that are not the document's: the longest question, and the template."""
-    source = Source(lambda text: tokenizer.encode(text, add_special_tokens=False))
-    some = task.make(np.random.default_rng(0), source, 2048, 1)
-    return len(prompt_tokens(tokenizer, Document("", some.questions), 0)) + 16
+def _dictation_score(policy: str, dictation: Dictation, forced: Forced) -> DocumentScore:
+    bits = float(forced.nats[dictation.skipped :].sum()) / math.log(2)
+    counted = dictation.targets - dictation.skipped
+    return _score(policy, (bits, dictation.size, counted), [forced.report], [forced.audit])
 
 
 def _score(

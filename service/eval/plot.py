@@ -41,7 +41,8 @@ def check_plot(file: Path) -> None:
 def family(policy: str) -> str:
     """The kind of a policy by its name: policies of a kind differ in their budget alone."""
     kind, _, rest = policy.partition(":")
-    return "dynamic:k" if kind == "dynamic" and rest.startswith("k=") else kind
+    plain = rest.startswith("k=") and "," not in rest
+    return "dynamic:k" if kind == "dynamic" and plain else kind
 
 
 def expectation(context: int) -> tuple[list[float], list[float]]:

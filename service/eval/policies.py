@@ -11,8 +11,8 @@ from kernels.errors import KernelError
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
-    from service.config import SparsityConfig
     from service.engine.types import SparsityParams
+    from service.sparsity import SparsityConfig
 
 
 @dataclass(frozen=True, slots=True)

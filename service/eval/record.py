@@ -75,7 +75,7 @@ class Record:
         overestimates: share of the estimates that are more than 0.05 too high.
         bits_per_byte: of predicted tokens; None for questions.
         loss: accuracy that dense has more, on the same questions; for passages bits per byte that
-            dense needs less. None for dense itself.
+            dense needs less. None for dense itself, and where dense was not measured beside it.
         loss_low, loss_high: its 95% interval, by document.
         scores: of each document references found and asked for; for passages bits and bytes.
     """
@@ -158,7 +158,10 @@ def solved(records: Sequence[Record]) -> set[tuple[str, int]]:
 
 
 def pooled(records: Sequence[Record]) -> list[Pooled]:
-    """A row for every context and policy other than dense, in order of context."""
+    """A row for every context and policy other than dense, in order of context.
+
+    Only of what was measured beside dense: other records may be of fewer documents.
+    """
     good = solved(records)
     dense = {
         (r.task, r.context): r
@@ -168,7 +171,7 @@ def pooled(records: Sequence[Record]) -> list[Pooled]:
     kept: dict[tuple[int, str], list[Record]] = {}
     for r in records:
         cell = (r.task, r.context)
-        if r.policy != "dense" and r.scores and cell in dense and cell in good:
+        if r.loss is not None and r.scores and cell in dense and cell in good:
             kept.setdefault((r.context, r.policy), []).append(r)
     rows = []
     for (context, policy), cells in sorted(kept.items(), key=lambda item: item[0][0]):

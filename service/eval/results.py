@@ -19,6 +19,8 @@ from service.eval.tasks import TASKS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from service.eval.cell import Cell
+
 
 @dataclass(slots=True)
 class Results:
@@ -61,17 +63,32 @@ class Results:
         results.records = records
         return results
 
-    def has(self, task: str, context: int, policies: Sequence[str]) -> bool:
-        """Whether a cell is there already, with every policy."""
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell is there already: every policy, on as many documents, beside dense."""
+        wanted = {policy.name for policy in cell.policies}
         found = {
-            r.policy for r in self.records if (r.task, r.context) == (task, context) and r.scores
+            r.policy
+            for r in self.records
+            if (r.task, r.context, r.documents) == (cell.task, cell.context, cell.documents)
+            and r.scores
+            and (r.loss is not None or r.policy == "dense" or "dense" not in wanted)
         }
-        return found >= set(policies)
+        return found >= wanted
 
     def add(self, records: Sequence[Record]) -> None:
-        """Put a cell's records in the place of older ones; the order is always the same."""
-        cells = {(r.task, r.context) for r in records}
-        kept = [r for r in self.records if (r.task, r.context) not in cells]
+        """Put records in the place of older ones; the order is always the same.
+
+        Of a cell's other policies those stay that were measured on other documents, and not beside
+        a dense record that is replaced.
+        """
+        replaced = {(r.task, r.context, r.policy) for r in records}
+        denser = {(r.task, r.context) for r in records if r.policy == "dense"}
+        kept = [
+            r
+            for r in self.records
+            if (r.task, r.context, r.policy) not in replaced
+            and not (r.loss is not None and (r.task, r.context) in denser)
+        ]
         order = {name: number for number, name in enumerate(TASKS)}
         self.records = sorted(
             [*kept, *records], key=lambda r: (r.context, order.get(r.task, len(order)), r.task)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from service.eval.source import Source
 
+KEYS = 5000
+"""Most facts of a `multi-key` document, some 115,000 tokens: there are 6,090 keys to draw from."""
 BALLOTS = 4
 """Ballots of a `majority` document, each with as many votes."""
 VOTES = 256
@@ -133,15 +135,16 @@ def _multi_key(rng: np.random.Generator, source: Source, tokens: int, most: int)
     """Nothing but facts, each the others' distractor."""
     facts: list[tuple[str, str, str]] = []
     used: set[str] = set()
-    while True:
+    while len(used) < KEYS:
         key, value = held_out_key(rng), magic_number(rng)
+        if key in used:
+            continue
         sentence = _fact(key, value)
         tokens -= len(source.encode(" " + sentence))
         if tokens < 0:
             break
-        if key not in used:
-            used.add(key)
-            facts.append((key, value, sentence))
+        used.add(key)
+        facts.append((key, value, sentence))
     asked = [facts[i] for i in rng.permutation(len(facts))[:most].tolist()]
     text = " ".join(sentence for _, _, sentence in facts)
     return Document(text, tuple(_about([key], [value]) for key, value, _ in asked))

@@ -1,46 +1,38 @@
-"""Spreads documents over processes, each with a model of its own.
-
-A small model keeps a device busy for a fraction of a step, and the rest is this machine's own work:
-several processes share a device well.
-"""
+"""Spreads an evaluation over processes: some draw documents, some put them to a model."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import queue
-import signal
-import threading
-import traceback
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
-from kernels.errors import SaccadeError
 from models.loader import load
 from models.tokenizer import Tokenizer
-from service.errors import GenerationError
-from service.eval.measure import Examiner, Item, Plan
+from service.eval.cell import Cell, Item
+from service.eval.crew import Crew
+from service.eval.measure import Examiner
+from service.eval.room import TOGETHER, Room
 from service.eval.session import Session
-from service.eval.source import Source
+from service.eval.tasks import TASKS, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from multiprocessing.context import SpawnProcess
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from service.eval.drawer import Drawing
+    from service.eval.paper import Paper
     from service.eval.record import DocumentScore
 
-TOGETHER = 16
-"""Questions of a document that are answered at once."""
-POLL = 1.0
-"""Seconds between a worker's looks at whether its parent still lives."""
-GOODBYE = 10.0
-"""Seconds that a worker with nothing left to do has to end by itself."""
+    Finding = tuple[Item, list[DocumentScore]]
+
+TARGETS = 4
+"""A passage's share of what runs together: so many answers', since it has more rows in a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,85 +42,149 @@ class Setup:
     Attributes:
         model: checkpoint folder.
         dtype, load_format: as in the configuration.
-        texts: the user's own; empty for generated prose.
         tokens: of the longest context.
     """
 
     model: Path
     dtype: str
     load_format: Literal["safetensors", "dummy"]
-    texts: tuple[str, ...]
     tokens: int
-    plan: Plan
 
-    def examiner(self, device: torch.device) -> Examiner:
+    def examiner(self, device: torch.device, sharing: int = 1) -> Examiner:
         """Load the model.
+
+        Args:
+            device: where to.
+            sharing: processes that share a GPU, this one included.
 
         Raises:
             ModelError: the checkpoint cannot be loaded, or holds no such context.
+            GenerationError: the device's memory does not hold one document.
         """
         tokenizer = Tokenizer.from_folder(self.model)
         decoder, shape = load(self.model, self.dtype, device, self.load_format)
-        session = Session(decoder, shape, tokenizer, tokens=self.tokens, together=TOGETHER)
-        source = Source(lambda text: tokenizer.encode(text, add_special_tokens=False), self.texts)
-        return Examiner(session, tokenizer, source, self.plan)
+        dtype = decoder.model.embed_tokens.weight.dtype
+        room = Room.on(device, shape, dtype, self.tokens, sharing)
+        return Examiner(Session(decoder, shape, tokenizer, room))
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why a worker stopped; text alone, since an exception may not survive the way."""
+@dataclass(slots=True)
+class Batch:
+    """Documents of one cell that are put to the model together."""
 
-    message: str
-    expected: bool  # one sentence for the user
+    cell: Cell
+    numbers: list[int]  # of the documents
+    papers: dict[int, Paper] = field(default_factory=dict)  # by number, those that are drawn
 
+    @property
+    def items(self) -> list[Item]:
+        """Its documents, in order."""
+        return [Item(self.cell, number) for number in self.numbers]
 
-_Finding = tuple[Item, "list[DocumentScore]"]
+    def measure(self, examiner: Examiner) -> list[list[DocumentScore]]:
+        """Of each document, in order, the scores of every policy."""
+        papers = [self.papers[number] for number in self.numbers]
+        return examiner.measure(papers, self.cell.policies)
 
 
 def examine(
-    setup: Setup, items: Sequence[Item], device: torch.device, workers: int = 1
-) -> Iterator[_Finding]:
-    """The scores of every item, in the order in which they come.
+    setup: Setup,
+    drawing: Drawing,
+    cells: Sequence[Cell],
+    device: torch.device,
+    workers: int = 1,
+    drawers: int = 0,
+) -> Iterator[Finding]:
+    """The scores of every document, in the order in which they come.
 
     Args:
-        setup: what to run.
-        items: what on.
+        setup: the model.
+        drawing: the documents.
+        cells: what to measure.
         device: with several workers "cuda" is every visible GPU in turn.
-        workers: processes; one works in this process.
+        workers: processes that have a model each.
+        drawers: processes that draw documents, and keep some ahead. Without any, one worker draws
+            its own, in this process.
 
     Raises:
-        SaccadeError: an item failed, or a worker died.
-        RuntimeError: a worker failed on what is a mistake in the program; has its traceback.
+        SaccadeError: a document failed, or a process died.
+        RuntimeError: a process failed on what is a mistake in the program; has its traceback.
     """
-    workers = min(workers, len(items))
-    if workers <= 1:
-        examiner = setup.examiner(device)
-        yield from ((item, examiner.measure(item)) for item in items)
+    batches = _batches(cells, drawing.questions, device)
+    workers = min(workers, len(batches))
+    if workers <= 1 and drawers == 0:
+        examiner, drawer = setup.examiner(device), drawing.drawer()
+        for batch in batches:
+            batch.papers = {item.document: drawer(item) for item in batch.items}
+            yield from zip(batch.items, batch.measure(examiner), strict=True)
+            batch.papers.clear()
         return
-    context = multiprocessing.get_context("spawn")
-    waiting: multiprocessing.Queue[Item | None] = context.Queue()
-    for item in [*items, *[None] * workers]:
-        waiting.put(item)
-    # A pipe each: a worker that dies in the middle of a message closes it, and blocks nobody.
-    listening: dict[Connection, SpawnProcess] = {}
-    try:
-        for one in _devices(device, workers):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(setup, one, waiting, theirs), daemon=True)
-            listening[ours] = process
-            with _quiet():
-                process.start()
-            theirs.close()
-        yield from _findings(dict(listening), len(items))
-        for process in listening.values():
-            process.join(GOODBYE)
-    finally:
-        for process in listening.values():
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-        # What nobody will take must not keep this process from ending.
-        waiting.cancel_join_thread()
+    drawers = max(1, min(drawers, sum(len(batch.numbers) for batch in batches)))
+    devices = _devices(device, workers)
+    works = [partial(_worker, setup, one, devices.count(one)) for one in devices]
+    with Crew("drawer", [drawing.drawer] * drawers) as drawn, Crew("worker", works) as worked:
+        yield from _through(batches, drawn, worked, ahead=workers + 1)
+
+
+def default_drawers(device: torch.device, workers: int) -> int:
+    """Processes that draw unless something else is asked for: a GPU must not wait for them.
+
+    A CPU takes far longer to answer than to draw, and has no core to spare.
+    """
+    return 0 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - workers)
+
+
+def _batches(cells: Sequence[Cell], questions: int, device: torch.device) -> list[Batch]:
+    """Every cell's documents, in order: one by one on a CPU, else as many as fill a GPU."""
+    batches = []
+    for cell in cells:
+        task, together = TASKS[cell.task], 1
+        if device.type != "cpu":
+            room = TOGETHER[device.type]
+            together = (
+                max(1, room // min(questions, task.questions))
+                if isinstance(task, Task)
+                else room // TARGETS
+            )
+        parts = np.array_split(np.arange(cell.documents), -(-cell.documents // together))
+        batches += [Batch(cell, part.tolist()) for part in parts]
+    return batches
+
+
+def _through(
+    batches: list[Batch],
+    drawers: Crew[Item, Paper],
+    workers: Crew[Batch, list[list[DocumentScore]]],
+    ahead: int,
+) -> Iterator[Finding]:
+    """Every batch drawn, at most `ahead` beyond those that workers have, and measured."""
+    homes = {item: batch for batch in batches for item in batch.items}
+    undrawn = deque((place, item) for place, one in enumerate(batches) for item in one.items)
+    complete: deque[Batch] = deque()
+    given, left = 0, len(batches)
+    while left:
+        while workers.idle and complete:
+            workers.give(complete.popleft())
+            given += 1
+        while drawers.idle and undrawn and undrawn[0][0] < given + ahead:
+            drawers.give(undrawn.popleft()[1])
+        for pipe in wait([*workers.busy, *drawers.busy]):
+            assert isinstance(pipe, Connection)
+            if pipe in workers.busy:
+                done = workers.hear(pipe)
+                if done is not None:
+                    batch, scores = done
+                    batch.papers.clear()
+                    left -= 1
+                    yield from zip(batch.items, scores, strict=True)
+            else:
+                drawn = drawers.hear(pipe)
+                if drawn is not None:
+                    item, paper = drawn
+                    batch = homes[item]
+                    batch.papers[item.document] = paper
+                    if len(batch.papers) == len(batch.numbers):
+                        complete.append(batch)
 
 
 def _devices(device: torch.device, workers: int) -> list[torch.device]:
@@ -139,69 +195,11 @@ def _devices(device: torch.device, workers: int) -> list[torch.device]:
     return [torch.device("cuda", number % count) for number in range(workers)]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Processes started here draw no progress bars: the parent's is the one to watch."""
-    name = "TQDM_DISABLE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
-
-
-def _findings(listening: dict[Connection, SpawnProcess], count: int) -> Iterator[_Finding]:
-    """`count` findings, from whichever worker has one."""
-    while count:
-        if not listening:
-            raise GenerationError("the workers of the evaluation ended before their work")
-        for ready in wait(list(listening)):
-            assert isinstance(ready, Connection)
-            try:
-                one: _Finding | _Failure = ready.recv()
-            except (EOFError, OSError):
-                process = listening.pop(ready)
-                process.join()
-                if process.exitcode:
-                    raise GenerationError(
-                        f"a worker of the evaluation died (exit code {process.exitcode}); with "
-                        "fewer --workers each has more memory"
-                    ) from None
-                continue
-            if isinstance(one, _Failure):
-                raise (GenerationError if one.expected else RuntimeError)(one.message)
-            count -= 1
-            yield one
-
-
-def _work(
-    setup: Setup,
-    device: torch.device,
-    waiting: multiprocessing.Queue[Item | None],
-    found: Connection,
-) -> None:
-    """A worker's life: take items until there are none, or until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _worker(
+    setup: Setup, device: torch.device, sharing: int
+) -> Callable[[Batch], list[list[DocumentScore]]]:
     torch.set_num_threads(1)
-    # Its default is a lock between processes, which would outlive a worker that is stopped.
-    tqdm.set_lock(threading.RLock())
-    parent = multiprocessing.parent_process()
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        examiner = setup.examiner(device)
-        while parent is not None and parent.is_alive():
-            try:
-                item = waiting.get(timeout=POLL)
-            except queue.Empty:
-                continue
-            if item is None:
-                return
-            found.send((item, examiner.measure(item)))
-    except SaccadeError as error:
-        found.send(_Failure(str(error), expected=True))
-    except Exception:  # noqa: BLE001  whatever it is, the parent must hear of it
-        found.send(_Failure(f"a worker failed:\n{traceback.format_exc()}", expected=False))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    examiner = setup.examiner(device, sharing)
+    return lambda batch: batch.measure(examiner)

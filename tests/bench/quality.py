@@ -1,7 +1,11 @@
-"""Writes the README's quality section, and its plot, from the evaluation's results file.
+"""Measures the quality table, and writes the README's quality section and plot from it.
 
-python tests/bench/quality.py           # README.md and tests/bench/results/quality.svg
+python tests/bench/quality.py --measure --text-dir NOVELS   # every part; again to go on
+python tests/bench/quality.py                               # README.md and quality.svg
 python tests/bench/quality.py --check   # 1 when README.md is not what would be written
+
+The folder of --text-dir has novels as .txt files, which the part `text` predicts; all other
+documents are of generated prose. Contexts of 16K and more want a GPU.
 """
 
 from __future__ import annotations
@@ -9,22 +13,70 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
-from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # the script also runs uninstalled
 
-from service.eval.plot import draw  # noqa: E402  (the script also runs uninstalled)
-from service.eval.record import SOLVED, Record, pooled, solved  # noqa: E402
+from quality_tables import tables  # noqa: E402
+
+from service.eval.plot import draw  # noqa: E402
+from service.eval.record import Record  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
+    from service.eval.cell import Cell
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some cells of the table: every task at every context, under the same policies.
+
+    Attributes:
+        name: for --parts; several may share one.
+        documents: fewest a cell.
+        answers: fewest a cell; more documents where these have few questions.
+        own_text: whether its text is that of --text-dir.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    contexts: tuple[int, ...]
+    policies: tuple[str, ...]
+    documents: int = 100
+    answers: int = 1000
+    own_text: bool = False
+
+
+SOME = ("multi-key", "multi-value", "multi-query-4", "multi-query-16", "variables")
+MOST = ("needle", "needles", *SOME)
+DYNAMIC = ("dense", "dynamic:coverage=0.98")
+WINDOW = {32_768: "fixed:sinks:16+window:768", 65_536: "fixed:sinks:16+window:1024"}
+"""Fixed windows of as many keys as the dynamic policy reads there."""
+TOP = ("dynamic:k=160", "dynamic:k=160,min_coverage=0.9")
+BUDGETS = tuple(f"dynamic:k={2**power}" for power in range(6, 13))
+SHORT, LONG = (4096, 8192, 16_384), tuple(WINDOW)
+
+PARTS = (
+    *(Part("sparsity", ("needles", *SOME), (n,), (*DYNAMIC, w)) for n, w in WINDOW.items()),
+    *(Part("majority", ("majority",), (n,), (*DYNAMIC, w, *TOP)) for n, w in WINDOW.items()),
+    Part("dense", ("needle",), SHORT, ("dense",), documents=200, answers=0),
+    Part("dense", (*SOME, "majority"), SHORT, ("dense",)),
+    Part("text", ("text",), (2048, 32_768), DYNAMIC, own_text=True),
+    Part("text", ("repeats",), (32_768,), DYNAMIC, own_text=True),
+    # Not beside dense: so few documents say nothing of a loss, and much of the estimates.
+    Part("calibration", (*MOST, "majority"), LONG, BUDGETS, documents=8, answers=0),
+    # Last, since one question a document makes a thousand of them.
+    *(Part("needle", ("needle",), (n,), (*DYNAMIC, w)) for n, w in WINDOW.items()),
+)
+QUESTIONS, SEED = 10, 0
+
+MODEL = ROOT / "models/checkpoints/saccade-12m"
 README = ROOT / "README.md"
 RESULTS = ROOT / "tests/bench/results/quality.json"
 PLOT = RESULTS.with_suffix(".svg")
@@ -34,15 +86,13 @@ UNTOLD = ("--output", "--commit", "--plot")  # options that say nothing about th
 
 
 def section(saved: dict[str, Any]) -> str:
-    """The section's text, markers not included; tables without rows are left out."""
-    records = [Record(**record) for record in saved["records"]]
+    """The section's text, markers not included."""
     settings, torch = saved["settings"], saved["versions"]["torch"]
+    first, *rest = tables([Record(**record) for record in saved["records"]])
     parts = [
-        _pooled(records),
+        first,
         f"![Accuracy against density]({PLOT.relative_to(ROOT).as_posix()})",
-        _cells(records),
-        _passages(records),
-        _coverage(records),
+        *rest,
         f"```sh\n{_command(saved['command'])}\n```",
         f"({saved['machine']}, torch {torch}, commit {saved['commit']}, {saved['date']}, seed "
         f"{settings['seed']}; every row, with its interval:\n"
@@ -64,11 +114,73 @@ def rendered(readme: str, saved: dict[str, Any]) -> str:
     return f"{head}{BEGIN}\n{section(saved)}\n{END}{tail}"
 
 
+def cells_of(parts: Sequence[Part], questions: int = QUESTIONS) -> list[Cell]:
+    """What the parts measure, in order."""
+    from service.eval.cell import Cell, documents_for
+    from service.eval.policies import parse_policy
+    from service.sparsity import SparsityConfig
+
+    return [
+        Cell(
+            task,
+            context,
+            documents_for(task, part.documents, questions, part.answers),
+            tuple(parse_policy(policy, SparsityConfig()) for policy in part.policies),
+            part.own_text,
+        )
+        for part in parts
+        for context in part.contexts
+        for task in part.tasks
+    ]
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Fill in what the results file does not have, as `saccade eval` does.
+
+    Raises:
+        SaccadeError: one sentence on what went wrong.
+    """
+    # Late: whoever only renders, or draws documents, needs no model.
+    import torch
+
+    from service.engine.build import device_name, machine_name
+    from service.eval.evaluation import Evaluation, texts_of
+    from service.eval.results import Results, table
+    from service.sparsity import SparsityConfig
+
+    device = torch.device(device_name(options.device))
+    evaluation = Evaluation(
+        model=options.model,
+        device=device,
+        questions=QUESTIONS,
+        seed=SEED,
+        texts=texts_of(options.text_dir),
+        workers=options.workers,
+        drawers=options.drawers,
+    )
+    results = Results.start(
+        options.output,
+        shlex.join(["python", "tests/bench/quality.py", *sys.argv[1:]]),
+        evaluation.settings(options.model.name, options.text_dir, SparsityConfig()),
+        options.commit,
+        machine_name(device),
+    )
+    parts = [part for part in PARTS if part.name in options.parts.split(",")]
+    evaluation.fill(cells_of(parts), results, options.output)
+    print(table(results.records))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check; 0 when the README is what it should be."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(arguments)
+    """Measure, write or check; 0 when the README is what it should be."""
+    options = _options(arguments)
+    if options.measure:
+        from kernels.errors import SaccadeError
+
+        try:
+            measure(options)
+        except SaccadeError as error:
+            sys.exit(f"quality: {error}")
+        return 0
     saved = json.loads(RESULTS.read_text(encoding="utf-8"))
     readme = README.read_text(encoding="utf-8")
     wanted = rendered(readme, saved)
@@ -81,130 +193,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _pooled(records: Sequence[Record]) -> str:
-    rows = [
-        (
-            f"{row.context:,}",
-            f"`{row.policy}`",
-            f"{row.n:,}",
-            f"{row.documents:,}",
-            f"{row.dense:.3f}",
-            f"{row.accuracy:.3f}",
-            _loss(row.loss, row.loss_low, row.loss_high),
-            f"{row.density:.1%}",
-        )
-        for row in pooled(records)
-    ]
-    names = ("context", "policy", "answers", "documents", "dense", "accuracy")
-    return _table(
-        f"All tasks together of which dense attention answers {SOLVED:.0%} or more; the loss is "
-        "against `dense` on\nthe same questions, its 95% interval bootstrapped over documents:",
-        (*names, "loss", "density"),
-        rows,
-    )
-
-
-def _cells(records: Sequence[Record]) -> str:
-    """A row for each task and context, a column for each policy."""
-    asked = [r for r in records if r.accuracy is not None]
-    policies = sorted({r.policy: None for r in asked}, key=lambda one: one != "dense")
-    cells: dict[tuple[str, int], dict[str, Record]] = defaultdict(dict)
-    for r in asked:
-        cells[r.task, r.context][r.policy] = r
-    good = solved(records)
-    rows = []
-    for (task, context), cell in sorted(
-        cells.items(), key=lambda item: (_place(asked, item[0][0]), item[0][1])
-    ):
-        shown = [
-            f"{cell[policy].accuracy:.3f}"
-            if policy in cell and (policy == "dense" or (task, context) in good)
-            else ""
-            for policy in policies
-        ]
-        rows.append((f"`{task}`", f"{context:,}", f"{next(iter(cell.values())).n:,}", *shown))
-    return _table(
-        f"By task, accuracy; where dense attention answers fewer than {SOLVED:.0%}, what sparsity "
-        "costs cannot\nbe judged:",
-        ("task", "context", "answers", *(f"`{policy}`" for policy in policies)),
-        rows,
-    )
-
-
-def _passages(records: Sequence[Record]) -> str:
-    rows = [
-        (
-            f"`{r.task}`",
-            f"{r.context:,}",
-            f"`{r.policy}`",
-            f"{r.n:,}",
-            f"{r.bits_per_byte:.3f}",
-            _loss(r.loss, r.loss_low, r.loss_high),
-            f"{r.density:.1%}",
-        )
-        for r in records
-        if r.bits_per_byte is not None
-    ]
-    return _table(
-        "Text predicted token by token under the policy, behind a dense prefill (`text`: the same "
-        "512 tokens at\nthe end of every context; `repeats`: a passage that stands once before); "
-        "the loss is in bits per byte:",
-        ("task", "context", "policy", "tokens", "bits per byte", "loss", "density"),
-        rows,
-    )
-
-
-def _coverage(records: Sequence[Record]) -> str:
-    """Means over tasks, which have about as many audited tokens each."""
-    groups: dict[tuple[int, str], list[Record]] = defaultdict(list)
-    for r in records:
-        if r.constant_error is not None:
-            groups[r.context, r.policy].append(r)
-    rows = [
-        (
-            f"{context:,}",
-            f"`{policy}`",
-            _mean((r.true_coverage for r in group), ".3f"),
-            _mean((r.coverage_error for r in group), ".4f"),
-            _mean((r.constant_error for r in group), ".3f"),
-            _mean((r.overestimates for r in group), ".1%"),
-        )
-        for (context, policy), group in sorted(groups.items(), key=lambda item: item[0][0])
-    ]
-    names = ("exact coverage", "error of the estimate", "of the best constant", "too high by 0.05")
-    return _table(
-        "How well the estimated coverage is known, mean over layers, tokens and heads of every "
-        "fourth step, which\nalso read all keys:",
-        ("context", "policy", *names),
-        rows,
-    )
-
-
-def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [names, ["---"] * len(names), *rows]
-    drawn = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([title, "", *drawn])
-
-
-def _place(records: Sequence[Record], task: str) -> int:
-    return next(i for i, r in enumerate(records) if r.task == task)
-
-
-def _loss(loss: float | None, low: float | None, high: float | None) -> str:
-    if loss is None or low is None or high is None:
-        return ""
-    return f"{_signed(loss)} ({_signed(low)} to {_signed(high)})"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}"  # never -0.000
-
-
-def _mean(values: Iterable[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
-    return format(float(np.mean(known)), form) if known else ""
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
+    names = list(dict.fromkeys(part.name for part in PARTS))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--check", action="store_true", help="write nothing")
+    add("--measure", action="store_true", help="run what the results file does not have yet")
+    add("--parts", default=",".join(names), help=f"a list of {', '.join(names)}")
+    add("--text-dir", type=Path, help="folder of novels, .txt files")
+    add("--output", type=Path, default=RESULTS, help="where the results go")
+    add("--model", type=Path, default=MODEL, help="checkpoint folder")
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add("--workers", type=int, default=1, help="processes, each with a model")
+    add("--drawers", type=int, help="processes that draw documents")
+    add("--commit", help="commit to note where there is no repository")
+    options = parser.parse_args(arguments)
+    unknown = set(options.parts.split(",")) - set(names)
+    if unknown:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {names}")
+    # Asked for whatever the parts: it is among the settings that all parts have in common.
+    if options.measure and options.text_dir is None:
+        parser.error("--measure needs a --text-dir with novels, for the part text")
+    return options
 
 
 def _command(typed: str) -> str:
@@ -218,4 +229,6 @@ def _command(typed: str) -> str:
 
 
 if __name__ == "__main__":
+    # Ctrl-C ends it and its processes at once; what is complete is saved.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import Impl, dense_attention, selected_attention
-from kernels.cache import LayerCache, Segment
+from kernels.attention import Impl, dense_attention, dense_decode, selected_attention
+from kernels.cache import LayerCache, Rows, Segment
 from kernels.errors import KernelError
 from kernels.page import PAGE
 from kernels.reference import masked_attention
@@ -162,3 +162,22 @@ def test_shapes_that_do_not_fit_are_refused(paged):
     segment = Segment.of(case.tables[0], 0, 70, torch.device("cpu"))
     with pytest.raises(KernelError, match="70 tokens"):
         dense_attention(case.query(1, rows=3), case.cache, segment, 1.0)
+
+
+@pytest.mark.parametrize("impl", list(Impl))
+@pytest.mark.parametrize(("kv_heads", "group"), SHAPES)
+@pytest.mark.parametrize("queries", [1, 9])
+def test_dense_decode_is_a_masked_softmax_over_what_is_seen(paged, impl, kv_heads, group, queries):
+    case = paged([9, 65, 300, 1000], kv_heads, 32, torch.float32, queries=queries)
+    rows = case.rows
+    starts = torch.arange(len(rows.lengths)) * 7 % rows.lengths
+    rows = Rows(rows.block_tables, rows.lengths, starts)
+    query = case.query(group)
+    keys, values = full_keys(case, group)
+    place = torch.arange(keys.shape[2])
+    mask = (place >= starts[:, None]) & (place < rows.lengths[:, None])
+    mask = mask[:, None].expand(-1, query.shape[1], -1)
+    exact, exact_lse = masked_attention(query, keys, values, mask, 0.2)
+    output, lse = dense_decode(query, case.cache, rows, 0.2, impl)
+    assert_as_exact(output, in_low_precision(query, keys, values, mask, 0.2), exact)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=2e-5)

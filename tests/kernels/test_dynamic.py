@@ -245,7 +245,7 @@ def test_a_fixed_pattern_is_judged_by_the_same_codes(paged, text):
     case = paged(lengths, 2, 32)
     query = case.query(2)
     pattern = Pattern.parse(text)
-    selection = pattern.select(lengths, [0, 0, 0], 2, query.device)
+    selection = pattern.select(case.rows.lengths, case.rows.starts, 2)
     selection.validate(case.rows.lengths)
     choice = judge.rest_of(query, case.cache, case.rows, selection, SCALE)
     _, lse = selected_attention(query, case.cache, case.rows, selection, SCALE)

@@ -31,14 +31,25 @@ def test_a_primitive_is_its_definition(name, size):
     for i in range(n):
         expected = [j for j in range(i + 1) if DEFINITIONS[name](size, i, j)]
         assert mask[i].nonzero().flatten().tolist() == expected
-        assert pattern.keys(i).tolist() == expected
+    selection = pattern.select(position + 1, torch.zeros_like(position), 1)
+    selection.validate(position + 1)
+    for i in range(n):
+        listed = selection.indices[i, 0, : selection.counts[i, 0]]
+        assert listed.tolist() == mask[i].nonzero().flatten().tolist()
 
 
-@given(patterns, st.integers(0, 300))
-def test_keys_are_the_keys_that_allows_allows(pattern, position):
-    key = torch.arange(position + 50)
-    allowed = pattern.allows(torch.tensor(position), key).nonzero().flatten()
-    assert torch.equal(pattern.keys(position), allowed)
+@given(patterns, st.lists(st.integers(0, 300), min_size=1, max_size=4), st.integers(0, 400))
+def test_selected_are_the_keys_that_allows_allows(pattern, positions, start):
+    position = torch.tensor(positions)
+    starts = position.clamp_max(start)
+    selection = pattern.select(position + 1, starts, 2)
+    selection.validate(position + 1)
+    key = torch.arange(400)
+    for row in range(len(positions)):
+        allowed = pattern.allows(position[row], key) & (key >= starts[row])
+        for head in range(2):
+            listed = selection.indices[row, head, : selection.counts[row, head]]
+            assert torch.equal(listed, allowed.nonzero().flatten())
 
 
 @given(patterns)
@@ -56,8 +67,9 @@ def test_a_union_allows_what_either_allows(left, right):
 
 def test_selections_respect_lengths_and_starts():
     pattern = Pattern.parse("sinks:4 + window:10")
-    selection = pattern.select([3, 100, 50], [0, 0, 45], 2, torch.device("cpu"))
-    selection.validate(torch.tensor([3, 100, 50]))
+    lengths = torch.tensor([3, 100, 50])
+    selection = pattern.select(lengths, torch.tensor([0, 0, 45]), 2)
+    selection.validate(lengths)
     assert selection.counts[:, 0].tolist() == [3, 14, 5]
     assert selection.indices[2, 1, :5].tolist() == [45, 46, 47, 48, 49]
 

@@ -6,19 +6,24 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.cache import LayerCache
 from kernels.page import PAGE
-from models.loader import load
-from models.tokenizer import Tokenizer
-from service.config import BUNDLED_CHECKPOINT, SparsityConfig
+from service.config import BUNDLED_CHECKPOINT
 from service.engine.scheduler import Work
 from service.engine.sequence import TAIL, Sequence
 from service.errors import ConfigError, GenerationError
-from service.eval.measure import SAMPLE, Examiner, Item, Plan, calibration, prompt_tokens
+from service.eval.cell import Cell, Item
+from service.eval.drawer import Drawing
+from service.eval.measure import SAMPLE, calibration
+from service.eval.paper import Dictation, Exam
 from service.eval.policies import parse_policy
+from service.eval.prompts import split
 from service.eval.record import record_cell
-from service.eval.session import FORCED, Audit, Session, _request
-from service.eval.source import Source
-from service.eval.tasks import TASKS
+from service.eval.room import TOGETHER, Room
+from service.eval.script import Audit
+from service.eval.session import FORCED, Session, _request, steps
+from service.eval.workers import Setup
+from service.sparsity import SparsityConfig
 from tests.service.engine.tiny import (
     dynamic,
     greedy,
@@ -28,8 +33,26 @@ from tests.service.engine.tiny import (
     tiny_config,
 )
 
+CPU = torch.device("cpu")
 DENSE = dynamic(policy="dense")
 FIXED = dynamic(policy="fixed")
+
+
+ROOM = Room(pages=200, together=8, step=512)
+
+
+def session_of(decoder, room=ROOM):
+    return Session(decoder, tiny_config(), letters(), room)
+
+
+def exam(prompts, answer_tokens=9):
+    """As a drawer would write it."""
+    shared, tails = split([np.array(prompt, dtype=np.int32) for prompt in prompts])
+    return Exam(shared, tails, (), answer_tokens)
+
+
+def dictation(tokens, targets):
+    return Dictation(np.array(tokens, dtype=np.int32), targets)
 
 
 @pytest.mark.parametrize("sparsity", [dynamic(), dynamic(min_coverage=0.9), DENSE, FIXED])
@@ -37,8 +60,8 @@ def test_answers_and_reports_are_those_of_the_engine(harness, sparsity):
     one = harness()
     document = prompt_of(700, 1)
     prompts = [document + prompt_of(n, n) for n in (30, 150, 31)]
-    session = Session(one.decoder, tiny_config(), letters(), tokens=800, together=2)
-    answers = session.answers(prompts, sparsity, 9)
+    session = session_of(one.decoder, Room(pages=200, together=2, step=512))
+    [[answers]] = session.answers([exam(prompts)], [sparsity])
     ends = tiny_config().eos_ids
     for prompt, answer in zip(prompts, answers, strict=True):
         [deltas] = one.run(one.generate(prompt, greedy(9, ignore_eos=not ends), sparsity))
@@ -49,12 +72,48 @@ def test_answers_and_reports_are_those_of_the_engine(harness, sparsity):
         assert answer.report.fallbacks == report.fallbacks
 
 
-def test_audited_tokens_have_their_exact_coverage(harness):
-    one = harness()
-    session = Session(one.decoder, tiny_config(), letters(), tokens=800)
-    [answer] = session.answers([prompt_of(700)], dynamic(), 9)
+@pytest.mark.parametrize(("room", "step"), [(200, 512), (47, 200), (20, TAIL)])
+def test_documents_together_get_the_answers_that_they_get_alone(harness, room, step):
+    decoder = harness().decoder
+    exams = [
+        exam([prompt_of(length, length) + prompt_of(n, n) for n in (130, 40, 170)])
+        for length in (700, 300, 90, 600)
+    ]
+    # Some fall back here and there, and so do not look sparsely in every step.
+    policies = [dynamic(), dynamic(min_coverage=0.93), DENSE, FIXED]
+    together = session_of(decoder, Room(room, 7, step)).answers(exams, policies)
+    fallbacks = 0
+    for number, one in enumerate(exams):
+        alone = session_of(decoder, Room(200, 16, 2048)).answers([one], policies)
+        for policy in range(len(policies)):
+            for a, b in zip(together[policy][number], alone[policy][0], strict=True):
+                assert a.text == b.text
+                assert a.report.density == pytest.approx(b.report.density)
+                assert a.report.fallbacks == b.report.fallbacks
+                assert a.audit.exact.shape == b.audit.exact.shape
+                np.testing.assert_allclose(a.audit.exact, b.audit.exact, atol=1e-9)
+                np.testing.assert_allclose(a.audit.estimated, b.audit.estimated, atol=1e-9)
+                fallbacks += a.report.fallbacks.get("low_coverage", 0)
+    assert fallbacks
+
+
+def test_passages_together_cost_what_they_cost_alone(harness):
+    decoder = harness().decoder
+    texts = [dictation(prompt_of(n, n), 300) for n in (500, 777, 900)]
+    together = session_of(decoder).forced(texts, [dynamic(), DENSE])
+    for number, one in enumerate(texts):
+        alone = session_of(decoder).forced([one], [dynamic(), DENSE])
+        for policy in range(2):
+            a, [b] = together[policy][number], alone[policy]
+            np.testing.assert_allclose(a.nats, b.nats, rtol=1e-9)
+            np.testing.assert_allclose(a.audit.exact, b.audit.exact, atol=1e-9)
+
+
+def test_every_fourth_step_is_audited_from_the_tail_on(harness):
+    session = session_of(harness().decoder)
+    [[[answer]]] = session.answers([exam([prompt_of(700)])], [dynamic()])
     exact, estimated = answer.audit.exact, answer.audit.estimated
-    assert exact.shape[1] == estimated.shape[1] > 128
+    assert exact.shape[1] == estimated.shape[1] == TAIL + 2  # the fourth and the eighth token
     np.testing.assert_allclose(exact.mean((0, 2)), estimated.mean((0, 2)), atol=1e-9)
 
 
@@ -87,7 +146,7 @@ def test_what_is_no_policy_is_refused_in_one_sentence(text):
 
 def logits_of(decoder, tokens):
     """[tokens, vocab] of a dense pass over all of them."""
-    session = Session(decoder, tiny_config(), letters(), tokens=len(tokens))
+    session = session_of(decoder)
     request = _request((*tokens, *[0] * TAIL), DENSE, 1)
     sequence = Sequence(request, 0, list(tokens), pages=list(range(-(-len(tokens) // PAGE))))
     [outcome] = session._runner.run([Work(sequence, 0, len(tokens))])
@@ -98,16 +157,16 @@ def logits_of(decoder, tokens):
 def test_forced_tokens_cost_what_a_dense_pass_says(harness, targets):
     decoder = harness().decoder
     tokens = prompt_of(777)
-    session = Session(decoder, tiny_config(), letters(), tokens=800)
     logs = logits_of(decoder, tokens).log_softmax(-1)
     wanted = -logs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[-targets:, 0]
     everything = dynamic(min_keys=800, max_keys=800, coverage=1.0)
-    for sparsity in (DENSE, everything):
-        forced = session.forced(tokens, targets, sparsity)
+    policies = [DENSE, everything, dynamic()]
+    found = session_of(decoder).forced([dictation(tokens, targets)], policies)
+    for [forced] in found[:2]:
         np.testing.assert_allclose(forced.nats, wanted.numpy(), rtol=1e-9)
         assert forced.report.density == 1.0
-    assert forced.audit.exact.shape == (3, min(targets, FORCED), 4)
-    sparse = session.forced(tokens, targets, dynamic())
+    assert found[1][0].audit.exact.shape == (3, min(targets, FORCED), 4)
+    [sparse] = found[2]
     assert sparse.report.density < 0.5
     assert not np.allclose(sparse.nats, wanted.numpy(), rtol=1e-3)
 
@@ -115,17 +174,13 @@ def test_forced_tokens_cost_what_a_dense_pass_says(harness, targets):
 def test_what_a_document_costs_does_not_depend_on_what_ran_before(harness):
     decoder = harness().decoder
     tokens, other = prompt_of(700), prompt_of(650, 3)
-
-    def session():
-        return Session(decoder, tiny_config(), letters(), tokens=800)
-
-    fresh, used = session(), session()
+    fresh, used = session_of(decoder), session_of(decoder)
     for _ in range(2):
-        used.forced(other, 100, dynamic())
-        used.answers([other], dynamic(), 3)
-    a, b = (one.forced(tokens, 100, dynamic()) for one in (fresh, used))
+        used.forced([dictation(other, 100)], [dynamic()])
+        used.answers([exam([other], 3)], [dynamic()])
+    a, b = (one.forced([dictation(tokens, 100)], [dynamic()])[0][0] for one in (fresh, used))
     assert (a.nats == b.nats).all() and (a.audit.exact == b.audit.exact).all()
-    [c], [d] = (one.answers([tokens], dynamic(), 9) for one in (fresh, used))
+    c, d = (one.answers([exam([tokens])], [dynamic()])[0][0][0] for one in (fresh, used))
     assert c.text == d.text and (c.audit.exact == d.audit.exact).all()
 
 
@@ -143,16 +198,14 @@ def test_errors_are_taken_layer_by_layer_and_head_by_head():
 
 
 def test_the_bundled_checkpoint_keeps_its_answers_under_the_default_policy():
-    tokenizer = Tokenizer.from_folder(BUNDLED_CHECKPOINT)
-    decoder, config = load(BUNDLED_CHECKPOINT, "auto", "cpu")
-    session = Session(decoder, config, tokenizer, tokens=4096)
-    source = Source(lambda text: tokenizer.encode(text, add_special_tokens=False))
     policies = tuple(
         parse_policy(text, SparsityConfig())
         for text in ("dense", "dynamic", "fixed:sinks:16+window:512")
     )
-    examiner = Examiner(session, tokenizer, source, Plan(policies, questions=8, seed=0))
-    scores = [examiner.measure(Item("needles", 4096, number)) for number in range(3)]
+    cell = Cell("needles", 4096, 3, policies)
+    drawer = Drawing(BUNDLED_CHECKPOINT, questions=8, seed=0).drawer()
+    examiner = Setup(BUNDLED_CHECKPOINT, "auto", "safetensors", 4096).examiner(CPU)
+    scores = [examiner.measure([drawer(Item(cell, i))], policies)[0] for i in range(3)]
     dense, sparse, fixed = record_cell("needles", 4096, scores, passages=False)
     assert dense.n == sparse.n == fixed.n == 24
     # 21 right of 24 has a probability under 1% for a model that is right 99% of the time.
@@ -164,22 +217,38 @@ def test_the_bundled_checkpoint_keeps_its_answers_under_the_default_policy():
     assert sparse.constant_error > 0.05
     assert sparse.loss == pytest.approx(dense.accuracy - sparse.accuracy)
     assert fixed.loss_low >= 0.5
-    [text] = record_cell("text", 4096, [examiner.measure(Item("text", 4096, 0))[:1]], passages=True)
+    passage = drawer(Item(Cell("text", 4096, 1, policies[:1]), 0))
+    [text] = record_cell("text", 4096, examiner.measure([passage], policies[:1]), passages=True)
     assert text.accuracy is None and text.n == 512
     assert 0.5 < text.bits_per_byte < 2.0  # English, which the model was trained on
 
 
-def test_prompts_of_one_document_begin_alike():
-    tokenizer = Tokenizer.from_folder(BUNDLED_CHECKPOINT)
-    source = Source(lambda text: tokenizer.encode(text, add_special_tokens=False))
-    document = TASKS["needles"].make(np.random.default_rng(0), source, 2000, 4)
-    prompts = [prompt_tokens(tokenizer, document, i) for i in range(4)]
-    common = len(tokenizer.encode(document.text, add_special_tokens=False))
-    assert len({tuple(prompt[:common]) for prompt in prompts}) == 1
-    assert all(2000 <= len(prompt) <= 2100 for prompt in prompts)
+def test_what_has_no_room_is_refused(harness):
+    session = session_of(harness().decoder)
+    with pytest.raises(GenerationError, match="there is memory for 200"):
+        session.answers([exam([prompt_of(200)], 20_000)], [dynamic()])
+    with pytest.raises(GenerationError, match="pages of 64 tokens"):
+        session.forced([dictation(prompt_of(13_000), 10)], [dynamic()])
 
 
-def test_a_question_without_room_is_refused(harness):
-    session = Session(harness().decoder, tiny_config(), letters(), tokens=300)
-    with pytest.raises(GenerationError, match="behind the document"):
-        session.answers([prompt_of(200)], dynamic(), 5000)
+def test_steps_hold_at_most_so_many_tokens_in_order():
+    work = [Work(None, 10, 5), Work(None, 0, 3), Work(None, 0, 0), Work(None, 7, 20)]
+    cut = [[(one.start, one.count) for one in step] for step in steps(work, 8)]
+    assert cut == [[(10, 5), (0, 3)], [(7, 8)], [(15, 8)], [(23, 4)]]
+
+
+def test_a_gpu_holds_what_its_memory_and_the_model_allow(monkeypatch):
+    cuda, config = torch.device("cuda"), tiny_config()
+    each = config.layers * LayerCache.bytes_per_page(2, 16, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
+    room = Room.on(cuda, config, torch.bfloat16, 65_536)
+    assert room.step == 65_536 and room.together == TOGETHER["cuda"]
+    assert room.pages == 160 * (1024 + 32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8000 * each, 10_000 * each))
+    assert Room.on(cuda, config, torch.bfloat16, 65_536).pages == 4000
+    assert Room.on(cuda, config, torch.bfloat16, 65_536, sharing=4).pages == 1250
+    with pytest.raises(GenerationError, match="fewer --workers"):
+        Room.on(cuda, config, torch.bfloat16, 65_536, sharing=8)
+    wide = tiny_config(intermediate_size=14_336, hidden_size=4096, heads=32, head_dim=128)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
+    assert 8192 <= Room.on(cuda, wide, torch.bfloat16, 65_536).step <= 32_768

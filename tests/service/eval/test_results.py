@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from service.errors import ConfigError
+from service.eval.cell import Cell
 from service.eval.chance import majority_chance
 from service.eval.plot import check_plot, draw, expectation, family
+from service.eval.policies import parse_policy
 from service.eval.record import Calibration, DocumentScore, Record, pooled, record_cell, solved
 from service.eval.results import Results, table
 from service.eval.statistics import differences, interval, ratio
+from service.sparsity import SparsityConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -95,7 +98,7 @@ def test_a_passage_is_recorded_in_bits():
 
 
 def test_every_answer_counts_the_same_over_the_tasks_that_dense_solves():
-    lost = {"policy": "dynamic", "density": 0.1}
+    lost = {"policy": "dynamic", "density": 0.1, "loss": 0.0}
     records = [
         record(),
         record(**lost, scores=[[3, 3], [3, 3], [0, 3]], accuracy=6 / 9),
@@ -104,6 +107,7 @@ def test_every_answer_counts_the_same_over_the_tasks_that_dense_solves():
         record(task="hard", accuracy=0.3, scores=[[1, 3]] * 3),
         record(**lost, task="hard", accuracy=0.0, scores=[[0, 3]] * 3),
         record(**lost, context=8192),  # without dense
+        record(policy="dynamic:k=9", documents=1, scores=[[0, 3]]),  # not of the same documents
         record(context=2048, scores=()),  # from an older file
         record(**lost, context=2048, scores=()),
     ]
@@ -116,19 +120,39 @@ def test_every_answer_counts_the_same_over_the_tasks_that_dense_solves():
     assert ("hard", 4096) not in solved(records)
 
 
+def cell(*policies, context=4096, documents=3):
+    named = tuple(parse_policy(policy, SparsityConfig()) for policy in policies)
+    return Cell("needles", context, documents, named)
+
+
+def test_parts_of_a_cell_stand_side_by_side():
+    results = Results("saccade eval", {}, "abc", "cpu")
+    few = record(policy="dynamic:k=64", documents=1, scores=[[2, 3]])
+    results.add([few])
+    assert results.has(cell("dynamic:k=64", documents=1))
+    assert not results.has(cell("dense", "dynamic:k=64", documents=1))
+    results.add([record(), record(policy="dynamic", loss=0.1)])
+    assert {r.policy for r in results.records} == {"dense", "dynamic", "dynamic:k=64"}
+    assert [row.policy for row in pooled(results.records)] == ["dynamic"]
+    # Dense anew, of more documents: what was paired with the old one is gone.
+    results.add([record(documents=4, scores=[[3, 3]] * 4)])
+    assert {r.policy for r in results.records} == {"dense", "dynamic:k=64"}
+
+
 def test_an_evaluation_goes_on_where_its_file_stops(tmp_path):
     file, settings = tmp_path / "out" / "q.json", {"seed": 1}
     first = Results.start(file, "saccade eval", settings, "abc", "cpu")
-    first.add([record(), record(policy="dynamic")])
+    first.add([record(), record(policy="dynamic", loss=0.0)])
     first.save(file)
     envelope = json.loads(file.read_text())
     assert {"command", "commit", "date", "machine", "versions", "records"} <= set(envelope)
     assert envelope["pooled"][0]["loss"] == 0.0
     again = Results.start(file, "saccade eval", settings, "abc", "cpu")
     assert again.records == first.records
-    assert again.has("needles", 4096, ["dense", "dynamic"])
-    assert not again.has("needles", 4096, ["dense", "fixed"])
-    assert not again.has("needles", 8192, ["dense"])
+    assert again.has(cell("dense", "dynamic"))
+    assert not again.has(cell("dense", "fixed"))
+    assert not again.has(cell("dense", context=8192))
+    assert not again.has(cell("dense", documents=4))
     with pytest.raises(ConfigError, match="other settings"):
         Results.start(file, "saccade eval", {"seed": 2}, "abc", "cpu")
     file.write_text("{}")
@@ -151,7 +175,7 @@ def test_the_order_of_the_records_is_not_that_of_their_coming(tmp_path):
 
 def test_records_of_older_files_have_no_scores_and_are_measured_again():
     results = Results("saccade eval", {}, "abc", "cpu", [record(scores=())])
-    assert not results.has("needles", 4096, ["dense"])
+    assert not results.has(cell("dense"))
 
 
 def test_what_dense_cannot_answer_stands_apart():
@@ -160,7 +184,7 @@ def test_what_dense_cannot_answer_stands_apart():
             record(task="hard", accuracy=0.3),
             record(task="hard", policy="dynamic", accuracy=0.2),
             record(),
-            record(policy="dynamic", accuracy=0.9),
+            record(policy="dynamic", accuracy=0.9, loss=0.1),
             record(task="text", accuracy=None, bits_per_byte=1.5),
         ]
     ).splitlines()
@@ -217,14 +241,3 @@ def test_a_plot_is_drawn_and_drawn_alike_again(tmp_path, suffix):
 def test_serving_does_not_load_the_plotting():
     code = "import service.commands.app, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def test_the_readme_says_what_the_results_say():
-    done = subprocess.run(
-        [sys.executable, "tests/bench/quality.py", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from service.config import SparsityConfig
 from service.errors import ConfigError, GenerationError
-from service.eval.measure import Item, Plan
+from service.eval.cell import Cell, Item
+from service.eval.crew import Crew
+from service.eval.drawer import Drawing
 from service.eval.policies import parse_policy
 from service.eval.record import record_cell
-from service.eval.workers import Setup, _devices, examine
+from service.eval.workers import Setup, _batches, _devices, examine
+from service.sparsity import SparsityConfig
 from tests.service.conftest import saccade, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -22,26 +29,42 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def setup(checkpoint):
+    return Setup(checkpoint, "float32", "safetensors", 2048)
+
+
+@pytest.fixture
+def drawing(checkpoint):
+    return Drawing(checkpoint, questions=2, seed=3)
+
+
+def cell(task, documents=2, context=2048):
     names = ("dense", "dynamic:k=256", "fixed:sinks:4+window:64")
     policies = tuple(parse_policy(name, SparsityConfig()) for name in names)
-    return Setup(checkpoint, "float32", "safetensors", (), 2048, Plan(policies, 2, seed=3))
+    return Cell(task, context, documents, policies)
 
 
-def records(setup, items, workers):
-    found = dict(examine(setup, items, CPU, workers))
-    assert set(found) == set(items)
+def records(setup, drawing, cells, **processes):
+    found = dict(examine(setup, drawing, cells, CPU, **processes))
+    assert len(found) == sum(one.documents for one in cells)
     return [
-        record_cell(task, 2048, [found[Item(task, 2048, i)] for i in range(2)], passages=passages)
-        for task, passages in (("needle", False), ("majority", False), ("text", True))
+        record_cell(
+            one.task,
+            one.context,
+            [found[Item(one, number)] for number in range(one.documents)],
+            passages=one.passages,
+        )
+        for one in cells
     ]
 
 
-def test_two_workers_find_what_one_does(setup):
+def test_any_number_of_processes_finds_the_same(setup, drawing):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the workers: sums have one order
     try:
-        items = [Item(t, 2048, i) for t in ("needle", "majority", "text") for i in range(2)]
-        assert records(setup, items, 2) == records(setup, items, 1)
+        cells = [cell(task) for task in ("needle", "majority", "text")]
+        alone = records(setup, drawing, cells)
+        assert records(setup, drawing, cells, workers=2) == alone
+        assert records(setup, drawing, cells, workers=1, drawers=2) == alone
     finally:
         torch.set_num_threads(threads)
     assert not multiprocessing.active_children()
@@ -49,27 +72,90 @@ def test_two_workers_find_what_one_does(setup):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failing_document_ends_the_evaluation(setup, workers):
+def test_a_failing_document_ends_the_evaluation(setup, drawing, workers):
     # Too short to repeat anything.
-    items = [Item("needle", 2048, 0), Item("repeats", 1024, 0)]
+    cells = [cell("needle", 1), cell("repeats", 1, context=1024)]
     with pytest.raises((ConfigError, GenerationError), match="2048 tokens or more"):
-        list(examine(setup, items, CPU, workers))
+        list(examine(setup, drawing, cells, CPU, workers))
     assert not multiprocessing.active_children()
 
 
-def test_a_mistake_in_a_worker_brings_its_traceback(setup):
-    with pytest.raises(RuntimeError, match="KeyError: 'no such task'"):
-        list(examine(setup, [Item("no such task", 2048, i) for i in range(2)], CPU, 2))
+def test_a_missing_model_ends_the_evaluation(setup, drawing, tmp_path):
+    broken = replace(setup, model=tmp_path)
+    with pytest.raises(GenerationError, match="is missing"):
+        list(examine(broken, drawing, [cell("needle", 2)], CPU, 2))
+    assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_dies_is_noticed(setup):
-    found = examine(setup, [Item("needle", 2048, i) for i in range(64)], CPU, 2)
+def test_a_mistake_in_a_process_brings_its_traceback(setup, drawing):
+    # No number.
+    wrong = replace(drawing, seed="x")
+    with pytest.raises(RuntimeError, match=r"a process failed:\nTraceback"):
+        list(examine(setup, wrong, [cell("needle", 2)], CPU, 2))
+
+
+@pytest.mark.parametrize(("workers", "drawers"), [(2, 0), (1, 2)])
+def test_a_process_that_dies_is_noticed(setup, drawing, workers, drawers):
+    found = examine(setup, drawing, [cell("needle", 64)], CPU, workers, drawers)
     next(found)
     for process in multiprocessing.active_children():
         process.kill()
     with pytest.raises(GenerationError, match="died"):
         list(found)
     assert not multiprocessing.active_children()
+
+
+def test_an_evaluation_that_is_left_leaves_no_process(setup, drawing):
+    found = examine(setup, drawing, [cell("needle", 64)], CPU, 1, 2)
+    next(found)
+    assert len(multiprocessing.active_children()) == 3
+    found.close()
+    assert not multiprocessing.active_children()
+
+
+def _stay(pipe):
+    """An owner that starts a process and is stopped with it at work."""
+    with Crew("worker", [_sleeper]) as crew:
+        [ready] = crew.busy
+        crew.hear(ready)
+        crew.give(0.5)
+        pipe.send(next(iter(crew._processes.values())).pid)
+        time.sleep(60)
+
+
+def _sleeper():
+    return time.sleep
+
+
+def test_a_process_whose_owner_is_gone_ends():
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    owner = context.Process(target=_stay, args=(theirs,))
+    owner.start()
+    child = ours.recv()
+    owner.kill()
+    owner.join()
+    for _ in range(100):
+        if (
+            not Path(f"/proc/{child}/cmdline").exists()
+            or not Path(f"/proc/{child}/cmdline").read_bytes()
+        ):
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the process outlived its owner")
+
+
+def test_batches_fill_a_gpu_and_are_even():
+    cells = [cell("needles", 100), cell("needle", 170), cell("text", 100), cell("majority", 3)]
+    sizes = defaultdict(list)
+    for one in _batches(cells, 10, torch.device("cuda")):
+        sizes[one.cell.task].append(len(one.numbers))
+    assert sizes["needles"] == [15, 15, 14, 14, 14, 14, 14]
+    assert sizes["needle"] == [85, 85]
+    assert sizes["text"] == [34, 33, 33]
+    assert sizes["majority"] == [3]
+    assert all(len(one.numbers) == 1 for one in _batches(cells, 10, CPU))
 
 
 def test_gpus_take_turns(monkeypatch):

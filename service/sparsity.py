@@ -1,0 +1,65 @@
+"""Where attention looks unless a request says otherwise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from kernels.errors import PatternError
+from kernels.patterns import Pattern
+from kernels.policy import Dynamic
+from service.engine.types import SparsityParams
+
+
+class SparsityConfig(BaseModel):
+    """Where attention looks unless a request says otherwise; the fields of `sparsity` requests."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    policy: Literal["dynamic", "fixed", "dense", "auto"] = "dynamic"
+    coverage: float = Field(default=0.98, gt=0, le=1, description="attention mass to keep, 0 to 1")
+    min_keys: int = Field(default=256, ge=0, description="fewest keys a query")
+    max_keys: int = Field(default=2048, ge=1, description="most keys a query")
+    remainder: bool = Field(
+        default=True, description="keys not selected count through the means of their pages' values"
+    )
+    min_coverage: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="estimate under which a request falls back to dense; 0: never",
+    )
+    pattern: str = Field(
+        default="sinks:16+window:1024", max_length=256, description="keys of the fixed policy"
+    )
+    allow_brownout: bool = Field(default=True, description="for a later version; not used yet")
+    dense_below: int = Field(
+        default=2048, ge=0, description="context, in tokens, below which dense attention runs"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_parses(cls, pattern: str) -> str:
+        try:
+            return str(Pattern.parse(pattern))
+        except PatternError as error:
+            raise ValueError(str(error)) from None
+
+    def resolve(self) -> SparsityParams:
+        """These defaults as the engine takes them.
+
+        Raises:
+            KernelError: the budget contradicts itself.
+        """
+        Dynamic(coverage=self.coverage, min_keys=self.min_keys, max_keys=self.max_keys)
+        return SparsityParams(
+            policy="dynamic" if self.policy == "auto" else self.policy,
+            coverage=self.coverage,
+            min_keys=self.min_keys,
+            max_keys=self.max_keys,
+            remainder=self.remainder,
+            min_coverage=self.min_coverage,
+            pattern=self.pattern,
+            allow_brownout=self.allow_brownout,
+        )

@@ -1,0 +1,288 @@
+"""The tables of the README's quality section; those without rows are left out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from service.eval.plot import expectation
+from service.eval.record import SOLVED, Record, pooled, solved
+from service.eval.statistics import differences, interval, ratio
+from service.eval.tasks import TASKS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+JUDGED = "dynamic:coverage=0.98"
+"""The policy that the criterion is about."""
+DENSITY = {32_768: 0.05, 65_536: 0.03}
+"""Its highest mean density by context; its pooled loss may be 1 point, and 3 points the upper bound
+of a task's."""
+
+
+def tables(records: Sequence[Record]) -> list[str]:
+    """The section's tables and sentences, the most important first; empty where there are none."""
+    return [
+        "\n\n".join(part for part in (_pooled(records), _criterion(records)) if part),
+        _dense(records),
+        _cells(records),
+        _majority(records),
+        _coverage(records),
+        "\n\n".join(part for part in (_passages(records), _late(records)) if part),
+    ]
+
+
+def _pooled(records: Sequence[Record]) -> str:
+    shown = _widely_measured(records)
+    rows = [
+        (
+            f"{row.context:,}",
+            f"`{row.policy}`",
+            f"{row.n:,}",
+            f"{row.documents:,}",
+            f"{row.dense:.3f}",
+            f"{row.accuracy:.3f}",
+            _loss(row.loss, row.loss_low, row.loss_high),
+            f"{row.density:.1%}",
+        )
+        for row in pooled(records)
+        if (row.context, row.policy) in shown
+    ]
+    names = ("context", "policy", "answers", "documents", "dense", "accuracy")
+    return _table(
+        f"All tasks together of which dense attention answers {SOLVED:.0%} or more; the loss is "
+        "against `dense` on\nthe same questions, its 95% interval bootstrapped over documents:",
+        (*names, "loss", "density"),
+        rows,
+    )
+
+
+def _criterion(records: Sequence[Record]) -> str:
+    """What is asked of the default policy, and what it does."""
+    good = solved(records)
+    said = []
+    for row in pooled(records):
+        if row.policy != JUDGED or row.context not in DENSITY:
+            continue
+        worst, task = max(
+            (r.loss_high, r.task)
+            for r in records
+            if (r.policy, r.context) == (row.policy, row.context)
+            and r.loss_high is not None
+            and r.accuracy is not None
+            and (r.task, r.context) in good
+        )
+        loss, bound = (f"{100 * round(value, 3):.1f} points" for value in (row.loss, worst))
+        said.append(
+            f"at {row.context:,} tokens\n{loss} of accuracy are lost (at most 1) at a mean density "
+            f"of {row.density:.1%} (at most {DENSITY[row.context]:.0%}), and the\nhighest upper "
+            f"bound of a task's loss is {bound} (`{task}`; at most 3)"
+        )
+    if not said:
+        return ""
+    return f"What is asked of `{JUDGED}`, in brackets, and what it does: {'; '.join(said)}."
+
+
+def _dense(records: Sequence[Record]) -> str:
+    """A row for each task, a column for each context."""
+    dense = [r for r in records if r.policy == "dense" and r.accuracy is not None]
+    contexts = sorted({r.context for r in dense})
+    if len(contexts) < 2:
+        return ""  # what the tables by policy say
+    found = {(r.task, r.context): f"{r.accuracy:.3f}" for r in dense}
+    rows = [
+        (f"`{task}`", *(found.get((task, context), "") for context in contexts))
+        for task in TASKS
+        if any((task, context) in found for context in contexts)
+    ]
+    return _table(
+        "Dense attention, accuracy by context:",
+        ("task", *(f"{context:,}" for context in contexts)),
+        rows,
+    )
+
+
+def _cells(records: Sequence[Record]) -> str:
+    """A row for each task and context at which policies are compared, a column for each policy."""
+    shown = _widely_measured(records)
+    contexts = {r.context for r in records if r.loss is not None}
+    asked = [
+        r
+        for r in records
+        if r.accuracy is not None
+        and r.context in contexts
+        and (r.policy == "dense" or (r.loss is not None and (r.context, r.policy) in shown))
+    ]
+    policies = sorted({r.policy: None for r in asked}, key=lambda one: one != "dense")
+    cells: dict[tuple[str, int], dict[str, Record]] = defaultdict(dict)
+    for r in asked:
+        cells[r.task, r.context][r.policy] = r
+    good = solved(records)
+    rows = []
+    for (task, context), cell in sorted(
+        cells.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0][1])
+    ):
+        values = [
+            f"{cell[policy].accuracy:.3f}"
+            if policy in cell and (policy == "dense" or (task, context) in good)
+            else ""
+            for policy in policies
+        ]
+        rows.append((f"`{task}`", f"{context:,}", f"{next(iter(cell.values())).n:,}", *values))
+    return _table(
+        f"By task, accuracy; where dense attention answers fewer than {SOLVED:.0%}, what sparsity "
+        "costs cannot\nbe judged:",
+        ("task", "context", "answers", *(f"`{policy}`" for policy in policies)),
+        rows,
+    )
+
+
+def _majority(records: Sequence[Record]) -> str:
+    """Every policy beside dense: here alone, a policy that reads few keys must guess."""
+    here = [r for r in records if r.task == "majority"]
+    kept = [r for r in here if r.loss is not None]
+    contexts = {r.context for r in kept if r.policy.startswith("dynamic:k=")}
+    rows = [
+        (
+            f"{r.context:,}",
+            f"`{r.policy}`",
+            f"{r.n:,}",
+            f"{r.accuracy:.3f} ({r.low:.3f} to {r.high:.3f})",
+            _expected(r),
+            _loss(r.loss, r.loss_low, r.loss_high),
+            f"{r.density:.1%}",
+            f"{r.fallbacks:,}",
+        )
+        for r in here
+        if r.context in contexts and (r in kept or r.policy == "dense")
+    ]
+    names = ("context", "policy", "answers", "accuracy", "expected", "loss", "density", "fallbacks")
+    return _table(
+        "`majority` asks which of two verdicts has more votes, of which few keys show few. What "
+        "plain top-k is\nexpected to answer right follows from how many votes it sees; with "
+        "`min_coverage` tokens fall back to dense\nattention where little of the mass is known to "
+        "be covered:",
+        names,
+        rows,
+    )
+
+
+def _expected(r: Record) -> str:
+    """Of plain top-k, by counting the votes that it has room for."""
+    _, _, budget = r.policy.partition("dynamic:k=")
+    if not budget.isdigit():
+        return ""
+    return f"{np.interp(int(budget) / r.context, *expectation(r.context)):.3f}"
+
+
+def _coverage(records: Sequence[Record]) -> str:
+    """Means over tasks, which have about as many audited tokens each."""
+    shown = _widely_measured(records)
+    groups: dict[tuple[int, str], list[Record]] = defaultdict(list)
+    for r in records:
+        if r.constant_error is not None and (r.context, r.policy) in shown:
+            groups[r.context, r.policy].append(r)
+    rows = []
+    for (context, policy), group in sorted(groups.items(), key=lambda item: _budget(*item[0])):
+        error = _mean(r.coverage_error for r in group)
+        constant = _mean(r.constant_error for r in group)
+        rows.append(
+            (
+                f"{context:,}",
+                f"`{policy}`",
+                f"{_mean(r.true_coverage for r in group):.3f}",
+                f"{error:.4f}",
+                f"{constant:.3f}",
+                f"{error / constant:.2f}" if constant else "",
+                f"{_mean(r.overestimates for r in group):.1%}",
+            )
+        )
+    names = ("exact coverage", "error of the estimate", "of the best constant", "ratio")
+    return _table(
+        "How well the estimated coverage is known, mean over layers, tokens and heads of every "
+        "fourth step, which\nalso read all keys (the best constant is each task's own):",
+        ("context", "policy", *names, "too high by 0.05"),
+        rows,
+    )
+
+
+def _budget(context: int, policy: str) -> tuple[int, int]:
+    """Plain budgets behind the others, in their order."""
+    _, _, keys = policy.partition("dynamic:k=")
+    return context, int(keys) if keys.isdigit() else 0
+
+
+def _passages(records: Sequence[Record]) -> str:
+    rows = [
+        (
+            f"`{r.task}`",
+            f"{r.context:,}",
+            f"`{r.policy}`",
+            f"{r.n:,}",
+            f"{r.bits_per_byte:.3f}",
+            _loss(r.loss, r.loss_low, r.loss_high),
+            f"{r.density:.1%}",
+        )
+        for r in records
+        if r.bits_per_byte is not None
+    ]
+    return _table(
+        "Text predicted token by token under the policy, behind a dense prefill (`text`: the same "
+        "512 tokens at\nthe end of every context; `repeats`: a passage that stands once before); "
+        "the loss is in bits per byte:",
+        ("task", "context", "policy", "tokens", "bits per byte", "loss", "density"),
+        rows,
+    )
+
+
+def _late(records: Sequence[Record]) -> str:
+    """What the same tokens cost behind more text."""
+    dense = {r.context: r for r in records if r.task == "text" and r.policy == "dense" and r.scores}
+    if len(dense) < 2:
+        return ""
+    short, long = dense[min(dense)], dense[max(dense)]
+    if len(short.scores) != len(long.scores):
+        return ""
+    more = differences(long.scores, short.scores)
+    low, high = interval(more)
+    return (
+        f"Under dense attention the same tokens cost {_signed(ratio(more))} ({_signed(low)} to "
+        f"{_signed(high)}) bits per byte more behind\n{long.context:,} tokens than behind "
+        f"{short.context:,} (95% interval, paired by document)."
+    )
+
+
+def _widely_measured(records: Sequence[Record]) -> set[tuple[int, str]]:
+    """Contexts and policies that were measured on most tasks there, not for one task's sake."""
+    tasks: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for r in records:
+        if r.accuracy is not None:
+            tasks[r.context, r.policy].add(r.task)
+    most = {context: 0 for context, _ in tasks}
+    for (context, _), some in tasks.items():
+        most[context] = max(most[context], len(some))
+    return {key for key, some in tasks.items() if 2 * len(some) > most[key[0]]}
+
+
+def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [names, ["---"] * len(names), *rows]
+    drawn = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([title, "", *drawn])
+
+
+def _loss(loss: float | None, low: float | None, high: float | None) -> str:
+    if loss is None or low is None or high is None:
+        return ""
+    return f"{_signed(loss)} ({_signed(low)} to {_signed(high)})"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # never -0.000
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    return float(np.mean([value for value in values if value is not None]))
