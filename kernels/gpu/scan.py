@@ -175,7 +175,9 @@ def _signs(bits, dtype: tl.constexpr):
     Conversions from integers run at a quarter of the speed.
     """
     if dtype == tl.bfloat16:
-        return ((bits << 15) ^ 0xBF80).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    if dtype == tl.float16:
-        return ((bits << 15) ^ 0xBC00).to(tl.int16).to(tl.float16, bitcast=True)
-    return ((bits << 31) ^ -0x40800000).to(tl.float32, bitcast=True)
+        signs = ((bits << 15) ^ 0xBF80).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif dtype == tl.float16:
+        signs = ((bits << 15) ^ 0xBC00).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        signs = ((bits << 31) ^ -0x40800000).to(tl.float32, bitcast=True)
+    return signs
