@@ -94,7 +94,7 @@ class _Parts:
         return output, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "capacity", "table_stride", "cache_pages", "blocks"])
 def _selected(
     query, kv, tables, indices, counts, outputs, lses, scale,
     queries, capacity, table_stride, cache_pages, blocks,
@@ -128,7 +128,7 @@ def _selected(
     _leave(outputs, lses, line, split, channel, wide, head < GROUP, peak, total, sums, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "table_stride", "cache_pages", "blocks"])
 def _dense(
     query, kv, tables, starts, lengths, outputs, lses, scale,
     queries, table_stride, cache_pages, blocks,
@@ -193,7 +193,7 @@ def _leave(
     tl.store(outputs + target[:, None] * DIM + channel[None], output, wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join(
     outputs, lses, output, lse, splits,
     SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.launch import splits_for
+from kernels.page import PAGE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,29 +50,33 @@ def choose(
     grid, size = (lines, splits), -(-blocks // splits)
     _rank[grid](
         scores, norm, starts, stops, bits, counts, kv_heads, keys, first, sinks, size,
-        GROUP=group, BLOCK=BLOCK, num_warps=4,
+        GROUP=group, BLOCK=BLOCK, PAGE=PAGE, num_warps=4,
     )  # fmt: skip
     for level in (1, 2, 3):
-        _count[grid](bits, counts, keys, count, size, LEVEL=level, BLOCK=BLOCK, num_warps=4)
+        _count[grid](
+            bits, counts, keys, count, size, LEVEL=level, BLOCK=BLOCK, PAGE=PAGE, num_warps=4
+        )
     found = torch.empty(lines, splits, 2, dtype=torch.int32, device=scores.device)
     chosen = torch.full((lines, count), -1, dtype=torch.int64, device=scores.device)
     least = torch.empty(lines, device=scores.device)
-    _tell[grid](bits, counts, found, keys, count, size, BLOCK=BLOCK, num_warps=4)
+    _tell[grid](bits, counts, found, keys, count, size, BLOCK=BLOCK, PAGE=PAGE, num_warps=4)
     _write[grid](
         bits, counts, found, chosen, least, keys, first, count, size,
-        SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK, num_warps=4,
+        SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK, PAGE=PAGE, num_warps=4,
     )  # fmt: skip
     return chosen.view(rows, kv_heads, count), least.view(rows, kv_heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads", "keys", "first", "sinks", "blocks"])
 def _rank(
     scores, norm, starts, stops, bits, counts, kv_heads, keys, first, sinks, blocks,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Each key's share as bits, and how many there are of each exponent."""
     line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, stop = tl.load(starts + line // kv_heads), tl.load(stops + line // kv_heads)
+    keys = tl.multiple_of(keys, PAGE)
+    amount = tl.zeros((256,), tl.int32)
     low = split * blocks * BLOCK
     for block in range(low, min(low + blocks * BLOCK, keys), BLOCK):
         key = block + tl.arange(0, BLOCK)
@@ -85,8 +90,8 @@ def _rank(
         rank = tl.where(position < sinks, 0x7F800000, rank)
         may = there & (position >= start) & (position < stop)
         tl.store(bits + line * keys + key, tl.where(may, rank, -1), there)
-        amount = tl.histogram((rank >> 23) & 255, 256, may)
-        tl.atomic_add(counts + line * 1024 + tl.arange(0, 256), amount, amount > 0)
+        amount += tl.histogram((rank >> 23) & 255, 256, may)
+    tl.atomic_add(counts + line * 1024 + tl.arange(0, 256), amount, amount > 0)
 
 
 @triton.jit
@@ -110,28 +115,37 @@ def _narrow(counts, line, wanted, LEVELS: tl.constexpr):
     return tl.where(short, -1, prefix), tl.where(short, 0, wanted)
 
 
-@triton.jit
-def _count(bits, counts, keys, wanted, blocks, LEVEL: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["keys", "wanted", "blocks"])
+def _count(
+    bits, counts, keys, wanted, blocks,
+    LEVEL: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
     """Among the keys with the bits so far, how many there are of each of the next bits."""
     line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     prefix, _ = _narrow(counts, line, wanted, LEVEL)
     before: tl.constexpr = 31 - 8 * LEVEL
     after: tl.constexpr = 23 - 8 * LEVEL if LEVEL < 3 else 0
+    keys = tl.multiple_of(keys, PAGE)
+    amount = tl.zeros((256,), tl.int32)
     low = split * blocks * BLOCK
     for block in range(low, min(low + blocks * BLOCK, keys), BLOCK):
         key = block + tl.arange(0, BLOCK)
         rank = tl.load(bits + line * keys + key, key < keys, -1)
         same = (rank >= 0) & ((rank >> before) == prefix)
-        next_bits = (rank >> after) & (127 if LEVEL == 3 else 255)
-        amount = tl.histogram(next_bits, 256, same)
-        tl.atomic_add(counts + line * 1024 + LEVEL * 256 + tl.arange(0, 256), amount, amount > 0)
+        if tl.max(same.to(tl.int32), 0) > 0:  # at the last levels rarely
+            next_bits = (rank >> after) & (127 if LEVEL == 3 else 255)
+            amount += tl.histogram(next_bits, 256, same)
+    tl.atomic_add(counts + line * 1024 + LEVEL * 256 + tl.arange(0, 256), amount, amount > 0)
 
 
-@triton.jit
-def _tell(bits, counts, found, keys, wanted, blocks, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["keys", "wanted", "blocks"])
+def _tell(
+    bits, counts, found, keys, wanted, blocks, BLOCK: tl.constexpr, PAGE: tl.constexpr
+):  # fmt: skip
     """How many keys of this split are above the least share, and how many are equal to it."""
     line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     least, _ = _narrow(counts, line, wanted, 4)
+    keys = tl.multiple_of(keys, PAGE)
     above = tl.zeros((BLOCK,), tl.int32)
     equal = tl.zeros((BLOCK,), tl.int32)
     low = split * blocks * BLOCK
@@ -145,16 +159,17 @@ def _tell(bits, counts, found, keys, wanted, blocks, BLOCK: tl.constexpr):
     tl.store(place + 1, tl.sum(equal, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys", "first", "wanted", "blocks"])
 def _write(
     bits, counts, found, chosen, smallest, keys, first, wanted, blocks,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """The positions of this split's chosen keys, behind those of the splits before it."""
     line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     least, room = _narrow(counts, line, wanted, 4)
     if split == 0:
         tl.store(smallest + line, tl.where(least < 0, -1.0, least.to(tl.float32, bitcast=True)))
+    keys = tl.multiple_of(keys, PAGE)
     other = tl.arange(0, SPLITS)
     place = found + (line * tl.num_programs(1) + other) * 2
     above = tl.sum(tl.load(place, other < split, 0), 0)

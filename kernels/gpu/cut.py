@@ -65,7 +65,7 @@ def cut(
     return Selection(indices, counts), rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["candidates", "capacity", "first", "min_keys", "max_keys", "sinks"])
 def _cut(
     scores, positions, near, others, recent_pages, visibles, indices, counts, rest,
     candidates, capacity, first, coverage, worth,

@@ -1,4 +1,8 @@
-"""How much of a kernel's work one program takes."""
+"""How much of a kernel's work one program takes.
+
+No kernel is compiled anew for a length that happens to be 1 or a multiple of 16: what differs from
+step to step is named in its `do_not_specialize`.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def left_mass(
     return (page_lse - known).exp_().sub_(taken * UNIT).clamp_min_(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "first", "keys", "pages"])
 def _take(
     scores, lse, indices, counts, stops, taken,
     capacity, first, keys, pages, units,

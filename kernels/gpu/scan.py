@@ -83,7 +83,9 @@ def scan(
     return scores, page_lse
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["queries", "first", "pages", "table_stride", "cache_pages", "blocks"]
+)
 def _scan(
     query,
     turned,

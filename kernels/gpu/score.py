@@ -101,7 +101,7 @@ def _launch(
     return out, gone
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "width", "table_stride", "cache_pages", "blocks"])
 def _score(
     query, kv, scales, tables, firsts, one, two, chosen, lse, norm, overlap,
     out, gone, scale, queries, keys, width, table_stride,
