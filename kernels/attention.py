@@ -26,15 +26,20 @@ class Impl(StrEnum):
     REFERENCE = "reference"
     """The specification, in float64: slow, for tests."""
     TORCH = "torch"
-    """Plain torch operations: fast on a CPU, correct on any device."""
+    """Plain torch operations: correct on any device, in any dtype."""
+    NUMBA = "numba"
+    """Numba's kernels: for a CPU, in bfloat16 and float32. Dense attention is torch's."""
     TRITON = "triton"
     """Triton's kernels: for a GPU, in bfloat16, float16 and float32."""
 
     @staticmethod
     def of(device: torch.device, dtype: torch.dtype) -> Impl:
         """The fastest for a device and dtype."""
-        narrow = dtype in (torch.bfloat16, torch.float16, torch.float32)
-        return Impl.TRITON if device.type == "cuda" and narrow else Impl.TORCH
+        if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16, torch.float32):
+            return Impl.TRITON
+        if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
+            return Impl.NUMBA
+        return Impl.TORCH
 
 
 def selected_attention(
@@ -76,6 +81,10 @@ def selected_attention(
         from kernels.gpu import attend  # a CPU has no Triton
 
         return attend.selected_attention(query, cache, rows, selection, scale)
+    if impl is Impl.NUMBA:
+        from kernels.cpu import attend as attend_on_cpu  # numba takes a moment
+
+        return attend_on_cpu.selected_attention(query, cache, rows, selection, scale)
     return torch_backend.selected_attention(query, cache, rows, selection, scale)
 
 

@@ -97,15 +97,10 @@ def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
     # Means first: the other way round a CPU copies them.
     centre = torch.bmm(mean, grouped.to(dtype).flatten(0, 1).mT).to(query.dtype).mT
     centre = centre.reshape(*penalty.shape, -1)  # [kv_heads, sequences, queries * group, pages]
-    if query.device.type == "cpu":
-        from kernels.scan_cpu import scan  # numba takes a moment, and a GPU needs none
-
-        scores = scan(turned, cache.codes, cache.scale, tables, centre, penalty).to(query.dtype)
-    else:
-        signs = signs_of(cache.codes[:, tables], dtype, head_dim)
-        scale = cache.scale[:, tables][:, :, None]  # [kv_heads, sequences, 1, pages, 64]
-        scores = (turned.to(dtype) @ signs.mT).to(query.dtype).view(*centre.shape, PAGE)
-        scores = scores.sub_(penalty[..., None, None] * scale).mul_(scale).add_(centre[..., None])
+    signs = signs_of(cache.codes[:, tables], dtype, head_dim)
+    scale = cache.scale[:, tables][:, :, None]  # [kv_heads, sequences, 1, pages, 64]
+    scores = (turned.to(dtype) @ signs.mT).to(query.dtype).view(*centre.shape, PAGE)
+    scores = scores.sub_(penalty[..., None, None] * scale).mul_(scale).add_(centre[..., None])
     scores = scores.view(kv_heads, sequences, queries, group, -1)
     return scores.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, -1)
 

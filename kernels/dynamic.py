@@ -25,6 +25,8 @@ from kernels.timing import Phases
 from kernels.torch_backend import at_once, scan_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows
@@ -38,6 +40,12 @@ class Choice:
     selection: Selection
     log_rest: Tensor  # [rows, heads]  log of the estimated mass that was not selected
     rest: Tensor | None = None  # [rows, heads, head_dim]  the mean value of what was not, if wanted
+    draws: int = 0  # values read to correct it, a row and KV head
+
+    def read(self, visible: Tensor) -> Tensor:
+        """int64 [rows, kv_heads], keys that are read, of so many `visible` [rows] ones."""
+        counts = self.selection.counts
+        return counts + (visible[:, None] - counts).clamp_max(self.draws)
 
     def coverage(self, lse: Tensor) -> Tensor:
         """Estimated share of the attention mass on the selected keys, [rows, heads].
@@ -104,7 +112,7 @@ def select(
     order = torch.cat(places).argsort()
     selection = Selection(joined.selection.indices[order], joined.selection.counts[order])
     rest = None if joined.rest is None else joined.rest[order]
-    return Choice(selection, joined.log_rest[order], rest)
+    return Choice(selection, joined.log_rest[order], rest, joined.draws)
 
 
 def _select(
@@ -120,18 +128,20 @@ def _select(
     whole: bool,
 ) -> Choice:
     """`select` for rows of one kind, scored `whole` or in two levels, of at most `keys` keys."""
-    if impl is Impl.TRITON:
-        from kernels.gpu.select import fits, select  # a CPU has no Triton
-
-        if fits(policy, keys):
-            each = scan_bytes(query.shape[1], keys)
-            return _join(
-                [
-                    Choice(*select(query[part], cache, piece, policy, scale, phases, whole=whole))
-                    for part, piece in rows.pieces(at_once(query.device, each))
-                ]
-            )
-    each = 8 * query.shape[1] * keys  # bytes of a row: its scores and their exponentials,
+    fused = _fused(impl, policy, keys)
+    if fused is not None:
+        each = scan_bytes(query.shape[1], keys) + policy.draws * query.shape[1] * cache.head_dim
+        return _join(
+            [
+                Choice(
+                    *fused(query[part], cache, piece, policy, scale, phases, whole=whole),
+                    policy.draws if policy.remainder else 0,
+                )
+                for part, piece in rows.pieces(at_once(query.device, each))
+            ]
+        )
+    drawn = policy.draws * cache.kv_heads * cache.head_dim  # values of a row
+    each = 8 * (query.shape[1] * keys + drawn)  # bytes of its scores and their exponentials,
     if not whole:  # or the copies of its candidates' keys and, for a sequence, of the codes
         each += cache.kv_heads * cache.head_dim * query.itemsize * policy.candidates
         each += cache.kv_heads * cache.head_dim * query.itemsize * keys // rows.queries
@@ -145,6 +155,21 @@ def _select(
         with phases.time("select", query.device):
             parts.append(_choose(scored, cache, piece, policy))
     return _join(parts)
+
+
+def _fused(
+    impl: Impl, policy: Dynamic, keys: int
+) -> Callable[..., tuple[Selection, Tensor, Tensor | None]] | None:
+    """A backend's own choice among at most `keys` keys, where it has one."""
+    if impl is Impl.NUMBA:
+        from kernels.cpu.select import select as select_on_cpu  # numba takes a moment
+
+        return select_on_cpu if policy.draws == 0 else None
+    if impl is Impl.TRITON:
+        from kernels.gpu.select import fits, select  # a CPU has no Triton
+
+        return select if fits(policy, keys) else None
+    return None
 
 
 def _choose(scored: Scored, cache: LayerCache, rows: Rows, policy: Dynamic) -> Choice:
@@ -171,8 +196,8 @@ def _choose(scored: Scored, cache: LayerCache, rows: Rows, policy: Dynamic) -> C
     else:
         page_mass = mass.view(*mass.shape[:3], -1, PAGE).sum(-1)
         start = scored.position.view(rows.sequences, rows.queries, -1)[:, 0, 0] // PAGE
-    rest = mean_value(mass, page_mass, start, cache, rows, selection)
-    return Choice(selection, log_rest.flatten(1), rest)
+    rest = mean_value(mass, page_mass, start, cache, rows, selection, policy.draws)
+    return Choice(selection, log_rest.flatten(1), rest, policy.draws)
 
 
 def _join(parts: list[Choice]) -> Choice:
@@ -185,4 +210,4 @@ def _join(parts: list[Choice]) -> Choice:
     log_rest = torch.cat([part.log_rest for part in parts])
     rests = [part.rest for part in parts if part.rest is not None]
     rest = torch.cat(rests) if rests else None  # all have one, or none has
-    return Choice(Selection(torch.cat(padded), counts), log_rest, rest)
+    return Choice(Selection(torch.cat(padded), counts), log_rest, rest, parts[0].draws)

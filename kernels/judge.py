@@ -79,6 +79,10 @@ def rest_of(
             for part, piece in rows.pieces(at_once(query.device, each))
         ]
         return Choice(selection, torch.cat(lefts))
+    if impl is Impl.NUMBA:
+        from kernels.cpu.left import mass_left as mass_left_on_cpu  # numba takes a moment
+
+        return Choice(selection, mass_left_on_cpu(query, cache, rows, selection, scale))
     each = (8 * query.shape[1] + cache.kv_heads * cache.head_dim) * int(rows.visible.max())
     parts = []
     for part, piece in rows.pieces(at_once(query.device, each)):

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from kernels.patterns import Pattern
 
 
+MAX_DRAWS = 4096
+"""Most draws of a row and KV head: they are all held at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dense:
     """Attend to every visible key."""
@@ -34,6 +38,7 @@ class Dynamic:
         sinks: keys at the start of the sequence that are always kept (Xiao et al. 2023,
             "Efficient Streaming Language Models with Attention Sinks").
         remainder: whether keys that are not selected count through their pages' mean values.
+        draws: so many unselected values, drawn by their mass, correct these means; 0 for none.
         rescored: so many times `max_keys` keys of a long context are scored exactly, those with the
             best estimates.
         whole: contexts of at most so many keys are scored exactly throughout: to estimate first
@@ -49,6 +54,7 @@ class Dynamic:
     worth: float = 2.0
     sinks: int = 16
     remainder: bool = True
+    draws: int = 0
     rescored: int = 2
     whole: int = 16_384
 
@@ -59,6 +65,8 @@ class Dynamic:
             raise KernelError(f"sinks must lie in 0 to {PAGE}, not {self.sinks}")
         if not self.worth >= 0:
             raise KernelError(f"worth must not be negative, but is {self.worth}")
+        if not 0 <= self.draws <= MAX_DRAWS:
+            raise KernelError(f"draws must lie in 0 to {MAX_DRAWS}, not {self.draws}")
         if self.rescored < 1:
             raise KernelError(f"rescored must be at least 1, not {self.rescored}")
         if self.max_keys < 1:

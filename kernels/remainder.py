@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.draws import correction
 from kernels.page import PAGE, PAGE_BITS
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def mean_value(
     cache: LayerCache,
     rows: Rows,
     selection: Selection,
+    draws: int = 0,
 ) -> Tensor:
     """The mean value of the keys that were not selected, weighted with their mass.
 
@@ -39,6 +41,7 @@ def mean_value(
         cache: the layer's paged cache; pages in which a key is left out are complete.
         rows: where each row's keys lie.
         selection: what was selected.
+        draws: so many unselected values correct the pages' means (`kernels.draws`).
 
     Returns:
         [rows, heads, head_dim], of the masses' dtype; 0 where nothing was left out.
@@ -66,4 +69,11 @@ def mean_value(
     values = cache.of_pages(cache.value_mean, table)  # [kv_heads * sequences, pages, head_dim]
     mean = torch.bmm(left.flatten(0, 1).to(values.dtype), values).to(mass.dtype)
     mean = mean.view(kv_heads, sequences, queries, group, -1)
-    return mean.permute(1, 2, 0, 3, 4).reshape(count, kv_heads * group, -1)
+    mean = mean.permute(1, 2, 0, 3, 4).reshape(count, kv_heads * group, -1)
+    if draws:
+        share = mass.scatter(-1, offset, mass.gather(-1, offset) - taken)
+        unread = torch.arange(keys, device=first.device) >= recent[:, None] * PAGE
+        share = share.masked_fill_(unread[:, None, None], 0.0)
+        share /= share.sum(-1, keepdim=True).clamp_min(1e-30)
+        mean += correction(share, first, cache, rows, draws)
+    return mean

@@ -48,7 +48,7 @@ def score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) 
     scores = query.new_empty(count, kv_heads, heads // kv_heads, width, dtype=wide(query.dtype))
     for number, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
         part = slice(number * queries, (number + 1) * queries)
-        keys = _keys_of_pages(cache, rows.block_tables[number, low:high])
+        keys = keys_of_pages(cache, rows.block_tables[number, low:high])
         grouped = query[part].view(queries, kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
         for head in range(kv_heads):  # one product over them all would copy the keys first
             product = grouped[head] @ keys[head].to(query.dtype).T  # [queries * group, keys]
@@ -59,7 +59,7 @@ def score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) 
     return Scored(position, visible, scores, others, None)
 
 
-def _keys_of_pages(cache: LayerCache, table: Tensor) -> Tensor:
+def keys_of_pages(cache: LayerCache, table: Tensor) -> Tensor:
     """The keys of physical pages `table` [pages], in place where they are neighbours.
 
     Returns:

@@ -33,7 +33,7 @@ class Entry:
 
     layer: int
     tokens: Tensor  # int64 [rows]  place of each row in the step
-    keys: Tensor  # int64 [rows, kv_heads]  keys attended
+    keys: Tensor  # int64 [rows, kv_heads]  keys attended, values drawn among them
     visible: Tensor  # int64 [rows]  keys causally visible
     coverage: Tensor  # [rows, heads]  estimated share of the attention mass on them
     true_coverage: Tensor | None  # [rows, heads]  the exact share, in an audited step
@@ -127,7 +127,7 @@ class LayerAttention:
                 Entry(
                     layer=self.layer,
                     tokens=group.tokens[part],
-                    keys=choice.selection.counts,
+                    keys=choice.read(piece.visible),
                     visible=piece.visible,
                     coverage=coverage,
                     true_coverage=exact,

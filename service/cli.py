@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -13,6 +14,7 @@ def main() -> NoReturn:
     # Ctrl-C ends the process without a traceback until a command takes it over: loading takes a
     # second or two.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _prepare_threads()
     shadow = _shadowing_package()
     if shadow is not None:
         _stop(
@@ -28,6 +30,16 @@ def main() -> NoReturn:
     except SaccadeError as error:
         _stop(str(error))
     sys.exit(0)
+
+
+def _prepare_threads() -> None:
+    """What torch reads from the environment when it is loaded; what is set there is kept.
+
+    Its threads wait asleep: spinning, they would take the cores of those that select keys. And
+    large tensors lie in huge pages: the keys of a long context are read here and there.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _shadowing_package() -> str | None:

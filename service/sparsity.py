@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kernels.errors import PatternError
 from kernels.patterns import Pattern
-from kernels.policy import Dynamic
+from kernels.policy import MAX_DRAWS, Dynamic
 from service.engine.types import SparsityParams
 
 
@@ -23,6 +23,12 @@ class SparsityConfig(BaseModel):
     max_keys: int = Field(default=2048, ge=1, description="most keys a query")
     remainder: bool = Field(
         default=True, description="keys not selected count through the means of their pages' values"
+    )
+    draws: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_DRAWS,
+        description="unselected values, drawn by their mass, that correct these means",
     )
     min_coverage: float = Field(
         default=0.0,
@@ -59,6 +65,7 @@ class SparsityConfig(BaseModel):
             min_keys=self.min_keys,
             max_keys=self.max_keys,
             remainder=self.remainder,
+            draws=self.draws,
             min_coverage=self.min_coverage,
             pattern=self.pattern,
             allow_brownout=self.allow_brownout,

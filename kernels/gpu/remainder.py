@@ -31,6 +31,7 @@ def left_mass(
 
     Args:
         scores: float32 [rows, kv_heads, group, keys], by the codes; -inf where a key is not coded.
+            Selected keys get -inf too: what is left are the unselected ones.
         page_lse: float32 [rows, kv_heads, group, pages], their log-sum-exp by page.
         lse: float32 [rows, kv_heads, group], their log-sum-exp.
         selection: what was selected.
@@ -60,7 +61,7 @@ def _take(
     capacity, first, keys, pages, units,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the mass of some of the selected keys of a row and KV head."""
+    """Adds up the mass of some of the selected keys of a row and KV head, and takes them out."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(2)
     line = row * tl.num_programs(1) + tl.program_id(1)
     place = block * BLOCK + tl.arange(0, BLOCK)
@@ -74,3 +75,4 @@ def _take(
         mass = tl.where(mass == mass, mass, 0.0)
         page = (position - first) // PAGE
         tl.atomic_add(taken + base * pages + page, mass.to(tl.int64), coded)
+        tl.store(scores + base * keys + position - first, float("-inf"), coded)

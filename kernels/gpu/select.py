@@ -10,6 +10,7 @@ import torch
 
 from kernels.gpu.candidates import choose
 from kernels.gpu.cut import MOST, NEAR, cut
+from kernels.gpu.draw import correction
 from kernels.gpu.remainder import left_mass
 from kernels.gpu.scan import scan
 from kernels.gpu.score import score_chosen, score_run
@@ -76,7 +77,12 @@ def select(
         selection, rest = cut(exact, chosen, position, found.near, others, rows, policy)
         if not policy.remainder:
             return selection, rest.flatten(1), None
-        mean = _mean_value(_left(found, selection), cache, rows, found.first)
+        left = _left(found, selection)
+        mean = _mean_value(left, cache, rows, found.first)
+        if policy.draws:
+            mean += correction(
+                found.scores, found.lse, left, cache, rows, found.first, policy.draws
+            )
     return selection, rest.flatten(1), mean
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels import dynamic
-from kernels.attention import dense_attention, selected_attention
+from kernels.attention import Impl, dense_attention, selected_attention
 from kernels.cache import LayerCache, Rows, Segment
 from kernels.page import PAGE
 from kernels.policy import Dynamic
@@ -132,10 +132,11 @@ def _ways(
     group = query.view(1, shape.kv_heads, -1, shape.head_dim)
     scale = shape.head_dim**-0.5
     policy = Dynamic(coverage=1.0, min_keys=keys, max_keys=keys)
+    impl = Impl.of(device, dtype)
 
     def selected() -> Tensor:
-        choice = dynamic.select(query, cache, rows, policy, scale)
-        output, lse = selected_attention(query, cache, rows, choice.selection, scale)
+        choice = dynamic.select(query, cache, rows, policy, scale, impl=impl)
+        output, lse = selected_attention(query, cache, rows, choice.selection, scale, impl)
         return choice.complete(output, choice.coverage(lse))
 
     return [

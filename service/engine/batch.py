@@ -31,6 +31,7 @@ def policy_of(sequence: Sequence, mode: Mode) -> Dynamic | Fixed:
             min_keys=wanted.min_keys,
             max_keys=wanted.max_keys,
             remainder=wanted.remainder,
+            draws=wanted.draws,
         )
     return Fixed(Pattern.parse(wanted.pattern))
 

@@ -18,11 +18,11 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kernels import dynamic, judge  # noqa: E402
-from kernels.attention import Impl, selected_attention  # noqa: E402
-from kernels.cache import LayerCache, Rows  # noqa: E402
-from kernels.page import PAGE  # noqa: E402
-from kernels.policy import Dynamic  # noqa: E402
+from kernels import dynamic, judge
+from kernels.attention import Impl, selected_attention
+from kernels.cache import LayerCache, Rows
+from kernels.page import PAGE
+from kernels.policy import Dynamic
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -65,7 +65,7 @@ def run(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, queries: i
     rows = Rows(torch.arange(pages)[None], lengths, torch.zeros_like(lengths))
     query = torch.randn(queries, kv_heads * group, head_dim).to(dtype)
     for whole in (0, 16_384):
-        policy = Dynamic(min_keys=0, max_keys=150, whole=whole)
+        policy = Dynamic(min_keys=0, max_keys=150, whole=whole, draws=20)
         choice = dynamic.select(query, cache, rows, policy, 0.1, impl=Impl.TRITON)
     selection = choice.selection
     _, lse = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)

@@ -19,7 +19,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def supports(impl, dtype):
-    """Triton's interpreter has no products in bfloat16."""
+    """Triton's interpreter has no products in bfloat16; numba knows the dtypes of a CPU alone."""
+    if impl is Impl.NUMBA:
+        return dtype in (torch.float32, torch.bfloat16)
     if impl is not Impl.TRITON:
         return True
     return dtype in (torch.float32, torch.float16) or (

@@ -14,6 +14,7 @@ KERNELS = {
     "_write",
     "_cut",
     "_take",
+    "_draw",
     "_selected",
     "_dense",
     "_join",

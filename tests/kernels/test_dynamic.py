@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import budget, dynamic, judge, reference
-from kernels.attention import dense_attention, selected_attention
+from kernels.attention import Impl, dense_attention, selected_attention
 from kernels.cache import Segment
 from kernels.errors import KernelError
 from kernels.page import PAGE
@@ -16,6 +16,7 @@ from kernels.patterns import Pattern
 from kernels.policy import Dynamic
 
 SCALE = 0.25
+IMPLS = pytest.mark.parametrize("impl", [Impl.TORCH, Impl.NUMBA])
 WHOLE = pytest.mark.parametrize("whole", [0, 16_384], ids=["two levels", "every key scored"])
 
 
@@ -86,15 +87,14 @@ def test_the_budget_is_the_reference_budget(data):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100, 250, 300])
-@pytest.mark.parametrize("find", [budget.best, budget.best_by_bisection])
-def test_the_best_are_the_greatest_and_of_equals_the_first(find, count):
+def test_the_best_are_the_greatest_and_of_equals_the_first(count):
     generator = torch.Generator().manual_seed(count)
     scores = torch.randn(4, 2, 300, generator=generator).exp().mul(8).round().div(8)  # with ties
     scores[0, 0, :5] = torch.inf
     scores[1, 0, 40:] = -1
     scores[2, 1, ::2] = -1
     scores[3, 0] = 0.25
-    found = find(scores, count)
+    found = budget.best(scores, count)
     for row in range(4):
         for head in range(2):
             one = scores[row, head].tolist()
@@ -103,12 +103,13 @@ def test_the_best_are_the_greatest_and_of_equals_the_first(find, count):
             assert found[row, head].tolist() == expected + [-1] * (count - len(expected))
 
 
+@IMPLS
 @WHOLE
-def test_sinks_and_the_recent_window_are_always_kept(paged, whole):
+def test_sinks_and_the_recent_window_are_always_kept(paged, impl, whole):
     lengths = [5, 64, 127, 128, 1000, 1024]
     case = paged(lengths, 2, 16)
     policy = Dynamic(coverage=0.01, min_keys=0, max_keys=200, sinks=7, whole=whole)
-    choice = dynamic.select(case.query(2), case.cache, case.rows, policy, SCALE)
+    choice = dynamic.select(case.query(2), case.cache, case.rows, policy, SCALE, impl=impl)
     for row, n in enumerate(lengths):
         for head in range(2):
             keys = set(choice.selection.indices[row, head].tolist()) - {-1}
@@ -117,8 +118,9 @@ def test_sinks_and_the_recent_window_are_always_kept(paged, whole):
             assert min(n, 64) <= len(window) <= 127 or n < 64
 
 
+@IMPLS
 @WHOLE
-def test_one_sharp_key_is_found_wherever_it_stands(paged, whole):
+def test_one_sharp_key_is_found_wherever_it_stands(paged, impl, whole):
     generator = torch.Generator().manual_seed(3)
     for position in torch.randint(20, 7900, (12,), generator=generator).tolist():
         case = paged([8192], 2, 64, seed=position)
@@ -128,7 +130,7 @@ def test_one_sharp_key_is_found_wherever_it_stands(paged, whole):
         case.cache.write(slots, spike[None], case.values[0][position][None])
         case.cache.code(slots // PAGE)
         choice = dynamic.select(
-            query, case.cache, case.rows, Dynamic(max_keys=256, whole=whole), 0.125
+            query, case.cache, case.rows, Dynamic(max_keys=256, whole=whole), 0.125, impl=impl
         )
         assert (choice.selection.indices == position).any(-1).all()
 
@@ -213,66 +215,73 @@ def test_rows_are_chosen_alike_when_gathers_are_cut(paged, whole, monkeypatch):
         torch.testing.assert_close(left, right)
 
 
+@IMPLS
 @WHOLE
-def test_the_coverage_estimate_is_near_the_truth_on_normal_keys(paged, whole):
+def test_the_coverage_estimate_is_near_the_truth_on_normal_keys(paged, impl, whole):
     case = paged([4096, 8192], 2, 32)
     query = case.query(2)
     for most in (200, 500, 1000):
         policy = Dynamic(coverage=1.0, min_keys=0, max_keys=most, whole=whole)
-        choice = dynamic.select(query, case.cache, case.rows, policy, SCALE)
+        choice = dynamic.select(query, case.cache, case.rows, policy, SCALE, impl=impl)
         _, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
         truth = exact_coverage(case, query, choice.selection)
         assert (choice.coverage(lse).double() - truth).abs().max() < 0.03
 
 
+@IMPLS
 @pytest.mark.parametrize("most", [150, 300, 1000])
 @pytest.mark.parametrize("rescored", [1, 4])
 @pytest.mark.parametrize("gain", [0.5, 1])
-def test_the_coverage_estimate_is_unbiased_where_few_keys_are_rescored(paged, gain, rescored, most):
+def test_the_coverage_estimate_is_unbiased_where_few_keys_are_rescored(
+    paged, impl, gain, rescored, most
+):
     case = paged([8192], 4, 64, queries=6)
     query = case.query(3) * gain
     policy = Dynamic(coverage=1.0, min_keys=0, max_keys=most, rescored=rescored, whole=0)
-    choice = dynamic.select(query, case.cache, case.rows, policy, SCALE)
+    choice = dynamic.select(query, case.cache, case.rows, policy, SCALE, impl=impl)
     _, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
     error = choice.coverage(lse).double() - exact_coverage(case, query, choice.selection)
     assert error.mean().abs() < 0.015
     assert error.abs().mean() < 0.02
 
 
+@IMPLS
 @pytest.mark.parametrize("text", ["sinks:16+window:100", "window:500", "strided:3+window:64"])
-def test_a_fixed_pattern_is_judged_by_the_same_codes(paged, text):
+def test_a_fixed_pattern_is_judged_by_the_same_codes(paged, impl, text):
     lengths = [50, 500, 4096]
     case = paged(lengths, 2, 32)
     query = case.query(2)
     pattern = Pattern.parse(text)
     selection = pattern.select(case.rows.lengths, case.rows.starts, 2)
     selection.validate(case.rows.lengths)
-    choice = judge.rest_of(query, case.cache, case.rows, selection, SCALE)
+    choice = judge.rest_of(query, case.cache, case.rows, selection, SCALE, impl)
     _, lse = selected_attention(query, case.cache, case.rows, selection, SCALE)
     truth = exact_coverage(case, query, selection)
     assert (choice.coverage(lse).double() - truth).abs().max() < 0.08
 
 
+@IMPLS
 @WHOLE
-def test_keys_behind_a_sliding_window_are_never_chosen(paged, whole):
+def test_keys_behind_a_sliding_window_are_never_chosen(paged, impl, whole):
     case = paged([3000], 2, 16)
     rows = case.rows.within(1000)
     for policy in (
         Dynamic(min_keys=600, whole=whole),
         Dynamic(min_keys=2000, max_keys=2000, whole=whole),
     ):
-        choice = dynamic.select(case.query(2), case.cache, rows, policy, SCALE)
+        choice = dynamic.select(case.query(2), case.cache, rows, policy, SCALE, impl=impl)
         chosen = choice.selection.indices[choice.selection.indices >= 0]
         assert int(chosen.min()) >= 2000
         assert int(choice.selection.counts.max()) <= 1000
 
 
+@IMPLS
 @WHOLE
-def test_a_score_that_is_not_finite_shows_as_nan_coverage_of_its_row_alone(paged, whole):
+def test_a_score_that_is_not_finite_shows_as_nan_coverage_of_its_row_alone(paged, impl, whole):
     case = paged([700, 900], 1, 16)
     query = case.query(2)
     query[0, 1, 3] = torch.inf
-    choice = dynamic.select(query, case.cache, case.rows, Dynamic(whole=whole), SCALE)
+    choice = dynamic.select(query, case.cache, case.rows, Dynamic(whole=whole), SCALE, impl=impl)
     _, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
     coverage = choice.coverage(lse)
     assert torch.isnan(coverage[0]).any()

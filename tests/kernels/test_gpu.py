@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import dynamic, judge, scan_cpu
+from kernels import dynamic, judge
 from kernels.attention import Impl, selected_attention
-from kernels.codes import signs_of
 from kernels.page import PAGE
 from kernels.patterns import Pattern
 from kernels.policy import Dynamic
@@ -23,15 +22,6 @@ POLICIES = {
     "every key scored": Dynamic(coverage=0.9, min_keys=150, max_keys=300),
     "all keys": Dynamic(coverage=1.0, min_keys=2000, max_keys=2000),
 }
-
-
-def plain_scan(turned, codes, scales, tables, centre, penalty):
-    """What `kernels.scan_cpu.scan` computes, with the queries as they are."""
-    signs = signs_of(codes[:, tables], turned.dtype, turned.shape[-1])
-    scale = scales[:, tables][:, :, None]
-    scores = (turned @ signs.mT).view(*centre.shape, PAGE)
-    scores = (scores - penalty[..., None, None] * scale) * scale + centre[..., None]
-    return scores.flatten(-2).float()
 
 
 def sharpened(case, gain):
@@ -57,9 +47,7 @@ def assert_same_attention(case, query, *choices):
 
 
 @pytest.fixture
-def make(paged, monkeypatch):
-    monkeypatch.setattr(scan_cpu, "scan", plain_scan)
-
+def make(paged):
     def build(kv_heads, group, head_dim, lengths=(40, 128, 700, 1000), queries=1, starts=None):
         case = paged(list(lengths), kv_heads, head_dim, torch.float32, seed=group, queries=queries)
         case.group = group

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import dynamic, reference
-from kernels.attention import selected_attention
+from kernels.attention import Impl, selected_attention
 from kernels.page import PAGE
 from kernels.policy import Dynamic
 from kernels.remainder import mean_value
@@ -30,21 +30,22 @@ def dense(case, query):
     return torch.cat(outputs)
 
 
-def answer(case, query, **policy):
-    choice = dynamic.select(query, case.cache, case.rows, Dynamic(**policy), SCALE)
+def answer(case, query, impl=Impl.TORCH, **policy):
+    choice = dynamic.select(query, case.cache, case.rows, Dynamic(**policy), SCALE, impl=impl)
     output, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
     return choice.complete(output, choice.coverage(lse)).double()
 
 
+@pytest.mark.parametrize("impl", [Impl.TORCH, Impl.NUMBA])
 @pytest.mark.parametrize("whole", [0, 16_384], ids=["two levels", "every key scored"])
 @pytest.mark.parametrize("lengths", [[4096], [2000, 4096, 130]])
-def test_spread_attention_comes_near_to_dense(paged, whole, lengths):
+def test_spread_attention_comes_near_to_dense(paged, impl, whole, lengths):
     case = paged(lengths, 2, 32, queries=2)
     query = case.query(2) / 4
     expected = dense(case, query)
     budget = {"min_keys": 0, "max_keys": 200, "rescored": 1, "whole": whole}
-    near = (answer(case, query, **budget) - expected).norm()
-    far = (answer(case, query, remainder=False, **budget) - expected).norm()
+    near = (answer(case, query, impl, **budget) - expected).norm()
+    far = (answer(case, query, impl, remainder=False, **budget) - expected).norm()
     assert near < far / 3
 
 
@@ -74,24 +75,26 @@ def test_selected_keys_carry_no_weight_in_it(paged):
     torch.testing.assert_close(found[0, 1], pages[1] / 4 + pages[2] * 3 / 4)
 
 
+@pytest.mark.parametrize("impl", [Impl.TORCH, Impl.NUMBA])
 @pytest.mark.parametrize("whole", [0, 16_384], ids=["two levels", "every key scored"])
-def test_means_that_are_not_written_yet_do_not_matter(paged, whole):
+def test_means_that_are_not_written_yet_do_not_matter(paged, impl, whole):
     case = paged([2000, 300], 2, 16, queries=3)
     query = case.query(2)
     policy = {"max_keys": 150, "min_keys": 0, "rescored": 1, "whole": whole}
-    expected = answer(case, query, **policy)
+    expected = answer(case, query, impl, **policy)
     for table, n in zip(case.tables, (2000, 300), strict=True):
         case.cache.value_mean[:, table[n // PAGE - 1 :]] = 1e30
-    assert torch.equal(answer(case, query, **policy), expected)
+    assert torch.equal(answer(case, query, impl, **policy), expected)
 
 
-def test_values_of_others_that_are_not_finite_stay_theirs(paged):
+@pytest.mark.parametrize("impl", [Impl.TORCH, Impl.NUMBA])
+def test_values_of_others_that_are_not_finite_stay_theirs(paged, impl):
     case = paged([3000, 200], 1, 16)
     query = case.query(2)
-    expected = answer(case, query, max_keys=150, min_keys=0, whole=0)
+    expected = answer(case, query, impl, max_keys=150, min_keys=0, whole=0)
     pages = torch.tensor(case.tables[0])
     case.cache.kv[:, pages[:40], :, 1] = torch.inf
     case.cache.code(pages[:40])
     case.rows.block_tables[1, 4:] = pages[0]  # padded with a page of the other's
-    found = answer(case, query, max_keys=150, min_keys=0, whole=0)
+    found = answer(case, query, impl, max_keys=150, min_keys=0, whole=0)
     torch.testing.assert_close(found[1], expected[1])

@@ -122,6 +122,7 @@ def dynamic(**changes):
                 "min_keys": 0,
                 "max_keys": 160,
                 "remainder": True,
+                "draws": 0,
                 "min_coverage": 0.0,
                 "pattern": "sinks:4+window:64",
                 "allow_brownout": True,

@@ -1,0 +1,74 @@
+"""Attention of single query rows over their selected keys, read in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kernels.cpu.candidates import slots_of
+from kernels.cpu.keys import Keys, arrays, numbers
+from kernels.cpu.launch import entry, in_threads, sources
+from kernels.cpu.scan import add_rows, dot_rows, exponentials, greatest_score, load_query
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows
+    from kernels.selection import Selection
+
+
+def selected_attention(
+    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.attention.selected_attention`."""
+    output, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
+    shared = (
+        arrays(cache, rows), numbers(query), np.float32(scale),
+        selection.indices.contiguous().numpy(), selection.counts.contiguous().numpy(),
+        output.numpy(), lse.numpy(),
+    )  # fmt: skip
+    in_threads(_attend_rows, shared, selection.counts.numel())
+    return output.to(query.dtype), lse
+
+
+def _kernel(version: int) -> Any:
+    """The kernel; see `sources` for the version."""
+
+    @entry
+    def attend_rows(
+        keys: Keys, queries: Any, scale: Any, indices: Any, counts: Any, output: Any, lse: Any,
+        _part: int, start: int, stop: int,
+    ) -> None:  # fmt: skip
+        """Rows and KV heads `start` to `stop`, head by head."""
+        assert version
+        rows, kv_heads = counts.shape
+        group, head_dim = queries.shape[1] // kv_heads, queries.shape[2]
+        query = np.empty((group, head_dim), np.float32)
+        # A key and its value side by side: what asks for the one ahead of time has the other, too.
+        pairs = keys.kv.reshape(-1, 2 * head_dim)
+        for unit in range(start, stop):
+            head, row = unit // rows, unit % rows
+            load_query(queries, row, head * group, scale, query)
+            slots = slots_of(keys, head, row, 0, indices[row, head, : counts[row, head]])
+            mass = np.empty((group, slots.shape[0]), np.float32)
+            dot_rows(query, pairs, slots, mass, 0)
+            for place in range(slots.shape[0]):
+                slots[place] = 2 * slots[place] + 1
+            for reader in range(group):
+                most = greatest_score(mass[reader])
+                total = exponentials(mass[reader], most)
+                lse[row, head * group + reader] = np.log(total) + most  # -inf without keys
+                part = np.float32(1) / total if total != 0 else np.float32(0)
+                for place in range(slots.shape[0]):
+                    mass[reader, place] *= part
+                mean = output[row, head * group + reader]
+                for channel in range(head_dim):
+                    mean[channel] = 0
+                add_rows(mass[reader], keys.kv, slots, mean)
+
+    return attend_rows
+
+
+_attend_rows = _kernel(sources())

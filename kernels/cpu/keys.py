@@ -1,0 +1,80 @@
+"""The cache and the rows as numba takes them: arrays in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kernels.codes import words
+from kernels.cpu.launch import jit
+from kernels.page import PAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows
+
+
+class Keys(NamedTuple):
+    """The cache and the rows, as arrays; numbers are float32, or bfloat16 as uint16.
+
+    What belongs to a page stands at its number, those of the first KV head in front.
+    """
+
+    kv: Any  # [kv_heads * pages * 64 * 2, head_dim]  a key and its value, key after key
+    key_mean: Any  # [kv_heads * pages, head_dim]
+    value_mean: Any  # likewise
+    codes: Any  # int64 [kv_heads * pages, words, 64]
+    scale: Any  # float32 [kv_heads * pages, 64]
+    tables: Any  # int64 [sequences, pages]
+    lengths: Any  # int64 [rows]
+    starts: Any  # int64 [rows]
+    queries: int  # rows of each sequence
+    pages: int  # of each KV head
+
+
+class Place(NamedTuple):
+    """One row and KV head. Coded keys are numbered from the first page that the row sees."""
+
+    head: int  # the KV head
+    row: int
+    first: int  # page that the numbers begin with
+    low: int  # number of the first key that the row sees
+    coded: int  # number behind the last coded key: where the recent window begins
+    since: int  # position of the first recent key that the row sees
+    length: int  # position behind the last
+    start: int  # position of the first key that the row sees
+
+
+@jit
+def place_of(keys: Keys, head: int, row: int) -> Place:
+    """Where the keys of a row and KV head lie."""
+    start, length = keys.starts[row], keys.lengths[row]
+    first, recent = start // 64, max(length // 64 - 1, 0)
+    coded = max(recent - first, 0) * 64
+    low = min(start - first * 64, coded)
+    return Place(head, row, first, low, coded, max(start, recent * 64), length, start)
+
+
+def arrays(cache: LayerCache, rows: Rows) -> Keys:
+    """The cache and rows as numba takes them."""
+    head_dim = cache.head_dim
+    return Keys(
+        numbers(cache.kv.view(-1, head_dim)),
+        numbers(cache.key_mean.view(-1, head_dim)),
+        numbers(cache.value_mean.view(-1, head_dim)),
+        cache.codes.view(-1, words(head_dim), PAGE).numpy(),
+        cache.scale.view(-1, PAGE).numpy(),
+        rows.block_tables.contiguous().numpy(),
+        rows.lengths.contiguous().numpy(),
+        rows.starts.contiguous().numpy(),
+        rows.queries,
+        cache.kv.shape[1],
+    )
+
+
+def numbers(tensor: Tensor) -> Any:
+    """A tensor's numbers in place, of bfloat16 the bits."""
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

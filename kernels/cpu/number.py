@@ -1,0 +1,137 @@
+"""Numbers and their bits, in numba's kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.core.cgutils import for_range_slice
+from numba.extending import intrinsic
+
+from kernels.cpu.launch import exact
+
+_WORD, _FLOAT = ir.IntType(32), ir.FloatType()
+_LOG2E = np.float32(1 / math.log(2))
+_HALF, _ONE = np.float32(0.5), np.float32(1)
+_LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
+# 2 ** x - 1 over x on -0.5 to 0.5, from the highest power on (Cephes' exp2f): to 2e-7.
+_P0, _P1, _P2 = np.float32(1.535336188e-4), np.float32(1.339887440e-3), np.float32(9.618437357e-3)
+_P3, _P4, _P5 = np.float32(5.550332471e-2), np.float32(2.402264791e-1), np.float32(6.931472028e-1)
+
+
+def _popcount(_typing: Any, _word: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        count = builder.module.declare_intrinsic("llvm.ctpop", [ir.IntType(64)])
+        return builder.call(count, arguments)
+
+    return types.int64(types.int64), generate
+
+
+def _number(_typing: Any, stored: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if stored == types.float32:
+            return arguments[0]
+        word = builder.zext(arguments[0], _WORD)
+        return builder.bitcast(builder.shl(word, _WORD(16)), _FLOAT)
+
+    return types.float32(stored), generate
+
+
+def _bits(_typing: Any, _number: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _WORD)
+
+    return types.int32(types.float32), generate
+
+
+def _order(_typing: Any, _number: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return _flipped(builder, builder.bitcast(arguments[0], _WORD))
+
+    return types.int32(types.float32), generate
+
+
+def _of_order(_typing: Any, _word: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(_flipped(builder, arguments[0]), _FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+def _number_of_bits(_typing: Any, _word: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+def _prefetch_row(_typing: Any, rows: Any, _row: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        step = builder.mul(arguments[1], builder.extract_value(array.strides, 0))
+        width = builder.mul(builder.extract_value(array.shape, 1), array.itemsize)
+        byte = ir.IntType(8).as_pointer()
+        start = builder.gep(builder.bitcast(array.data, byte), [step])
+        kind = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+        fetch = builder.module.globals.get("llvm.prefetch.p0")
+        if fetch is None:
+            fetch = ir.Function(builder.module, kind, "llvm.prefetch.p0")
+        with for_range_slice(builder, width.type(0), width, width.type(64)) as (offset, _):
+            builder.call(fetch, [builder.gep(start, [offset]), _WORD(0), _WORD(3), _WORD(1)])
+        return context.get_dummy_value()
+
+    return types.none(rows, types.int64), generate
+
+
+def _flipped(builder: Any, word: Any) -> Any:
+    """A negative number's bits but for its sign."""
+    mask = builder.lshr(builder.ashr(word, _WORD(31)), _WORD(1))
+    return builder.xor(word, mask)
+
+
+def _times_power(_typing: Any, _number: Any, _power: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        power = builder.shl(builder.fptosi(arguments[1], _WORD), _WORD(23))
+        return builder.bitcast(builder.add(builder.bitcast(arguments[0], _WORD), power), _FLOAT)
+
+    return types.float32(types.float32, types.float32), generate
+
+
+popcount: Any = intrinsic(_popcount)
+"""How many bits of an int64 are set: LLVM's own, which numba does not offer."""
+number: Any = intrinsic(_number)
+"""The float32 of a stored number: itself, or of a bfloat16 given as uint16."""
+bits: Any = intrinsic(_bits)
+"""A float32's bits, int32."""
+number_of_bits: Any = intrinsic(_number_of_bits)
+"""The float32 of its bits."""
+order: Any = intrinsic(_order)
+"""An int32 that orders as the float32 does, a positive nan above all: vectors have its maximum."""
+of_order: Any = intrinsic(_of_order)
+"""The float32 of an `order`."""
+prefetch_row: Any = intrinsic(_prefetch_row)
+"""Start to read a row of a two-dimensional array: what is read in no order is not foreseen."""
+_scaled: Any = intrinsic(_times_power)
+"""A number times two to a whole power, by their bits."""
+
+
+@exact
+def exp(x: Any) -> Any:
+    """e ** x, float32, by operations that vectors have; nothing below 1e-38."""
+    power = x * _LOG2E
+    inside = power if power > _LOWEST else _LOWEST  # a nan, too: no integer is made of it
+    inside = inside if inside < _HIGHEST else _HIGHEST
+    whole = np.floor(inside + _HALF)
+    part = inside - whole
+    value = _P0
+    value = value * part + _P1
+    value = value * part + _P2
+    value = value * part + _P3
+    value = value * part + _P4
+    value = value * part + _P5
+    value = _scaled(value * part + _ONE, whole)
+    value = value if power > _LOWEST else np.float32(0)
+    return value if x == x else x
