@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.cache import LayerCache
+from kernels import dynamic, judge
+from kernels.attention import Impl, selected_attention
+from kernels.cache import LayerCache, Rows
 from kernels.page import PAGE
+from kernels.policy import Dynamic
 from models.config import ModelConfig
 from models.loader import load
 from models.tokenizer import Tokenizer
@@ -74,6 +77,7 @@ def build_engine(config: ServiceConfig) -> Engine:
             f"invalid configuration: kv_cache_gib {config.kv_cache_gib:g} is more memory than "
             f"{device} has to give; lower it"
         ) from None
+    warm_up(model, dtype, device)
     metrics = Metrics(config.model_name)
     return Engine(
         Runner(decoder, caches, model.heads, model.windows, metrics),
@@ -91,6 +95,21 @@ def build_engine(config: ServiceConfig) -> Engine:
         max_model_len=max_model_len,
         dense_below=config.sparsity.dense_below,
     )
+
+
+def warm_up(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Select and attend once, so that no request waits for what is compiled at its first use."""
+    impl = Impl.of(device, dtype)
+    cache = LayerCache.allocate(4, model.kv_heads, model.head_dim, dtype, device)
+    pages = torch.arange(4, device=device)
+    cache.code(pages)
+    lengths = pages[:1] + 4 * PAGE
+    rows = Rows(pages[None], lengths, lengths - lengths)
+    query = torch.ones(1, model.heads, model.head_dim, dtype=dtype, device=device)
+    for policy in (Dynamic(), Dynamic(whole=0, max_keys=PAGE, min_keys=0)):
+        choice = dynamic.select(query, cache, rows, policy, 1.0, impl=impl)
+        selected_attention(query, cache, rows, choice.selection, 1.0, impl)
+        judge.rest_of(query, cache, rows, choice.selection, 1.0, impl)
 
 
 def device_name(name: str) -> str:
