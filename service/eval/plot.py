@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from service.eval.record import Record
 
 FORMATS = (".svg", ".png")
-_MARKERS = {"dense": "*", "dynamic": "o", "dynamic:k": "s", "fixed": "^"}
+_MARKERS = {"dense": "*", "dynamic": "o", "escalating": "D", "dynamic:k": "s", "fixed": "^"}
 # The policies' names are long, the lines many: the marker names the kind, the colour the context.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _ACROSS = 3
@@ -41,8 +41,9 @@ def check_plot(file: Path) -> None:
 def family(policy: str) -> str:
     """The kind of a policy by its name: policies of a kind differ in their budget alone."""
     kind, _, rest = policy.partition(":")
-    plain = rest.startswith("k=") and "," not in rest
-    return "dynamic:k" if kind == "dynamic" and plain else kind
+    if kind == "dynamic" and "min_coverage=" in rest:
+        return "escalating"  # to dense attention
+    return "dynamic:k" if kind == "dynamic" and rest.startswith("k=") else kind
 
 
 def expectation(context: int) -> tuple[list[float], list[float]]:
@@ -129,7 +130,7 @@ def _panel(axes: Axes, records: Sequence[Record], colours: dict[int, str]) -> No
                 linewidth=1.2,
                 elinewidth=0.8,
             )
-        if here and here[0].task == "majority":
+        if any(r.task == "majority" and family(r.policy) == "dynamic:k" for r in here):
             axes.plot(*expectation(context), color=colour, linestyle="--", linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -217,6 +217,7 @@ def test_the_expected_line_begins_by_guessing_and_ends_by_knowing():
 def test_policies_of_a_kind_share_a_line():
     names = ["dense", "dynamic", "dynamic:coverage=0.9", "dynamic:k=512", "fixed:sinks:16"]
     assert list(map(family, names)) == ["dense", "dynamic", "dynamic", "dynamic:k", "fixed"]
+    assert family("dynamic:k=512,min_coverage=0.9") == "escalating"
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
