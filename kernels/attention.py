@@ -67,7 +67,7 @@ def selected_attention(
     Raises:
         KernelError: when the shapes or dtypes do not fit together.
     """
-    _check(query, cache)
+    _check(query, cache, impl)
     expected = (query.shape[0], cache.kv_heads)
     if tuple(selection.counts.shape) != expected or rows.lengths.shape[0] != query.shape[0]:
         raise KernelError(
@@ -107,7 +107,7 @@ def dense_decode(
     Raises:
         KernelError: when the shapes or dtypes do not fit together.
     """
-    _check(query, cache)
+    _check(query, cache, impl)
     if impl is Impl.REFERENCE:
         output, lse = reference.dense_decode(query, cache, rows, scale)
         return output.to(query.dtype), lse.to(torch_backend.wide(query.dtype))
@@ -142,7 +142,7 @@ def dense_attention(
     Raises:
         KernelError: when the shapes or dtypes do not fit together.
     """
-    _check(query, cache)
+    _check(query, cache, impl)
     if query.shape[0] != segment.tokens:
         raise KernelError(f"the segment has {segment.tokens} tokens, the query {query.shape[0]}")
     if impl is Impl.REFERENCE:
@@ -150,12 +150,14 @@ def dense_attention(
     return torch_backend.dense_attention(query, cache, segment, scale, window)
 
 
-def _check(query: Tensor, cache: LayerCache) -> None:
+def _check(query: Tensor, cache: LayerCache, impl: Impl) -> None:
     if query.dim() != 3 or query.shape[2] != cache.head_dim or query.shape[1] % cache.kv_heads:
         raise KernelError(
             f"the query must be [rows, a multiple of {cache.kv_heads} heads, {cache.head_dim}], "
             f"not {list(query.shape)}"
         )
+    if impl is Impl.NUMBA and query.dtype not in (torch.float32, torch.bfloat16):
+        raise KernelError(f"numba's kernels read float32 and bfloat16, not {query.dtype}")
     if query.dtype != cache.kv.dtype or query.device != cache.kv.device:
         raise KernelError(
             f"the query is {query.dtype} on {query.device}, "

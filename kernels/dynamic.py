@@ -87,12 +87,13 @@ def select(
         policy: the budget.
         scale: factor on the scores.
         phases: notes the time of scoring and of selecting, where it is on.
-        impl: backend. Budgets that none of Triton's programs can hold (more than 16,384 keys) are
-            chosen by the torch operations under it too.
+        impl: backend. Budgets that none of Triton's programs can hold (more than 16,384 keys), and
+            draws on a CPU, go through torch's operations under it too.
 
     Returns:
         The choice; the recent window (64 to 127 keys) and the visible sinks are always in it. It
-        depends on a row's own keys and position alone, never on other rows or on chunk sizes.
+        depends on a row's own keys and position alone, never on other rows or on chunk sizes, but
+        for the order in which a GPU's programs add.
     """
     run = partial(_select, policy=policy, scale=scale, phases=phases or Phases(), impl=impl)
     visible = (rows.lengths - rows.starts).tolist()
@@ -131,13 +132,18 @@ def _select(
     fused = _fused(impl, policy, keys)
     if fused is not None:
         each = scan_bytes(query.shape[1], keys) + policy.draws * query.shape[1] * cache.head_dim
+        together = at_once(query.device, each)
+        if impl is Impl.TRITON:
+            from kernels.gpu.select import at_once as at_once_on_gpu
+
+            together = at_once_on_gpu(rows, each)
         return _join(
             [
                 Choice(
                     *fused(query[part], cache, piece, policy, scale, phases, whole=whole),
                     policy.draws if policy.remainder else 0,
                 )
-                for part, piece in rows.pieces(at_once(query.device, each))
+                for part, piece in rows.pieces(together)
             ]
         )
     drawn = policy.draws * cache.kv_heads * cache.head_dim  # values of a row

@@ -71,12 +71,12 @@ def rest_of(
     From the codes of the keys; the recent window is scored exactly.
     """
     if impl is Impl.TRITON:
-        from kernels.gpu.select import mass_left  # a CPU has no Triton
+        from kernels.gpu import select as gpu  # a CPU has no Triton
 
         each = scan_bytes(query.shape[1], int(rows.visible.max()))
         lefts = [
-            mass_left(query[part], cache, piece, selection.rows(part.start, part.stop), scale)
-            for part, piece in rows.pieces(at_once(query.device, each))
+            gpu.mass_left(query[part], cache, piece, selection.rows(part.start, part.stop), scale)
+            for part, piece in rows.pieces(gpu.at_once(rows, each))
         ]
         return Choice(selection, torch.cat(lefts))
     if impl is Impl.NUMBA:

@@ -77,7 +77,7 @@ class Dynamic:
     @property
     def candidates(self) -> int:
         """Most keys of a long context that are scored exactly, besides the recent window."""
-        return self.rescored * self.max_keys
+        return max(self.rescored * self.max_keys, self.sinks)
 
     def scores_all(self, keys: int) -> bool:
         """Whether every one of `keys` keys is scored exactly."""

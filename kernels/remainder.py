@@ -71,7 +71,7 @@ def mean_value(
     mean = mean.view(kv_heads, sequences, queries, group, -1)
     mean = mean.permute(1, 2, 0, 3, 4).reshape(count, kv_heads * group, -1)
     if draws:
-        share = mass.scatter(-1, offset, mass.gather(-1, offset) - taken)
+        share = mass.scatter_add(-1, offset, -taken).clamp_min_(0)
         unread = torch.arange(keys, device=first.device) >= recent[:, None] * PAGE
         share = share.masked_fill_(unread[:, None, None], 0.0)
         share /= share.sum(-1, keepdim=True).clamp_min(1e-30)

@@ -42,7 +42,7 @@ def _kernel(version: int) -> Any:
         _part: int, start: int, stop: int,
     ) -> None:  # fmt: skip
         """Rows and KV heads `start` to `stop`, head by head."""
-        assert version
+        _ = version
         rows, kv_heads = counts.shape
         group, head_dim = queries.shape[1] // kv_heads, queries.shape[2]
         query = np.empty((group, head_dim), np.float32)

@@ -50,7 +50,7 @@ def _kernel(version: int) -> Any:
         counts: Any, rest: Any, _part: int, start: int, stop: int,
     ) -> None:  # fmt: skip
         """Rows and KV heads `start` to `stop`, head by head."""
-        assert version
+        _ = version
         rows, kv_heads = counts.shape
         group = queries.shape[1] // kv_heads
         query = np.empty((group, queries.shape[2]), np.float32)

@@ -58,7 +58,7 @@ def level_query(query: Any, rotation: Any, planes: Any, level: Any) -> None:
         most, square = _ZERO, _ZERO
         for channel in range(head_dim):
             size = abs(turned[channel])
-            most = most if size <= most else size  # a nan, too
+            most = size if size > most or size != size else most  # a nan stays
             square += query[head, channel] * query[head, channel]
         step = most / _MIDDLE if not most < np.float32(1e-30) else np.float32(1e-30)
         total = 0

@@ -113,7 +113,8 @@ def _multiply(query: Tensor, cache: LayerCache, rows: Rows, scale: float, scores
         stored = keys_of_pages(cache, rows.block_tables[sequence, :last])
         for head in range(kv_heads):
             own = grouped[sequence, :, head].reshape(rows.queries * group, -1)
-            product = (own @ stored[head].T).view(rows.queries, group, -1)
+            # In float32, whatever the cache's dtype: as a row alone is scored.
+            product = (own.float() @ stored[head].float().T).view(rows.queries, group, -1)
             torch.mul(product, left, out=scores[head, part, :, : last * PAGE])
 
 
@@ -130,7 +131,7 @@ def _kernels(version: int, whole: bool) -> tuple[Any, Any]:
         peak: Any, _part: int, start: int, stop: int,
     ) -> None:  # fmt: skip
         """Blocks `start` to `stop` of all rows and KV heads."""
-        assert version
+        _ = version
         rows, group, blocks = queries.shape[0], peak.shape[2], peak.shape[3]
         query = np.empty((group, queries.shape[2]), np.float32)
         planes = np.empty((group, 4, words_), np.int64)
@@ -158,7 +159,7 @@ def _kernels(version: int, whole: bool) -> tuple[Any, Any]:
         part: int, start: int, stop: int,
     ) -> None:  # fmt: skip
         """Rows and KV heads `start` to `stop`, head by head: rows of one share what they read."""
-        assert version
+        _ = version
         rows, group = queries.shape[0], peak.shape[2]
         query = np.empty((group, queries.shape[2]), np.float32)
         planes = np.empty((group, 4, words_), np.int64)

@@ -159,7 +159,7 @@ def _dense(
         position = block + tl.arange(0, BLOCK)
         page = tl.load(table + position // PAGE, position < end, 0)
         data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
-        loaded = (position < end)[:, None] & (channel < DIM)[None]
+        loaded = ((position >= begin) & (position < end))[:, None] & (channel < DIM)[None]
         keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, loaded, 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])

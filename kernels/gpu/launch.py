@@ -1,7 +1,7 @@
 """How much of a kernel's work one program takes.
 
 No kernel is compiled anew for a length that happens to be 1 or a multiple of 16: what differs from
-step to step is named in its `do_not_specialize`.
+step to step is named in its `do_not_specialize`. Sizes that are compiled in are powers of two.
 """
 
 from __future__ import annotations

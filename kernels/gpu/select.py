@@ -16,6 +16,7 @@ from kernels.gpu.scan import scan
 from kernels.gpu.score import score_chosen, score_run
 from kernels.page import PAGE
 from kernels.selection import unselected
+from kernels.torch_backend import at_once as rows_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from kernels.policy import Dynamic
     from kernels.selection import Selection
     from kernels.timing import Phases
+
+
+def at_once(rows: Rows, each: int) -> int:
+    """How many rows of `each` bytes are selected for together.
+
+    Those of one sequence alone where a window moves the first key: the scores span the keys of all.
+    """
+    most = rows_at_once(rows.lengths.device, each)
+    return min(most, rows.queries) if bool(rows.starts.any()) else most
 
 
 def fits(policy: Dynamic, keys: int) -> bool:
@@ -50,6 +60,7 @@ def select(
         The selection; float32 [rows, heads], the log of the mass left out; and, where the policy
         wants it, float32 [rows, heads, head_dim], the mean value of what was left out.
     """
+    query = query.contiguous()
     score, choice = (partial(phases.time, name, query.device) for name in ("score", "select"))
     count, heads, head_dim = query.shape
     with score():
@@ -93,7 +104,7 @@ def mass_left(
 
     From the codes of the keys; the recent window is scored exactly.
     """
-    found = _estimate(query, cache, rows, scale)
+    found = _estimate(query.contiguous(), cache, rows, scale)
     recent = found.near.masked_fill(
         ~unselected(selection.indices, NEAR, found.stops[:, None, None])[:, :, None], -torch.inf
     ).logsumexp(-1)  # [rows, kv_heads, group]

@@ -96,6 +96,8 @@ class Trainer:
         }
         self._earlier_log: str | None = None  # of a new run: the log that its own goes on from
         self._resume()
+        if plan.blend < 1 and "blend" not in self._facts:
+            self._check_start()
         device = torch.cuda.get_device_name() if cuda else "CPU"
         self._facts |= {
             "device": f"{ranks.world} x {device}" if ranks.world > 1 else device,
@@ -141,6 +143,7 @@ class Trainer:
         self.save()
         if self.finished:
             self._blend()
+            self.save()  # blended: what goes on from here must not blend again
             self.export()  # first without a last check, so that a cut piece leaves a checkpoint
             if self._settings.deadline - time.monotonic() > 0:
                 self._check(self._lengths(), final=True)
@@ -217,13 +220,21 @@ class Trainer:
         self._earlier_log = start.log
         print(f"started from the weights of {folder}")
 
+    def _check_start(self) -> None:
+        """A plan that ends near its start's weights needs them then, unchanged."""
+        start, out = self._settings.start, self._settings.out
+        if start is None or start.resolve() == out.resolve():
+            raise TrainingError(
+                f"The plan {self._plan.name!r} ends near its start's weights: name them with "
+                "--start at every piece, and another folder with --out."
+            )
+
     def _blend(self) -> None:
         """Keep the plan's share of the change; once, whoever ends the run."""
         share, folder = self._plan.blend, self._settings.start
         if share == 1.0 or "blend" in self._facts:
             return
-        if folder is None:
-            raise TrainingError("The plan ends near its start's weights: name it with --start.")
+        assert folder is not None  # checked before the training
         start = read_start(folder, self._plan.shape)
         blend_weights(dict(self._model.named_parameters()), start.weights, share)
         self._facts["blend"] = share

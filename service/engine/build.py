@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels import dynamic, judge
-from kernels.attention import Impl, selected_attention
+from kernels.attention import Impl, dense_decode, selected_attention
 from kernels.cache import LayerCache, Rows
 from kernels.page import PAGE
 from kernels.policy import Dynamic
@@ -98,7 +98,12 @@ def build_engine(config: ServiceConfig) -> Engine:
 
 
 def warm_up(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Select and attend once, so that no request waits for what is compiled at its first use."""
+    """Select and attend once: most of what is compiled at its first use no request waits for.
+
+    Triton's launches go to the thread's current device, which is this one from here on.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     impl = Impl.of(device, dtype)
     cache = LayerCache.allocate(4, model.kv_heads, model.head_dim, dtype, device)
     pages = torch.arange(4, device=device)
@@ -106,10 +111,11 @@ def warm_up(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Non
     lengths = pages[:1] + 4 * PAGE
     rows = Rows(pages[None], lengths, lengths - lengths)
     query = torch.ones(1, model.heads, model.head_dim, dtype=dtype, device=device)
-    for policy in (Dynamic(), Dynamic(whole=0, max_keys=PAGE, min_keys=0)):
+    for policy in (Dynamic(), Dynamic(whole=0)):
         choice = dynamic.select(query, cache, rows, policy, 1.0, impl=impl)
         selected_attention(query, cache, rows, choice.selection, 1.0, impl)
         judge.rest_of(query, cache, rows, choice.selection, 1.0, impl)
+    dense_decode(query, cache, rows, 1.0, impl)
 
 
 def device_name(name: str) -> str:

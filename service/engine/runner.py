@@ -161,6 +161,8 @@ class Runner:
         return Fallback.LOW_COVERAGE if floor > 0 and coverage.mean() < floor else None
 
     def _forward(self, work: Seq[Work]) -> list[Outcome]:
+        if self._device.type == "cuda":  # of this thread: where Triton launches
+            torch.cuda.set_device(self._device)
         step = build_step(work, self._device)
         self._sparse_steps += bool(step.sparse)
         due = (self._sparse_steps - 1) % self._audit_every == 0

@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One document of a cell; what is measured of it depends on nothing else."""
+    """One document of a cell; what is measured of it depends on nothing else, but for rounding."""
 
     cell: Cell
     document: int

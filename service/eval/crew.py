@@ -9,6 +9,7 @@ import threading
 import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -83,6 +84,8 @@ class Crew(Generic[Task, Found]):
                 process.join(GOODBYE)
             process.terminate()
         for process in self._processes.values():
+            process.join(GOODBYE)
+            process.kill()
             process.join()
 
     def give(self, task: Task) -> None:
@@ -145,16 +148,21 @@ def _live(make: Callable[[], Callable[[Task], Found]], pipe: Connection) -> None
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Its default is a lock between processes, which would outlive one that is stopped.
     tqdm.set_lock(threading.RLock())
+    do = _tried(make)
+    said: object = do if isinstance(do, _Failure) else None
     # The owner may be gone in the middle of a task: then nobody is to hear of it.
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            do = make()
-            pipe.send(None)
-            while True:
-                pipe.send(do(pipe.recv()))
-        except SaccadeError as error:
-            pipe.send(_Failure(str(error), expected=True))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
-        except Exception:  # noqa: BLE001  whatever it is, the parent must hear of it
-            pipe.send(_Failure(f"a process failed:\n{traceback.format_exc()}", expected=False))
+        pipe.send(said)
+        while not isinstance(do, _Failure) and not isinstance(said, _Failure):
+            said = _tried(partial(do, pipe.recv()))
+            pipe.send(said)
+
+
+def _tried(work: Callable[[], Found]) -> Found | _Failure:
+    """What comes of some work, whatever it is: the owner must hear of it."""
+    try:
+        return work()
+    except SaccadeError as error:
+        return _Failure(str(error), expected=True)
+    except Exception:  # noqa: BLE001  see above
+        return _Failure(f"a process failed:\n{traceback.format_exc()}", expected=False)

@@ -98,11 +98,11 @@ class Drawer:
         )
 
     def _reserve(self, task: Task) -> int:
-        """Tokens of a prompt that are not the document's: its longest question, the template."""
+        """Tokens that are not the document's: of its longest question, the template, the answer."""
         if task.name not in self._reserves:
             some = task.make(np.random.default_rng(0), Source(self._encode), 2048, 1)
             [prompt] = prompt_tokens(self._tokenizer, Document("", some.questions))
-            self._reserves[task.name] = len(prompt) + 16
+            self._reserves[task.name] = len(prompt) + 16 + task.answer_tokens
         return self._reserves[task.name]
 
     def _bytes(self, tokens: Sequence[int], counted: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -68,6 +69,9 @@ class Evaluation:
         """
         return {
             "model": name,
+            "weights": fingerprint(self.model),
+            "dtype": self.dtype,
+            "load_format": self.load_format,
             "seed": self.seed,
             "questions": self.questions,
             "text": None if text_dir is None else text_dir.name,
@@ -81,7 +85,7 @@ class Evaluation:
         Raises:
             SaccadeError: a document failed, a process died, or the model holds no such context.
         """
-        wanted = [cell for cell in cells if not results.has(cell)]
+        wanted = [cell for cell in dict.fromkeys(cells) if not results.has(cell)]
         if not wanted:
             return
         longest = max(cell.context for cell in wanted)
@@ -103,11 +107,19 @@ class Evaluation:
                 if len(filled[cell]) == cell.documents:
                     # By number: the faster of two workers must not change the sums.
                     ordered = [one for _, one in sorted(filled.pop(cell).items())]
-                    results.add(
-                        record_cell(cell.task, cell.context, ordered, passages=cell.passages)
-                    )
+                    records = record_cell(cell.task, cell.context, ordered, passages=cell.passages)
+                    results.add([replace(r, own_text=cell.own_text) for r in records])
                     if output is not None:
                         results.save(output)
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a checkpoint from another of its name: of its files' sizes and first mebibytes."""
+    found = sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with file.open("rb") as opened:
+            found.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 20))
+    return found.hexdigest()[:16]
 
 
 def texts_of(folder: Path | None) -> tuple[str, ...]:

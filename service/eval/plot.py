@@ -90,7 +90,7 @@ def draw(records: Sequence[Record], file: Path) -> None:
             for kind in kinds
         ),
     ]
-    if "majority" in tasks:
+    if any(r.task == "majority" and family(r.policy) == "dynamic:k" for r in records):
         label = "top-k, expected"
         handles.append(Line2D([], [], color="#555555", linestyle="--", linewidth=1, label=label))
     if handles:

@@ -77,6 +77,8 @@ class Record:
         loss: accuracy that dense has more, on the same questions; for passages bits per byte that
             dense needs less. None for dense itself, and where dense was not measured beside it.
         loss_low, loss_high: its 95% interval, by document.
+        own_text: whether the text was the user's own.
+        commit, machine: what measured it; records of one file may be of several.
         scores: of each document references found and asked for; for passages bits and bytes.
     """
 
@@ -100,6 +102,9 @@ class Record:
     loss: float | None = None
     loss_low: float | None = None
     loss_high: float | None = None
+    own_text: bool = False
+    commit: str = ""
+    machine: str = ""
     scores: Sequence[Sequence[float]] = ()
 
 

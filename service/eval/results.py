@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ class Results:
     """Records with what is needed to make them again.
 
     Attributes:
-        command: as it was typed.
-        settings: what the records depend on besides the command's cells.
+        command: as it was typed, the last time.
+        settings: what the records depend on besides their cell, the commit and the machine.
+        commit, machine: of this run; every record keeps its own.
     """
 
     command: str
@@ -69,7 +70,8 @@ class Results:
         found = {
             r.policy
             for r in self.records
-            if (r.task, r.context, r.documents) == (cell.task, cell.context, cell.documents)
+            if (r.task, r.context, r.documents, r.own_text)
+            == (cell.task, cell.context, cell.documents, cell.own_text)
             and r.scores
             and (r.loss is not None or r.policy == "dense" or "dense" not in wanted)
         }
@@ -90,8 +92,9 @@ class Results:
             and not (r.loss is not None and (r.task, r.context) in denser)
         ]
         order = {name: number for number, name in enumerate(TASKS)}
+        made = [replace(r, commit=self.commit, machine=self.machine) for r in records]
         self.records = sorted(
-            [*kept, *records], key=lambda r: (r.context, order.get(r.task, len(order)), r.task)
+            [*kept, *made], key=lambda r: (r.context, order.get(r.task, len(order)), r.task)
         )
 
     def save(self, file: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from kernels.cache import LayerCache
 from kernels.page import PAGE
+from service.engine.sequence import TAIL
 from service.errors import GenerationError
 
 if TYPE_CHECKING:
@@ -87,4 +88,4 @@ def _step(config: ModelConfig, dtype: torch.dtype) -> int:
     inner = config.heads * config.head_dim
     numbers = 3 * config.intermediate_size + 4 * config.hidden_size + 4 * inner
     tokens = STEP_BYTES // (numbers * dtype.itemsize)
-    return max(PAGE, min(GPU_STEP, tokens // PAGE * PAGE))
+    return max(TAIL, min(GPU_STEP, tokens // PAGE * PAGE))  # no prompt's tail is cut

@@ -121,7 +121,8 @@ def examine(
         return
     drawers = max(1, min(drawers, sum(len(batch.numbers) for batch in batches)))
     devices = _devices(device, workers)
-    works = [partial(_worker, setup, one, devices.count(one)) for one in devices]
+    threads = max(1, torch.get_num_threads() // workers) if device.type == "cpu" else 1
+    works = [partial(_worker, setup, one, devices.count(one), threads) for one in devices]
     with Crew("drawer", [drawing.drawer] * drawers) as drawn, Crew("worker", works) as worked:
         yield from _through(batches, drawn, worked, ahead=workers + 1)
 
@@ -131,7 +132,7 @@ def default_drawers(device: torch.device, workers: int) -> int:
 
     A CPU takes far longer to answer than to draw, and has no core to spare.
     """
-    return 0 if device.type == "cpu" else max(1, (os.cpu_count() or 1) - workers)
+    return 0 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - workers)
 
 
 def _batches(cells: Sequence[Cell], questions: int, device: torch.device) -> list[Batch]:
@@ -196,9 +197,9 @@ def _devices(device: torch.device, workers: int) -> list[torch.device]:
 
 
 def _worker(
-    setup: Setup, device: torch.device, sharing: int
+    setup: Setup, device: torch.device, sharing: int, threads: int
 ) -> Callable[[Batch], list[list[DocumentScore]]]:
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     examiner = setup.examiner(device, sharing)

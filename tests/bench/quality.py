@@ -15,6 +15,7 @@ import json
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,17 +88,41 @@ UNTOLD = ("--output", "--commit", "--plot")  # options that say nothing about th
 def section(saved: dict[str, Any]) -> str:
     """The section's text, markers not included."""
     settings, torch = saved["settings"], saved["versions"]["torch"]
-    first, *rest = tables([Record(**record) for record in saved["records"]])
+    records = [Record(**record) for record in saved["records"]]
+    first, *rest = tables(records)
+    made = "; ".join(dict.fromkeys(f"{r.machine}, commit {r.commit}" for r in records))
     parts = [
         first,
         f"![Accuracy against density]({PLOT.relative_to(ROOT).as_posix()})",
         *rest,
+        _missing(records),
         f"```sh\n{_command(saved['command'])}\n```",
-        f"({saved['machine']}, torch {torch}, commit {saved['commit']}, {saved['date']}, seed "
-        f"{settings['seed']}; every row, with its interval:\n"
-        f"[{RESULTS.name}]({RESULTS.relative_to(ROOT).as_posix()}).)",
+        f"({made}, torch {torch}, {saved['date']}, seed {settings['seed']}; every row, with its "
+        f"interval:\n[{RESULTS.name}]({RESULTS.relative_to(ROOT).as_posix()}).)",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _missing(records: Sequence[Record]) -> str:
+    """What the command measures and the results do not hold yet."""
+    found = {(r.task, r.context, r.policy) for r in records}
+    missing: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for part in PARTS:
+        for context in part.contexts:
+            for task in part.tasks:
+                if not found.issuperset((task, context, policy) for policy in part.policies):
+                    missing[part.name, task].append(context)
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for (name, task), contexts in missing.items():
+        alike[name, tuple(sorted(contexts))].append(f"`{task}`")
+    named = [
+        f"{name}, {', '.join(tasks)} at {' and '.join(f'{n:,}' for n in contexts)}"
+        for (name, contexts), tasks in alike.items()
+    ]
+    if not named:
+        return ""
+    lines = ";\n".join(named)
+    return f"Not measured yet, of the command's parts:\n{lines}."
 
 
 def rendered(readme: str, saved: dict[str, Any]) -> str:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 JUDGED = "dynamic:coverage=0.98"
 """The policy that the criterion is about."""
 DENSITY = {32_768: 0.05, 65_536: 0.03}
-"""Its highest mean density by context; its pooled loss may be 1 point, and 3 points the upper bound
-of a task's."""
+"""Its highest mean density by context."""
+LOSS, BOUND = 0.01, 0.03
+"""Its highest pooled loss, and the highest upper bound of a task's."""
 
 
 def tables(records: Sequence[Record]) -> list[str]:
@@ -74,15 +75,22 @@ def _criterion(records: Sequence[Record]) -> str:
             and r.accuracy is not None
             and (r.task, r.context) in good
         )
-        loss, bound = (f"{100 * round(value, 3):.1f} points" for value in (row.loss, worst))
+        most = DENSITY[row.context]
+        loss, bound = (f"{100 * float(_signed(value)):.1f}" for value in (row.loss, worst))
         said.append(
-            f"at {row.context:,} tokens\n{loss} of accuracy are lost (at most 1) at a mean density "
-            f"of {row.density:.1%} (at most {DENSITY[row.context]:.0%}), and the\nhighest upper "
-            f"bound of a task's loss is {bound} (`{task}`; at most 3)"
+            f"at {row.context:,} tokens\n{loss} points of accuracy are lost "
+            f"({_met(row.loss <= LOSS, 'at most 1')}) at a mean density of {row.density:.1%} "
+            f"({_met(row.density <= most, f'at most {most:.0%}')}), "
+            f"and\nthe highest upper bound of a task's loss is {bound} points, of `{task}` "
+            f"({_met(worst <= BOUND, 'at most 3')})"
         )
     if not said:
         return ""
     return f"What is asked of `{JUDGED}`, in brackets, and what it does: {'; '.join(said)}."
+
+
+def _met(holds: bool, most: str) -> str:
+    return most if holds else f"{most}: missed"
 
 
 def _dense(records: Sequence[Record]) -> str:
@@ -160,10 +168,10 @@ def _majority(records: Sequence[Record]) -> str:
     ]
     names = ("context", "policy", "answers", "accuracy", "expected", "loss", "density", "fallbacks")
     return _table(
-        "`majority` asks which of two verdicts has more votes, of which few keys show few. What "
-        "plain top-k is\nexpected to answer right follows from how many votes it sees; with "
-        "`min_coverage` tokens fall back to dense\nattention where little of the mass is known to "
-        "be covered:",
+        "`majority` asks which of two verdicts has more votes, of which few keys show few. "
+        "Expected of plain top-k is\nwhat an ideal reader of as many votes would answer right, and "
+        "its bound; with `min_coverage` the tokens\nwhose estimated coverage is less fall back to "
+        "dense attention, all of them where the density is 100%:",
         names,
         rows,
     )
@@ -202,7 +210,8 @@ def _coverage(records: Sequence[Record]) -> str:
     names = ("exact coverage", "error of the estimate", "of the best constant", "ratio")
     return _table(
         "How well the estimated coverage is known, mean over layers, tokens and heads of every "
-        "fourth step, which\nalso read all keys (the best constant is each task's own):",
+        "fourth step (the\nfirst is a prompt's last 128 tokens), which also read all keys; the "
+        "best constant is each task's own:",
         ("context", "policy", *names, "too high by 0.05"),
         rows,
     )

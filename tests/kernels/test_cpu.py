@@ -194,3 +194,21 @@ def test_short_rows_and_the_edges_of_pages_and_blocks(paged, length):
         actual, expected = both(query, case, policy)
         assert_alike(actual.selection, expected.selection)
         torch.testing.assert_close(actual.log_rest, expected.log_rest, atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_of_a_sequence_are_chosen_as_each_alone(paged, dtype):
+    """From four rows on one product scores their keys; it rounds no more than a row's own."""
+    case = paged([3000], 2, 48, dtype, queries=5)
+    policy, query = Dynamic(coverage=0.9, min_keys=150, max_keys=300), case.query(2)
+    together = dynamic.select(query, case.cache, case.rows, policy, SCALE, impl=Impl.NUMBA)
+    for row in range(5):
+        one = case.rows.only(torch.tensor([row]))
+        alone = dynamic.select(
+            query[row : row + 1], case.cache, one, policy, SCALE, impl=Impl.NUMBA
+        )
+        for head in range(2):
+            some = together.selection.indices[row, head].tolist()
+            other = alone.selection.indices[0, head].tolist()
+            assert len(set(some) ^ set(other)) <= 2
+        torch.testing.assert_close(alone.log_rest[0], together.log_rest[row], atol=1e-3, rtol=1e-4)

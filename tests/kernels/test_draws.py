@@ -84,3 +84,35 @@ def test_nothing_is_drawn_where_nothing_is_left_out():
     choice = dynamic.select(query, cache, rows, policy, SCALE)
     assert choice.read(rows.visible).tolist() == [[128]]
     assert not choice.rest.any()
+
+
+@pytest.mark.parametrize("impl", [Impl.TORCH, Impl.NUMBA, Impl.TRITON])
+@pytest.mark.parametrize("whole", [0, 16_384])
+def test_what_is_selected_is_never_drawn(paged, impl, whole):
+    """A sink of great mass and value, in rows that select different numbers of keys."""
+    case = paged([1500, 1000, 700], 2, 32, torch.float32, queries=2)
+    for table in case.tables:
+        case.cache.kv[:, table[0], 0] = torch.tensor([4.0, 50.0])[:, None]
+        case.cache.code(torch.tensor(table[:1]))
+    query = case.query(2).abs()
+    means = []
+    for draws in (0, 64):
+        policy = Dynamic(coverage=0.9, min_keys=0, max_keys=150, whole=whole, draws=draws)
+        means.append(dynamic.select(query, case.cache, case.rows, policy, SCALE, impl=impl).rest)
+    assert means[1].abs().max() < 4  # a normal value's size; the sink's is 50
+    assert (means[1] - means[0]).abs().max() < 3
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_triton_selects_under_windows_far_apart(paged, queries):
+    case = paged([300, 6000], 1, 32, torch.float32, queries=queries)
+    rows = case.rows.within(256)
+    query = case.query(2)
+    policy = Dynamic(coverage=0.8, min_keys=0, max_keys=150, draws=32)
+    one, two = (
+        dynamic.select(query, case.cache, rows, policy, SCALE, impl=impl)
+        for impl in (Impl.TORCH, Impl.TRITON)
+    )
+    assert torch.equal(one.selection.counts, two.selection.counts)
+    torch.testing.assert_close(one.log_rest, two.log_rest, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(one.rest, two.rest, atol=2e-2, rtol=2e-2)

@@ -145,10 +145,27 @@ def test_a_plan_may_keep_a_share_of_what_it_changed(checkpoint, text, tmp_path, 
     assert runs[-1]["blend"] == 0.25
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "25% of its change of the weights kept" in card
-    # The state is that of the training: what goes on from it blends again, and needs the start.
+    # The state is blended too: what goes on from it has no need of the start, and exports the same.
     again = Settings(tmp_path / "out", tmp_path / "state", 0.0, 1, False)
-    with pytest.raises(TrainingError, match="--start"):
-        Trainer(plan, prepare(text, None, plan, tmp_path / "s2", again.state), again).run()
+    later = Trainer(plan, prepare(text, None, plan, tmp_path / "s2", again.state), again)
+    assert later.run()
+    later.export()
+    for (name, one), (_, two) in zip(
+        trainer.model.named_parameters(), later.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(one, two, msg=name)
+    log = (tmp_path / "out" / "training_log.jsonl").read_text(encoding="utf-8")
+    assert log.count('"blend"') == 1
+
+
+def test_a_plan_that_keeps_a_share_needs_its_start_and_another_folder(checkpoint, text, tmp_path):
+    _, start = checkpoint()
+    plan = replace(PLAN, minutes=0.0, blend=0.25)
+    data = prepare(text, None, plan, tmp_path / "scratch", tmp_path / "state", start)
+    for out, given in ((start, start), (tmp_path / "out", None)):
+        settings = Settings(out, tmp_path / "state", 0.0, 1, False, start=given)
+        with pytest.raises(TrainingError, match="--start"):
+            Trainer(plan, data, settings)
 
 
 def test_a_checkpoint_without_record_starts_a_run_too(checkpoint):

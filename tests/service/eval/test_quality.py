@@ -6,18 +6,23 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from service.eval import evaluation as evaluation_module
 from service.eval.cell import Cell
+from service.eval.evaluation import Evaluation
 from service.eval.record import Record
 from service.eval.results import Results
+from service.sparsity import SparsityConfig
 from tests.service.conftest import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 ABSENT = ("pydantic_settings", "ray", "fastapi", "uvicorn", "openai", "transformers")
-"""What the machine with the GPU does not have."""
+"""What a machine that only measures need not have."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,37 @@ def test_the_parts_are_what_was_asked_for(quality):
     documents = {(c.task, c.context): c.documents for c in cells if c.policies[0].name == "dense"}
     assert documents["needle", 4096] == 200 and documents["needle", 65_536] == 1000
     assert documents["majority", 32_768] == 250 and documents["variables", 65_536] == 100
+
+
+def test_the_results_can_be_gone_on_from_elsewhere_and_keep_their_origin(quality, tmp_path):
+    before = json.loads(quality.RESULTS.read_text())
+    copy = tmp_path / "quality.json"
+    copy.write_text(quality.RESULTS.read_text())
+    evaluation = Evaluation(quality.MODEL, torch.device("cpu"), quality.QUESTIONS, quality.SEED)
+    texts = Path(before["settings"]["text"])
+    settings = evaluation.settings(quality.MODEL.name, texts, SparsityConfig())
+    results = Results.start(copy, "another command", settings, "abcdef0", "Abacus")
+    old = results.records[0]
+    results.add([replace(old, policy="dynamic:k=64", loss=None)])
+    results.save(copy)
+    after = [Record(**record) for record in json.loads(copy.read_text())["records"]]
+    assert {r.machine for r in after if r.policy != "dynamic:k=64"} == {before["machine"]}
+    assert {(r.commit, r.machine) for r in after if r.policy == "dynamic:k=64"} == {
+        ("abcdef0", "Abacus")
+    }
+    section = quality.section(json.loads(copy.read_text()))
+    assert "Abacus, commit abcdef0" in section and before["machine"] in section
+
+
+def test_a_cell_that_is_named_twice_is_measured_once(quality, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        evaluation_module, "examine", lambda _s, _d, wanted, *_: iter(seen.append(wanted) or ())
+    )
+    cell = quality.cells_of(quality.PARTS)[0]
+    evaluation = Evaluation(quality.MODEL, torch.device("cpu"), 10, 0)
+    evaluation.fill([cell, cell], Results("", {}, "", ""), None)
+    assert seen == [[cell]]
 
 
 def test_an_interrupted_measurement_goes_on(quality, tmp_path, monkeypatch):
@@ -131,9 +167,9 @@ def test_every_table_says_what_its_records_say(quality):
     pooled, dense, cells, majority, coverage, text = quality.tables(records)
     lines = [line for line in pooled.splitlines() if line.startswith("| 32,768")]
     assert len(lines) == 2 and "160" not in pooled and "k=64" not in pooled
-    assert "\n10.0 points of accuracy are lost (at most 1) at a mean density of 2.0%" in pooled
+    assert "\n10.0 points of accuracy are lost (at most 1: missed) at a mean density" in pooled
     assert "65,536 tokens" in pooled and "(at most 3%)" in pooled
-    assert "15.0 points (`needles`; at most 3)" in pooled
+    assert "15.0 points, of `needles` (at most 3: missed)" in pooled
     assert "| task | 4,096 | 32,768 | 65,536 |" in dense and "| `needles` |  | 1.000 |" in dense
     assert "4,096" not in cells and "k=" not in cells
     assert majority.count("| 32,768 |") == 5 and "| 1,234 |" in majority

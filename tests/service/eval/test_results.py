@@ -122,7 +122,7 @@ def test_every_answer_counts_the_same_over_the_tasks_that_dense_solves():
 
 def cell(*policies, context=4096, documents=3):
     named = tuple(parse_policy(policy, SparsityConfig()) for policy in policies)
-    return Cell("needles", context, documents, named)
+    return Cell("needles", context, documents, named, own_text=False)
 
 
 def test_parts_of_a_cell_stand_side_by_side():
