@@ -87,8 +87,8 @@ def select(
         policy: the budget.
         scale: factor on the scores.
         phases: notes the time of scoring and of selecting, where it is on.
-        impl: backend. Budgets that none of Triton's programs can hold (more than 16,384 keys), and
-            draws on a CPU, go through torch's operations under it too.
+        impl: backend. Budgets that none of Triton's programs can hold (more than 16,384 keys)
+            go through torch's operations under it too.
 
     Returns:
         The choice; the recent window (64 to 127 keys) and the visible sinks are always in it. It
@@ -170,7 +170,7 @@ def _fused(
     if impl is Impl.NUMBA:
         from kernels.cpu.select import select as select_on_cpu  # numba takes a moment
 
-        return select_on_cpu if policy.draws == 0 else None
+        return select_on_cpu
     if impl is Impl.TRITON:
         from kernels.gpu.select import fits, select  # a CPU has no Triton
 

@@ -54,7 +54,7 @@ class Dynamic:
     worth: float = 2.0
     sinks: int = 16
     remainder: bool = True
-    draws: int = 0
+    draws: int = 256
     rescored: int = 2
     whole: int = 16_384
 

@@ -109,6 +109,14 @@ class LayerAttention:
         self, query: Tensor, cache: LayerCache, group: SparseGroup, recorder: Recorder
     ) -> Tensor:
         rows = group.rows.within(self.window)
+        if self.layer < group.dense_layers:
+            output, lse = dense_decode(query, cache, rows, self.scale, self.impl)
+            keys, certain = rows.visible[:, None].expand(-1, cache.kv_heads), torch.ones_like(lse)
+            exact = certain if recorder.audit else None
+            recorder.entries.append(
+                Entry(self.layer, group.tokens, keys, rows.visible, certain, exact)
+            )
+            return output
         output = torch.empty_like(query)
         for part, piece in rows.pieces(self._rows_at_once(cache, rows, group.policy)):
             choice = self._choose(query[part], cache, piece, group.policy, recorder.phases)

@@ -35,6 +35,7 @@ class SparseGroup:
     rows: Rows
     tokens: Tensor  # int64 [rows]  place of each row in the step
     policy: Dynamic | Fixed
+    dense_layers: int = 0  # the model's first layers, which attend densely nevertheless
 
 
 @dataclass(frozen=True, slots=True)

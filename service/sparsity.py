@@ -25,11 +25,12 @@ class SparsityConfig(BaseModel):
         default=True, description="keys not selected count through the means of their pages' values"
     )
     draws: int = Field(
-        default=0,
+        default=256,
         ge=0,
         le=MAX_DRAWS,
         description="unselected values, drawn by their mass, that correct these means",
     )
+    dense_layers: int = Field(default=0, ge=0, description="so many first layers attend densely")
     min_coverage: float = Field(
         default=0.0,
         ge=0,
@@ -66,6 +67,7 @@ class SparsityConfig(BaseModel):
             max_keys=self.max_keys,
             remainder=self.remainder,
             draws=self.draws,
+            dense_layers=self.dense_layers,
             min_coverage=self.min_coverage,
             pattern=self.pattern,
             allow_brownout=self.allow_brownout,

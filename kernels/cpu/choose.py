@@ -159,7 +159,10 @@ def choose_of_likely(
             own[reader, few[number]] = _ZERO
         rest[reader] = np.log(total_of(scores[reader]) + outer[reader]) + top[reader]
         for number in range(many):
-            left[reader, likely[number] >> 6] += own[reader, number]
+            key = likely[number]
+            left[reader, key >> 6] += own[reader, number]
+            unit = factor[reader, key // (BLOCK * 64)]
+            mass[reader, key] = own[reader, number] / unit if unit > 0 else _ZERO
     for number in range(sinks):
         indices[number] = first + likely[number]
     for number in range(chosen):
@@ -168,15 +171,23 @@ def choose_of_likely(
 
 
 @jit
-def mean_left(keys: Keys, place: Place, left: Any, mean: Any) -> None:
-    """Means of the pages' values, weighted with `left` [group, pages], to `mean` [group, d]."""
+def mean_left(keys: Keys, place: Place, left: Any, unit: Any, mean: Any) -> None:
+    """Means of the pages' values.
+
+    Args:
+        keys: the cache.
+        place: the row and KV head.
+        left: float32 [group, pages], their weights; out: shares of their sum.
+        unit: float32 [group], out: a unit's share of it.
+        mean: float32 [group, head_dim], out.
+    """
     group, pages = left.shape
     cached = np.empty(pages, np.int64)
     for page in range(pages):
         table = keys.tables[place.row // keys.queries]
         cached[page] = table[place.first + page] + place.head * keys.pages
     for reader in range(group):
-        part = _ONE / max(total_of(left[reader]), np.float32(1e-30))
+        unit[reader] = part = _ONE / max(total_of(left[reader]), np.float32(1e-30))
         for page in range(pages):
             left[reader, page] *= part
         for channel in range(mean.shape[1]):

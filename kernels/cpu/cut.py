@@ -27,6 +27,7 @@ class Budget(NamedTuple):
     sinks: int
     candidates: int
     remainder: bool
+    draws: int
 
 
 @jit

@@ -22,6 +22,7 @@ from kernels.cpu.choose import (
     unite,
 )
 from kernels.cpu.cut import Budget
+from kernels.cpu.draw import correct
 from kernels.cpu.keys import Keys, arrays, numbers, place_of
 from kernels.cpu.launch import entry, in_threads, sources
 from kernels.cpu.scan import BLOCK, level_query, load_query, scan_codes, scan_keys
@@ -74,7 +75,7 @@ def select(
     mean = torch.empty(count if policy.remainder else 0, heads, head_dim)
     budget = Budget(
         policy.coverage, policy.worth, policy.min_keys, policy.max_keys, policy.sinks,
-        policy.candidates, policy.remainder,
+        policy.candidates, policy.remainder, policy.draws,
     )  # fmt: skip
     threads = torch.get_num_threads()
     blocks = -(-pages // BLOCK)
@@ -165,6 +166,7 @@ def _kernels(version: int, whole: bool) -> tuple[Any, Any]:
         planes = np.empty((group, 4, words_), np.int64)
         level = np.empty((3, group), np.float32)
         top, share = np.empty(group, np.float32), np.empty(group, np.float32)
+        unit_share = np.empty(group, np.float32)
         for unit in range(start, stop):
             head, row = unit // rows, unit % rows
             place = place_of(keys, head, row)
@@ -205,7 +207,10 @@ def _kernels(version: int, whole: bool) -> tuple[Any, Any]:
             for empty in range(chosen, target.shape[0]):
                 target[empty] = -1
             if budget.remainder:
-                mean_left(keys, place, left, mean[row, head * group : head * group + group])
+                means = mean[row, head * group : head * group + group]
+                mean_left(keys, place, left, unit_share, means)
+                if budget.draws > 0:
+                    correct(keys, place, budget.draws, own, factor, unit_share, left, means)
 
     return scan_blocks, select_rows
 

@@ -70,6 +70,7 @@ class SparsityRequest(_Request):
     max_keys: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     remainder: bool | None = None
     draws: Annotated[int, Field(ge=0, le=MAX_DRAWS)] | None = None
+    dense_layers: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
     pattern: Annotated[str, Field(max_length=256)] | None = None
     allow_brownout: bool | None = None

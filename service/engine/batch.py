@@ -59,7 +59,7 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
     filled: list[int] = []
     dense: list[DenseGroup] = []
     alone: list[_Span] = []
-    sparse: dict[tuple[Dynamic | Fixed, int], list[_Span]] = defaultdict(list)
+    sparse: dict[tuple[Dynamic | Fixed, int, int], list[_Span]] = defaultdict(list)
     for item in work:
         sequence = item.sequence
         for span in _spans(item, len(tokens)):
@@ -70,7 +70,8 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
                 segment = Segment.of(sequence.pages, span.start, count, device)
                 dense.append(DenseGroup(segment, span.first))
             else:
-                sparse[policy_of(sequence, span.mode), count].append(span)
+                policy = policy_of(sequence, span.mode)
+                sparse[policy, sequence.request.sparsity.dense_layers, count].append(span)
         # Page by page: token by token would take a large part of a long prompt's step.
         first, last = item.start // PAGE, -(-item.stop // PAGE)
         of_pages = [
@@ -90,7 +91,8 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
         dense=tuple(dense),
         alone=DenseRows(*_rows(alone, device)) if alone else None,
         sparse=tuple(
-            SparseGroup(*_rows(spans, device), policy) for (policy, _), spans in sparse.items()
+            SparseGroup(*_rows(spans, device), policy, dense_layers)
+            for (policy, dense_layers, _), spans in sparse.items()
         ),
     )
 

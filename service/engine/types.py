@@ -58,6 +58,7 @@ class SparsityParams:
         max_keys: most keys a query row and KV head.
         remainder: whether keys that are not selected count through their pages' mean values.
         draws: so many unselected values, drawn by their mass, correct these means; 0 for none.
+        dense_layers: so many of the model's first layers attend densely.
         min_coverage: estimated coverage under which the request falls back to dense; 0 is never.
         pattern: the fixed pattern, "sinks:16+window:1024"; also where a kernel error falls back to.
         allow_brownout: under overload the budget of this request may be cut.
@@ -69,6 +70,7 @@ class SparsityParams:
     max_keys: int
     remainder: bool
     draws: int
+    dense_layers: int
     min_coverage: float
     pattern: str
     allow_brownout: bool

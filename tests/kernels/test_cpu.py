@@ -17,10 +17,11 @@ SCALE = 0.25
 SHAPES = [(1, 1, 32), (2, 2, 64), (1, 3, 96), (2, 4, 128), (1, 8, 16), (1, 20, 24), (1, 5, 136)]
 """KV heads, group, head dimension."""
 POLICIES = {
-    "mass": Dynamic(coverage=0.8, min_keys=0, max_keys=160, whole=0),
+    "mass": Dynamic(coverage=0.8, min_keys=0, max_keys=160, whole=0, draws=0),
     "most keys": Dynamic(coverage=0.999, min_keys=0, max_keys=150, whole=0, worth=0.0),
     "plain top-k": Dynamic(coverage=1.0, min_keys=170, max_keys=170, whole=0, remainder=False),
-    "every key scored": Dynamic(coverage=0.9, min_keys=150, max_keys=300),
+    "drawn": Dynamic(coverage=0.8, min_keys=0, max_keys=160, whole=0, draws=1000),
+    "every key scored": Dynamic(coverage=0.9, min_keys=150, max_keys=300, draws=0),
     "all keys": Dynamic(coverage=1.0, min_keys=2000, max_keys=2000),
 }
 DTYPES = [torch.float32, torch.bfloat16]
@@ -78,7 +79,7 @@ def test_numba_selects_what_torch_does(paged, name, kv_heads, group, head_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["mass", "every key scored"])
+@pytest.mark.parametrize("name", ["mass", "drawn", "every key scored"])
 @pytest.mark.parametrize("windows", [False, True])
 def test_rows_of_a_sequence_and_windows(paged, dtype, name, windows):
     case = paged([200, 700, 1400], 2, 32, dtype, queries=5)
@@ -124,7 +125,7 @@ def test_ties_go_to_the_lowest_index(paged):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_chosen_alike_alone_in_company_and_whatever_the_threads(paged, whole, dtype):
     case = paged([900, 3000, 70], 2, 48, dtype, queries=3)
-    policy = Dynamic(coverage=0.9, min_keys=150, max_keys=300, whole=whole)
+    policy = Dynamic(coverage=0.9, min_keys=150, max_keys=300, whole=whole, draws=40)
     query, threads = case.query(2), torch.get_num_threads()
     found = []
     try:
@@ -140,6 +141,7 @@ def test_a_row_is_chosen_alike_alone_in_company_and_whatever_the_threads(paged, 
     for choice, output, lse in found[1:]:
         assert torch.equal(choice.selection.indices, found[0][0].selection.indices)
         assert torch.equal(choice.log_rest, found[0][0].log_rest)
+        assert torch.equal(choice.rest, found[0][0].rest)
         assert torch.equal(output, found[0][1])
         assert torch.equal(lse, found[0][2])
     for row in range(9):

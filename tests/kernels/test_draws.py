@@ -40,7 +40,7 @@ def exact(cache, query):
     return masked_attention(query, keys, values, mask, SCALE)[0]
 
 
-@pytest.mark.parametrize("impl", [Impl.TORCH, Impl.TRITON])
+@pytest.mark.parametrize("impl", [Impl.TORCH, Impl.NUMBA, Impl.TRITON])
 @pytest.mark.parametrize("whole", [0, 16_384])
 def test_draws_repair_what_pages_means_get_wrong(impl, whole):
     cache, rows, query = of_two_kinds()
@@ -56,12 +56,14 @@ def test_draws_repair_what_pages_means_get_wrong(impl, whole):
     assert errors[1] < 0.25 * errors[0]
 
 
-def test_both_backends_draw_the_same():
+@pytest.mark.parametrize("impl", [Impl.NUMBA, Impl.TRITON])
+@pytest.mark.parametrize("draws", [1, 100, 3000])
+def test_all_backends_draw_the_same(impl, draws):
     cache, rows, query = of_two_kinds()
-    policy = Dynamic(coverage=0.3, min_keys=0, max_keys=150, draws=100)  # every key scored exactly
+    policy = Dynamic(coverage=0.3, min_keys=0, max_keys=150, draws=draws)  # exact scores
     one, two = (
-        dynamic.select(query, cache, rows, policy, SCALE, impl=impl).rest
-        for impl in (Impl.TORCH, Impl.TRITON)
+        dynamic.select(query, cache, rows, policy, SCALE, impl=one).rest
+        for one in (Impl.TORCH, impl)
     )
     torch.testing.assert_close(one, two, atol=2e-2, rtol=2e-2)
 
@@ -78,10 +80,11 @@ def test_many_draws_are_the_exact_difference():
     torch.testing.assert_close(found[0], share[0, 0] @ off, atol=2e-2, rtol=0)
 
 
-def test_nothing_is_drawn_where_nothing_is_left_out():
+@pytest.mark.parametrize("impl", [Impl.TORCH, Impl.NUMBA, Impl.TRITON])
+def test_nothing_is_drawn_where_nothing_is_left_out(impl):
     cache, rows, query = of_two_kinds(pages=2)
     policy = Dynamic(coverage=1.0, min_keys=128, max_keys=128, draws=64)
-    choice = dynamic.select(query, cache, rows, policy, SCALE)
+    choice = dynamic.select(query, cache, rows, policy, SCALE, impl=impl)
     assert choice.read(rows.visible).tolist() == [[128]]
     assert not choice.rest.any()
 

@@ -30,8 +30,9 @@ def dense(case, query):
     return torch.cat(outputs)
 
 
-def answer(case, query, impl=Impl.TORCH, **policy):
-    choice = dynamic.select(query, case.cache, case.rows, Dynamic(**policy), SCALE, impl=impl)
+def answer(case, query, impl=Impl.TORCH, **budget):
+    policy = Dynamic(draws=0, **budget)
+    choice = dynamic.select(query, case.cache, case.rows, policy, SCALE, impl=impl)
     output, lse = selected_attention(query, case.cache, case.rows, choice.selection, SCALE)
     return choice.complete(output, choice.coverage(lse)).double()
 

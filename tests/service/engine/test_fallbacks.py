@@ -241,3 +241,18 @@ def test_a_broken_sampler_ends_its_request_alone(harness, monkeypatch):
     assert tokens_of(answers[0]) == expected
     assert [d.finish_reason for d in answers[1]] == ["error"]
     assert text_of(answers[1]) == ""
+
+
+@pytest.mark.parametrize("policy", ["dynamic", "fixed"])
+def test_dense_layers_attend_densely_whatever_the_policy(harness, policy):
+    prompt, answers, densities = prompt_of(700, 3), [], []
+    dense = harness().tokens(prompt, greedy(8), dynamic(policy="dense"))
+    for layers in (0, 1, 3):
+        sparsity = dynamic(policy=policy, dense_layers=layers, coverage=0.1, max_keys=64)
+        one = harness()
+        [deltas] = one.run(one.generate(prompt, greedy(8), sparsity))
+        answers.append(tokens_of(deltas))
+        densities.append(deltas[-1].sparsity.density)
+    assert answers[2] == dense and densities[2] == 1.0  # of three layers
+    assert densities[1] == pytest.approx((1 + 2 * densities[0]) / 3, rel=0.1)
+    assert answers[0] != dense

@@ -123,6 +123,7 @@ def dynamic(**changes):
                 "max_keys": 160,
                 "remainder": True,
                 "draws": 0,
+                "dense_layers": 0,
                 "min_coverage": 0.0,
                 "pattern": "sinks:4+window:64",
                 "allow_brownout": True,
