@@ -49,20 +49,21 @@ def selected_attention(
     selection: Selection,
     scale: float,
     impl: Impl = Impl.TORCH,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of each row over exactly its selected keys.
 
     Args:
         query: [rows, heads, head_dim], heads a multiple of the cache's KV heads.
         cache: the layer's paged cache.
         rows: where each row's keys lie.
-        selection: the keys each row attends to.
+        selection: the keys each row attends to, and how many times each of them counts.
         scale: factor on the scores, usually head_dim ** -0.5.
         impl: backend.
 
     Returns:
-        Output [rows, heads, head_dim] in the query's dtype and log-sum-exp [rows, heads] in
-        float32 (float64 for float64 inputs). A row without keys gives 0 and -inf.
+        Output [rows, heads, head_dim] in the query's dtype and, in float32 (float64 for float64
+        inputs), the log-sum-exp [rows, heads] with weights and that of the keys themselves, each
+        counted once. A row without keys gives 0 and -inf.
 
     Raises:
         KernelError: when the shapes or dtypes do not fit together.
@@ -75,8 +76,9 @@ def selected_attention(
             f"not {list(selection.counts.shape)} over {rows.lengths.shape[0]} rows"
         )
     if impl is Impl.REFERENCE:
-        output, lse = reference.selected_attention(query, cache, rows, selection, scale)
-        return output.to(query.dtype), lse.to(torch_backend.wide(query.dtype))
+        output, lse, own = reference.selected_attention(query, cache, rows, selection, scale)
+        wide = torch_backend.wide(query.dtype)
+        return output.to(query.dtype), lse.to(wide), own.to(wide)
     if impl is Impl.TRITON:
         from kernels.gpu import attend  # a CPU has no Triton
 

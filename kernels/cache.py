@@ -27,7 +27,6 @@ class LayerCache:
 
     kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
     key_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
-    value_mean: Tensor  # [kv_heads, pages, head_dim]  of each page, always finite
     codes: Tensor  # int64 [kv_heads, pages, words, 64]  signs of the keys' rotated rest
     scale: Tensor  # float32 [kv_heads, pages, 64]  of the keys' codes
 
@@ -39,7 +38,6 @@ class LayerCache:
         return LayerCache(
             kv=torch.zeros(kv_heads, pages, PAGE, 2, head_dim, dtype=dtype, device=device),
             key_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
-            value_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
             codes=torch.zeros(
                 kv_heads, pages, words(head_dim), PAGE, dtype=torch.int64, device=device
             ),
@@ -49,7 +47,7 @@ class LayerCache:
     @staticmethod
     def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes in one layer, its codes included."""
-        numbers = (PAGE + 1) * 2 * head_dim  # keys and values, and their means
+        numbers = (2 * PAGE + 1) * head_dim  # keys and values, and the keys' mean
         return kv_heads * (numbers * dtype.itemsize + PAGE * (8 * words(head_dim) + 4))
 
     @property
@@ -86,7 +84,7 @@ class LayerCache:
         rows[:, slots] = torch.stack((keys, values), dim=2).transpose(0, 1).to(rows.dtype)
 
     def code(self, pages: Tensor) -> None:
-        """Write the codes and the means of pages that have just filled.
+        """Write the codes and the mean keys of pages that have just filled.
 
         Computed from the stored keys alone, so a code does not depend on how the prompt was cut
         into chunks.
@@ -97,16 +95,14 @@ class LayerCache:
         if pages.numel() == 0:
             return
         wide = torch.promote_types(self.kv.dtype, torch.float32)
-        full = self.kv[:, pages].to(wide)  # [kv_heads, filled, 64, 2, head_dim]
-        keys, values = full.mean(2).to(self.kv.dtype).unbind(2)  # [kv_heads, filled, head_dim]
-        self.key_mean[:, pages] = keys
-        # A page's mean may meet another sequence's weight of zero.
-        self.value_mean[:, pages] = values.nan_to_num(0.0, 0.0, 0.0)
-        self.codes[:, pages], self.scale[:, pages] = encode(full[:, :, :, 0], keys)
+        keys = self.kv[:, pages, :, 0].to(wide)  # [kv_heads, filled, 64, head_dim]
+        mean = keys.mean(2).to(self.kv.dtype)  # [kv_heads, filled, head_dim]
+        self.key_mean[:, pages] = mean
+        self.codes[:, pages], self.scale[:, pages] = encode(keys, mean)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, for a sequence that goes its own way in a page it shared."""
-        for part in (self.kv, self.key_mean, self.value_mean, self.codes, self.scale):
+        for part in (self.kv, self.key_mean, self.codes, self.scale):
             part[:, target] = part[:, source]
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.attention import Impl, dense_decode
-from kernels.candidates import estimate_masses
 from kernels.dynamic import Choice
+from kernels.masses import estimate_masses
 from kernels.page import PAGE
-from kernels.scores import recent_positions, score_every_key, scores_at, sees
+from kernels.scores import score_every_key
 from kernels.selection import unselected
 from kernels.torch_backend import at_once, scan_bytes, wide
 
@@ -26,7 +26,7 @@ def true_coverage(
     cache: LayerCache,
     rows: Rows,
     selection: Selection,
-    lse: Tensor,
+    own: Tensor,
     scale: float,
     impl: Impl = Impl.TORCH,
 ) -> Tensor:
@@ -37,7 +37,7 @@ def true_coverage(
         cache: the layer's paged cache.
         rows: where each row's keys lie.
         selection: the keys each row attends to.
-        lse: [rows, heads], log-sum-exp of attention over the selection.
+        own: [rows, heads], log-sum-exp of attention over the selected keys, each counted once.
         scale: factor on the scores.
         impl: backend.
 
@@ -45,7 +45,7 @@ def true_coverage(
         [rows, heads], 0 to 1.
     """
     if impl is Impl.TRITON:
-        return (lse - dense_decode(query, cache, rows, scale, impl)[1]).exp().clamp_max(1)
+        return (own - dense_decode(query, cache, rows, scale, impl)[1]).exp().clamp_max(1)
     longest = int(rows.visible.max()) + 2 * PAGE
     parts = []
     for part, piece in rows.pieces(at_once(query.device, 8 * query.shape[1] * longest)):
@@ -54,7 +54,7 @@ def true_coverage(
             selection.indices[part], scored.scores.shape[-1], scored.position[..., :1]
         )
         rest = scored.scores.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
-        parts.append(torch.sigmoid(lse[part] - rest.flatten(1)))
+        parts.append(torch.sigmoid(own[part] - rest.flatten(1)))
     return torch.cat(parts)
 
 
@@ -74,26 +74,30 @@ def rest_of(
         from kernels.gpu import select as gpu  # a CPU has no Triton
 
         each = scan_bytes(query.shape[1], int(rows.visible.max()))
+        together = at_once(query.device, each)
+        together = min(together, rows.queries) if bool(rows.starts.any()) else together
         lefts = [
             gpu.mass_left(query[part], cache, piece, selection.rows(part.start, part.stop), scale)
-            for part, piece in rows.pieces(gpu.at_once(rows, each))
+            for part, piece in rows.pieces(together)
         ]
-        return Choice(selection, torch.cat(lefts))
+        return _left(selection, torch.cat(lefts))
     if impl is Impl.NUMBA:
         from kernels.cpu.left import mass_left as mass_left_on_cpu  # numba takes a moment
 
-        return Choice(selection, mass_left_on_cpu(query, cache, rows, selection, scale))
+        return _left(selection, mass_left_on_cpu(query, cache, rows, selection, scale))
     each = (8 * query.shape[1] + cache.kv_heads * cache.head_dim) * int(rows.visible.max())
-    parts = []
+    lefts = []
     for part, piece in rows.pieces(at_once(query.device, each)):
-        own = query[part]
-        found = estimate_masses(own, cache, piece, scale)
-        left = unselected(selection.indices[part], found.mass.shape[-1], found.first * PAGE)
-        coded = (found.mass @ left.to(found.mass.dtype)[..., None]).squeeze(-1)
-        position = recent_positions(piece, cache.kv_heads)
-        recent = scores_at(own, cache, piece, position, scale)  # [rows, kv_heads, group, 2 * 64]
-        start = piece.recent_page[:, None, None] * PAGE
-        left = unselected(selection.indices[part], 2 * PAGE, start) & sees(position, piece)
-        recent = recent.masked_fill(~left[:, :, None], -torch.inf).logsumexp(-1)
-        parts.append(torch.logaddexp(coded.log() + found.peak, recent).flatten(1))
-    return Choice(selection, torch.cat(parts))
+        found = estimate_masses(query[part], cache, piece, scale)
+        some, start = selection.indices[part], piece.recent_page[:, None, None] * PAGE
+        first = int(piece.starts.min()) // PAGE * PAGE
+        coded = unselected(some, found.mass.shape[-1], first).to(found.mass.dtype)
+        recent = unselected(some, 2 * PAGE, start).to(found.near.dtype)
+        left = (found.mass @ coded[..., None] + found.near @ recent[..., None]).squeeze(-1)
+        lefts.append((left.log() + found.unit).flatten(1))
+    return _left(selection, torch.cat(lefts))
+
+
+def _left(selection: Selection, log_rest: Tensor) -> Choice:
+    """A selection and the log of what it leaves out [rows, heads]."""
+    return Choice(selection, torch.ones_like(log_rest), log_rest)

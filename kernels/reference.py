@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def masked_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float,
+    log_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the keys where `mask` is True.
 
@@ -27,12 +32,15 @@ def masked_attention(
         values: [rows, heads, keys, head_dim].
         mask: bool [rows, heads, keys].
         scale: factor on the scores.
+        log_weight: [rows, heads, keys], log of the number of times that each key counts.
 
     Returns:
         float64 output [rows, heads, head_dim] and log-sum-exp [rows, heads]; a row without keys
         gives 0 and -inf.
     """
     scores = torch.einsum("rhd,rhkd->rhk", query.double(), keys.double()) * scale
+    if log_weight is not None:
+        scores = scores + log_weight.double()
     scores = scores.masked_fill(~mask, -torch.inf)  # [rows, heads, keys]
     lse = scores.logsumexp(-1)  # [rows, heads]
     weights = torch.where(mask, (scores - lse[..., None]).exp(), 0.0)
@@ -41,7 +49,7 @@ def masked_attention(
 
 def selected_attention(
     query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of each row over its selected keys; see `kernels.attention.selected_attention`."""
     group = query.shape[1] // cache.kv_heads
     count, kv_heads, capacity = selection.indices.shape
@@ -51,15 +59,14 @@ def selected_attention(
     heads = torch.arange(kv_heads, device=slots.device)[None, :, None]
     picked = flat[heads, slots]  # [rows, kv_heads, capacity, 2, head_dim]
     picked = picked.repeat_interleave(group, dim=1)  # [rows, heads, capacity, 2, head_dim]
-    output, lse = masked_attention(
-        query,
-        picked[..., 0, :],
-        picked[..., 1, :],
-        mask.repeat_interleave(group, dim=1),
-        scale,
-    )
+    keys, values = picked[..., 0, :], picked[..., 1, :]
+    mask = mask.repeat_interleave(group, dim=1)
+    output, lse = masked_attention(query, keys, values, mask, scale)
     assert output.shape[0] == count and capacity == mask.shape[-1]
-    return output, lse
+    if selection.log_weight is None:
+        return output, lse, lse
+    weights = selection.log_weight.repeat_interleave(group, dim=1)
+    return *masked_attention(query, keys, values, mask, scale, weights), lse
 
 
 def dense_decode(
@@ -100,37 +107,55 @@ def dense_attention(
     return output
 
 
-def cut_by_mass(
-    importance: Tensor,
-    kept: Tensor,
-    eligible: Tensor,
+def wanted_keys(
+    share: Tensor,
+    held: float,
+    always: int,
     coverage: float,
     least: int,
     most: int,
-    worth: float = 0.0,
-) -> Tensor:
+    worth: float,
+    sample: int = 0,
+) -> int:
     """The budget of one row and KV head: top-p between two top-k bounds.
 
     Args:
-        importance: [candidates], estimated share of the row's attention mass.
-        kept: bool [candidates], always chosen (sinks and the recent window).
-        eligible: bool [candidates], may be chosen at all.
+        share: [keys], estimated share of the row's attention mass, of the keys that may be drawn.
+        held: share of the keys that are always read.
+        always: how many these are.
         coverage: share of the mass to reach.
-        least: fewest keys, `kept` included.
-        most: most keys, `kept` included.
-        worth: share of the mass under which a key is chosen only to make up `least`.
+        least: fewest keys, `always` included.
+        most: most keys, `always` included.
+        worth: share under which a key is read only to make up `least`.
+        sample: fewest keys, `always` not included, whatever `most` says.
 
     Returns:
-        bool [candidates]. Greatest importance first; ties go to the lowest index.
+        How many of the keys are to be read.
     """
-    chosen = (kept & eligible).clone()
-    mass = float(importance[chosen].sum())
-    others = [int(i) for i in (eligible & ~kept).nonzero()]
-    for index in sorted(others, key=lambda i: (-float(importance[i]), i)):
-        count = int(chosen.sum())
-        enough = mass >= coverage or float(importance[index]) < worth
-        if count >= most or (enough and count >= least):
+    wanted = 0
+    for one in sorted(share.tolist(), reverse=True):
+        enough = held >= coverage or one < worth
+        if always + wanted >= most or (enough and always + wanted >= least):
             break
-        chosen[index] = True
-        mass += float(importance[index])
-    return chosen
+        held += one
+        wanted += 1
+    return min(max(wanted, sample), len(share))
+
+
+def draw(share: Tensor, number: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """The sample of one row and KV head: priority sampling; see `kernels.sample`.
+
+    Args:
+        share: [keys], of those that may be drawn.
+        number: [keys], in (0, 1].
+        wanted: how many; at most all of them.
+
+    Returns:
+        int64 [wanted], which keys, ascending; and float64 [wanted], how many keys each stands for.
+    """
+    priority = [float(w) / float(u) for w, u in zip(share, number, strict=True)]
+    order = sorted(range(len(priority)), key=lambda i: (-priority[i], i))
+    threshold = priority[order[wanted]] if wanted < len(order) else 0.0
+    drawn = sorted(order[:wanted])
+    stands = [1 / min(1.0, float(share[i]) / threshold) if threshold else 1.0 for i in drawn]
+    return torch.tensor(drawn, dtype=torch.int64), torch.tensor(stands, dtype=torch.float64)

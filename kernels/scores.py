@@ -1,4 +1,4 @@
-"""Scores of the keys that may be chosen: of all keys, or of a long context's candidates."""
+"""Exact scores: of all keys, or of keys at given positions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.cache import neighbours
-from kernels.candidates import estimate_masses, name_candidates
 from kernels.page import PAGE
 from kernels.torch_backend import head_offsets, prescaled, wide
 
@@ -16,23 +15,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows
-    from kernels.candidates import Masses
-    from kernels.policy import Dynamic
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The candidates of some rows, and the mass of the keys that are none."""
+    """Exact scores of every key that some rows see."""
 
-    position: Tensor  # int64 [rows, kv_heads or 1, candidates]  ascending where visible
-    visible: Tensor  # bool, as position
-    scores: Tensor  # [rows, kv_heads, group, candidates]  exact; -inf where not visible
-    others: Tensor  # [rows, kv_heads, group]  log mass of the visible keys that are no candidates
-    masses: Masses | None  # estimated masses of all coded keys; None where all are candidates
+    position: Tensor  # int64 [rows, 1, keys]  ascending
+    scores: Tensor  # [rows, kv_heads, group, keys]  -inf where not visible
 
 
 def score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> Scored:
-    """Every visible key is a candidate; a sequence's keys are read once for all its rows.
+    """Exact scores of every visible key; a sequence's keys are read once for all its rows.
 
     A query wider than the cache has its products computed in its own dtype.
     """
@@ -55,8 +49,7 @@ def score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) 
             target = scores[part, head, :, : keys.shape[1]]  # [queries, group, keys]
             target.copy_(product.view(target.shape)).mul_(scale)
     scores.masked_fill_(~visible[:, :, None], -torch.inf)
-    others = scores.new_full(scores.shape[:3], -torch.inf)
-    return Scored(position, visible, scores, others, None)
+    return Scored(position, scores)
 
 
 def keys_of_pages(cache: LayerCache, table: Tensor) -> Tensor:
@@ -70,22 +63,6 @@ def keys_of_pages(cache: LayerCache, table: Tensor) -> Tensor:
         return cache.kv[:, table, :, 0].flatten(1, 2)
     run = cache.kv[:, start : start + table.shape[0]]
     return run.view(cache.kv_heads, -1, 2, cache.head_dim)[:, :, 0]
-
-
-def score_likely_keys(
-    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float
-) -> Scored:
-    """Candidates are the keys whose codes promise the most mass, and the recent ones."""
-    near = recent_positions(rows, cache.kv_heads)  # [rows, kv_heads, 2 * 64]
-    exact = scores_at(query, cache, rows, near, scale)
-    exact.masked_fill_(~sees(near, rows)[:, :, None], -torch.inf)
-    found = estimate_masses(query, cache, rows, scale)
-    likely, others = name_candidates(found, cache, rows, exact.logsumexp(-1), policy)
-    scores = scores_at(query, cache, rows, likely, scale)
-    scores.masked_fill_((likely < 0)[:, :, None], -torch.inf)
-    position = torch.cat((likely, near), dim=-1)
-    visible = (position >= 0) & sees(position, rows)
-    return Scored(position, visible, torch.cat((scores, exact), dim=-1), others, found)
 
 
 def scores_at(

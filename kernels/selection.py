@@ -19,18 +19,24 @@ class Selection:
 
     Positions are logical: the block table and the causal edge belong to the attention op. A row
     may be empty. Duplicates are forbidden; positions ascend, so sums have one order.
+
+    A key of a sample stands for others too (`kernels.sample`): its mass counts so many times.
     """
 
     indices: Tensor  # int64 [rows, kv_heads, capacity]  packed left, padded with -1
     counts: Tensor  # int64 [rows, kv_heads]  0 <= count <= capacity
+    log_weight: Tensor | None = (
+        None  # float32 [rows, kv_heads, capacity]  log of how many, 0 behind
+    )
 
     @staticmethod
-    def from_mask(mask: Tensor, positions: Tensor) -> Selection:
+    def from_mask(mask: Tensor, positions: Tensor, log_weight: Tensor | None = None) -> Selection:
         """Pack the chosen candidates to the left.
 
         Args:
             mask: bool [rows, kv_heads, candidates], True where the candidate is chosen.
             positions: int64, broadcast to the mask's shape, ascending logical positions.
+            log_weight: [rows, kv_heads, candidates], where keys stand for others.
         """
         counts = mask.sum(-1)  # [rows, kv_heads]
         capacity = int(counts.max()) if counts.numel() else 0
@@ -39,11 +45,15 @@ class Selection:
         chosen = positions.expand(mask.shape)[mask.nonzero(as_tuple=True)]  # [chosen]
         packed = torch.arange(capacity, device=mask.device) < counts[..., None]
         indices = counts.new_full(packed.shape, -1).masked_scatter_(packed, chosen)
-        return Selection(indices, counts)
+        if log_weight is None:
+            return Selection(indices, counts)
+        weights = log_weight.new_zeros(packed.shape).masked_scatter_(packed, log_weight[mask])
+        return Selection(indices, counts, weights)
 
     def rows(self, start: int, stop: int) -> Selection:
         """The selection of rows `start` to `stop`."""
-        return Selection(self.indices[start:stop], self.counts[start:stop])
+        weights = None if self.log_weight is None else self.log_weight[start:stop]
+        return Selection(self.indices[start:stop], self.counts[start:stop], weights)
 
     def validate(self, lengths: Tensor) -> None:
         """Check every promise of this class; it waits for the device, so it is for tests.
@@ -66,6 +76,9 @@ class Selection:
         step = self.indices[..., 1:] - self.indices[..., :-1]
         if bool((packed[..., 1:] & (step <= 0)).any()):
             raise KernelError("a selection's positions do not ascend")
+        weights = self.log_weight
+        if weights is not None and bool(((weights < 0) | ((weights > 0) & ~packed)).any()):
+            raise KernelError("a selection's key stands for less than itself, or for none")
 
 
 def unselected(taken: Tensor, width: int, start: Tensor | int) -> Tensor:

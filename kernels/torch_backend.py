@@ -56,34 +56,46 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def selected_attention(
     query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.attention.selected_attention`."""
     count, kv_heads, capacity = selection.indices.shape
     heads, head_dim = query.shape[1:]
     if capacity == 0:
         lse = query.new_full((count, heads), -torch.inf, dtype=wide(query.dtype))
-        return torch.zeros_like(query), lse
+        return torch.zeros_like(query), lse, lse
     flat = cache.kv.view(-1, 2 * head_dim)
     place = torch.arange(capacity, device=query.device)
     mask = place < selection.counts[..., None]  # [rows, kv_heads, capacity]
     grouped = query.view(count, kv_heads, -1, head_dim)  # [rows, kv_heads, group, head_dim]
-    outputs, lses = [], []
+    weights = selection.log_weight
+    outputs, lses, owns = [], [], []
     step = at_once(query.device, kv_heads * capacity * flat.shape[1] * flat.itemsize)
     for part, piece in rows.pieces(step):
         slots = piece.slots(selection.indices[part].clamp_min(0))  # [rows, kv_heads, capacity]
         slots = slots + head_offsets(cache, slots.device)
         picked = flat.index_select(0, slots.flatten())
         picked = picked.view(-1, kv_heads, capacity, 2, head_dim)
-        output, lse = _attend(
-            grouped[part], picked[..., 0, :], picked[..., 1, :], mask[part][:, :, None], scale
-        )
+        pair, seen = (picked[..., 0, :], picked[..., 1, :]), mask[part][:, :, None]
+        if weights is None:
+            output, lse = _attend(grouped[part], *pair, seen, scale)
+            own = lse
+        else:
+            # Weights are added to the scores, which a fused kernel would round to their dtype.
+            precise = [one.to(wide(query.dtype)) for one in (grouped[part], pair[0])]
+            scores = _scores(*precise, seen, scale)
+            own = scores.logsumexp(-1)
+            output, lse = _average(scores.add_(weights[part][:, :, None]), pair[1])
         outputs.append(output)
         lses.append(lse)
+        owns.append(own)
     empty = selection.counts.eq(0)[:, :, None]  # [rows, kv_heads, 1]
     # A softmax over nothing is nan; the op promises 0 and -inf.
     output = torch.cat(outputs).masked_fill(empty[..., None], 0.0)
-    lse = torch.cat(lses).masked_fill(empty, -torch.inf)
-    return output.reshape(count, heads, head_dim), lse.reshape(count, heads)
+    lse, own = (
+        torch.cat(parts).masked_fill(empty, -torch.inf).reshape(count, heads)
+        for parts in (lses, owns)
+    )
+    return output.reshape(count, heads, head_dim), lse, own
 
 
 def prescaled(query: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -174,13 +186,19 @@ def _attend(
             query, keys, values, 0.0, False, attn_mask=bias, scale=scale
         )
         return output, lse
+    return _average(_scores(query, keys, mask, scale), values)
+
+
+def _scores(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[batch, kv_heads, queries, keys] (wide), -inf where the mask is False; see `_attend`."""
     small, left = prescaled(query, scale)
     scores = (small @ keys.transpose(-1, -2)).to(wide(query.dtype)) * left
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().to(values.dtype)
-    return weights @ values, lse
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+
+def _average(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The values' mean by e ** score, and the scores' log-sum-exp."""
+    return scores.softmax(-1).to(values.dtype) @ values, scores.logsumexp(-1)
 
 
 def _key_blocks(cache: LayerCache, segment: Segment, stop: int) -> Iterator[tuple[Tensor, Tensor]]:

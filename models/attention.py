@@ -33,7 +33,7 @@ class Entry:
 
     layer: int
     tokens: Tensor  # int64 [rows]  place of each row in the step
-    keys: Tensor  # int64 [rows, kv_heads]  keys attended, values drawn among them
+    keys: Tensor  # int64 [rows, kv_heads]  keys attended
     visible: Tensor  # int64 [rows]  keys causally visible
     coverage: Tensor  # [rows, heads]  estimated share of the attention mass on them
     true_coverage: Tensor | None  # [rows, heads]  the exact share, in an audited step
@@ -121,21 +121,20 @@ class LayerAttention:
         for part, piece in rows.pieces(self._rows_at_once(cache, rows, group.policy)):
             choice = self._choose(query[part], cache, piece, group.policy, recorder.phases)
             with recorder.phases.time("attend", query.device):
-                selected, lse = selected_attention(
+                output[part], lse, own = selected_attention(
                     query[part], cache, piece, choice.selection, self.scale, self.impl
                 )
-                coverage = choice.coverage(lse)
-                output[part] = choice.complete(selected, coverage)
+                coverage = choice.coverage(lse, own)
             exact = None
             if recorder.audit:
                 exact = judge.true_coverage(
-                    query[part], cache, piece, choice.selection, lse, self.scale, self.impl
+                    query[part], cache, piece, choice.selection, own, self.scale, self.impl
                 )
             recorder.entries.append(
                 Entry(
                     layer=self.layer,
                     tokens=group.tokens[part],
-                    keys=choice.read(piece.visible),
+                    keys=choice.selection.counts,
                     visible=piece.visible,
                     coverage=coverage,
                     true_coverage=exact,

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kernels.errors import PatternError
 from kernels.patterns import Pattern
-from kernels.policy import MAX_DRAWS, Dynamic
+from kernels.policy import Dynamic
 from service.engine.types import SparsityParams
 
 
@@ -19,16 +19,10 @@ class SparsityConfig(BaseModel):
 
     policy: Literal["dynamic", "fixed", "dense", "auto"] = "dynamic"
     coverage: float = Field(default=0.98, gt=0, le=1, description="attention mass to keep, 0 to 1")
-    min_keys: int = Field(default=256, ge=0, description="fewest keys a query")
-    max_keys: int = Field(default=2048, ge=1, description="most keys a query")
-    remainder: bool = Field(
-        default=True, description="keys not selected count through the means of their pages' values"
-    )
-    draws: int = Field(
-        default=256,
-        ge=0,
-        le=MAX_DRAWS,
-        description="unselected values, drawn by their mass, that correct these means",
+    min_keys: int = Field(default=384, ge=0, description="fewest keys a query")
+    max_keys: int = Field(default=1024, ge=1, description="most keys a query")
+    sampled: bool = Field(
+        default=True, description="keys are drawn and stand for the others; false: plain top-k"
     )
     dense_layers: int = Field(default=0, ge=0, description="so many first layers attend densely")
     min_coverage: float = Field(
@@ -65,8 +59,7 @@ class SparsityConfig(BaseModel):
             coverage=self.coverage,
             min_keys=self.min_keys,
             max_keys=self.max_keys,
-            remainder=self.remainder,
-            draws=self.draws,
+            sampled=self.sampled,
             dense_layers=self.dense_layers,
             min_coverage=self.min_coverage,
             pattern=self.pattern,

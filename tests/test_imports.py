@@ -61,8 +61,8 @@ cache.code(torch.arange(3))
 rows = Rows(torch.arange(4)[None], torch.tensor([200]), torch.tensor([0]))
 query = torch.randn(1, 4, 16)
 choice = select(query, cache, rows, Dynamic(max_keys=150, min_keys=0), 0.25)
-output, lse = selected_attention(query, cache, rows, choice.selection, 0.25)
-assert output.shape == (1, 4, 16) and (choice.coverage(lse) > 0).all()
+output, lse, own = selected_attention(query, cache, rows, choice.selection, 0.25)
+assert output.shape == (1, 4, 16) and (choice.coverage(lse, own) > 0).all()
 import kernels.patterns, kernels.reference
 """,
         *("models", "service", "ray", "fastapi", "pydantic", "tokenizers", "transformers"),

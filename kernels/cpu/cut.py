@@ -1,7 +1,7 @@
-"""The greatest of many shares, and the budget spent on them (`kernels.budget`), without a sort.
+"""The greatest of many numbers, and the budget of a row (`kernels.budget`), without a sort.
 
-Shares are not negative, so their bits order as they do, and counting keys by their bits, eleven at
-a time, names the least share that is chosen. A share that is not a number counts as infinite.
+Shares and priorities are not negative, so their bits order as they do, and counting keys by their
+bits, eleven at a time, names the least that is chosen. What is not a number counts as infinite.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kernels.budget import SAMPLE
 from kernels.cpu.launch import jit
-from kernels.cpu.number import number_of_bits
+from kernels.cpu.number import bits, long_vectors, number_of_bits
 
 BINS = 2048
 _FIRST, _SECOND = 20, 9  # bits behind the first eleven, and behind the next
@@ -25,9 +26,7 @@ class Budget(NamedTuple):
     min_keys: int
     max_keys: int
     sinks: int
-    candidates: int
-    remainder: bool
-    draws: int
+    sampled: bool
 
 
 @jit
@@ -43,14 +42,14 @@ def greatest(rank: Any, low: int, high: int, wanted: int, bins: Any, named: Any)
         named: int32 [keys + 1], out: the keys, ascending.
 
     Returns:
-        How many there are, and the least one's bits; -1 where all are wanted.
+        How many there are, and the bits of the greatest that is not among them; 0 without one.
     """
     if wanted >= high - low:
         for key in range(low, high):
             named[key - low] = key
-        return max(high - low, 0), np.int32(-1)
+        return max(high - low, 0), np.int32(0)
     if wanted <= 0:
-        return 0, np.int32(0x7FFFFFFF)
+        return 0, np.int32(0)
     even, odd = bins[0], bins[1]  # two counters, or each would wait for the one before
     even[:] = 0
     odd[:] = 0
@@ -64,7 +63,7 @@ def greatest(rank: Any, low: int, high: int, wanted: int, bins: Any, named: Any)
     for digit in range(BINS):
         even[digit] += odd[digit]
     digit, wanted = _descend(even, wanted)
-    least, above = np.int32(digit << _FIRST), 0
+    least = np.int32(digit << _FIRST)
     found = 0
     for key in range(low, high):
         named[found] = key
@@ -77,6 +76,7 @@ def greatest(rank: Any, low: int, high: int, wanted: int, bins: Any, named: Any)
                 even[offset >> shift] += 1
         digit, wanted = _descend(even, wanted)
         least = np.int32(least + (digit << shift))
+    above = 0
     for place in range(found):
         key = named[place]
         value = rank[key]
@@ -84,7 +84,18 @@ def greatest(rank: Any, low: int, high: int, wanted: int, bins: Any, named: Any)
         named[above] = key
         above += (value > least) | (equal & (wanted > 0))
         wanted -= equal
-    return above, least
+    return above, least if wanted < 0 else _greatest_below(rank[low:high], least)
+
+
+@jit
+def _greatest_below(rank: Any, least: Any) -> Any:
+    long_vectors()
+    most = np.int32(0)
+    for key in range(rank.shape[0]):
+        value = rank[key]
+        value = value if value < least else np.int32(0)
+        most = value if value > most else most
+    return most
 
 
 @jit
@@ -99,15 +110,15 @@ def _descend(counts: Any, wanted: int) -> Any:
 
 @jit
 def spend(
-    rank: Any, low: int, high: int, held: Any, always: int, visible: int, budget: Budget, few: Any
+    share: Any, low: int, high: int, held: Any, always: int, visible: int, budget: Budget, few: Any
 ) -> Any:
-    """How many keys from `low` to `high` the budget buys; `kernels.reference.cut_by_mass`.
+    """How many keys from `low` to `high` the budget buys; `kernels.reference.wanted_keys`.
 
     Args:
-        rank: int32 [keys], bits of their shares of a row's mass.
+        share: int32 [keys], bits of their shares of a row's mass.
         low: first key.
         high: the one behind the last.
-        held: share of the keys that are always kept.
+        held: share of the keys that are always read.
         always: how many these are.
         visible: keys that the row sees.
         budget: the bounds.
@@ -115,25 +126,24 @@ def spend(
     """
     needed = 0
     if budget.min_keys < budget.max_keys:
-        needed = _reach(rank, low, high, np.float64(held), budget.coverage, few)
-        least = np.float32(budget.worth / visible)
+        least = bits(np.float32(budget.worth / visible))
         worthy = 0
         for key in range(low, high):
-            worthy += number_of_bits(rank[key]) >= least
-        needed = min(needed, worthy)
+            few[worthy] = share[key]
+            worthy += share[key] >= least
+        needed = _reach(few, worthy, np.float64(held), budget.coverage)
     wanted = min(max(needed, budget.min_keys - always), budget.max_keys - always)
+    if budget.sampled:
+        wanted = max(wanted, SAMPLE)
     return max(min(wanted, high - low), 0)
 
 
 @jit
-def _reach(rank: Any, low: int, high: int, held: Any, coverage: Any, few: Any) -> Any:
-    """How many of the greatest shares it takes, with what is held, to reach the coverage."""
+def _reach(few: Any, found: int, held: Any, coverage: Any) -> Any:
+    """How many of the greatest of `found` shares reach the coverage with what is held, or all."""
     if held >= coverage:
         return 0
     counts, masses = np.empty(BINS, np.int32), np.empty(BINS, np.float64)
-    found = high - low
-    for key in range(low, high):
-        few[key - low] = rank[key]
     needed = 0
     for shift, width in ((_FIRST, 11), (_SECOND, 11), (0, 9)):
         for digit in range(BINS):

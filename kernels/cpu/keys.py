@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from kernels.codes import words
@@ -24,7 +25,6 @@ class Keys(NamedTuple):
 
     kv: Any  # [kv_heads * pages * 64 * 2, head_dim]  a key and its value, key after key
     key_mean: Any  # [kv_heads * pages, head_dim]
-    value_mean: Any  # likewise
     codes: Any  # int64 [kv_heads * pages, words, 64]
     scale: Any  # float32 [kv_heads * pages, 64]
     tables: Any  # int64 [sequences, pages]
@@ -57,13 +57,24 @@ def place_of(keys: Keys, head: int, row: int) -> Place:
     return Place(head, row, first, low, coded, max(start, recent * 64), length, start)
 
 
+@jit
+def slots_of(keys: Keys, head: int, row: int, positions: Any) -> Any:
+    """Where the keys at `positions` [n] lie: int64 [n]."""
+    slots = np.empty(positions.shape[0], np.int64)
+    sequence, offset = row // keys.queries, head * keys.pages
+    for place in range(positions.shape[0]):
+        position = positions[place]
+        page = keys.tables[sequence, position >> 6] + offset
+        slots[place] = page * 64 + (position & 63)
+    return slots
+
+
 def arrays(cache: LayerCache, rows: Rows) -> Keys:
     """The cache and rows as numba takes them."""
     head_dim = cache.head_dim
     return Keys(
         numbers(cache.kv.view(-1, head_dim)),
         numbers(cache.key_mean.view(-1, head_dim)),
-        numbers(cache.value_mean.view(-1, head_dim)),
         cache.codes.view(-1, words(head_dim), PAGE).numpy(),
         cache.scale.view(-1, PAGE).numpy(),
         rows.block_tables.contiguous().numpy(),

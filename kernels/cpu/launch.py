@@ -31,7 +31,8 @@ def sources() -> int:
     there does: a kernel that closes over this number is compiled anew.
     """
     here = Path(__file__).parent
-    files = sorted([*here.glob("*.py"), here.with_name("codes.py"), here.with_name("page.py")])
+    others = [here.with_name(name) for name in ("budget.py", "codes.py", "page.py", "sample.py")]
+    files = sorted([*here.glob("*.py"), *others])
     return crc32(b"".join(file.read_bytes() for file in files))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kernels.codes import rotation, words
-from kernels.cpu.choose import score_near, sum_pages, total_of, unite
+from kernels.cpu.choose import score_near, share_left, total_of, unite
 from kernels.cpu.keys import Keys, arrays, numbers, place_of
 from kernels.cpu.launch import entry, in_threads, sources
 from kernels.cpu.scan import BLOCK, level_query, load_query, scan_codes
@@ -56,34 +56,30 @@ def _kernel(version: int) -> Any:
         query = np.empty((group, queries.shape[2]), np.float32)
         planes = np.empty((group, 4, words_), np.int64)
         level = np.empty((3, group), np.float32)
-        top, share = np.empty(group, np.float32), np.empty(group, np.float32)
+        whole = np.empty(group, np.float32)
         mass = np.empty((group, most * PAGE), np.float32)
         for unit in range(start, stop):
             head, row = unit // rows, unit % rows
             place = place_of(keys, head, row)
-            pages = place.coded // PAGE
-            blocks = (pages + BLOCK - 1) // BLOCK
+            blocks = (place.coded // PAGE + BLOCK - 1) // BLOCK
             load_query(queries, row, head * group, scale, query)
             level_query(query, rotated, planes, level)
             peak = np.empty((2, group, blocks), np.float32)
             factor = np.empty((group, blocks), np.float32)
-            weight = np.empty((group, blocks), np.float32)
-            left = np.empty((group, pages), np.float32)
             scan_codes(keys, place, (0, blocks), query, planes, level, mass, peak)
             near = score_near(keys, place, query)
-            unite(near, peak, top, factor, share, weight)
+            unite(near, peak, factor, whole)
             for number in range(counts[row, head]):
                 position = indices[row, head, number]
-                key = position - place.first * 64
+                key = position - place.first * PAGE
                 for reader in range(group):
                     if position >= place.since:
                         near[reader, position - place.since] = 0
-                    elif key < place.coded:
+                    elif 0 <= key < place.coded:
                         mass[reader, key] = 0
-            sum_pages(mass, factor, left)
             for reader in range(group):
-                total = total_of(left[reader]) + total_of(near[reader])
-                rest[row, head * group + reader] = np.log(total) + top[reader]
+                total = share_left(place, mass, factor, reader) + total_of(near[reader])
+                rest[row, head * group + reader] = np.log(total) + whole[reader]
 
     return judge_rows
 

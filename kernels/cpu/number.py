@@ -86,6 +86,15 @@ def _prefetch_row(_typing: Any, rows: Any, _row: Any) -> Any:
     return types.none(rows, types.int64), generate
 
 
+def _long_vectors(_typing: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        # llvmlite's own method takes no attribute that it does not know.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.none(), generate
+
+
 def _flipped(builder: Any, word: Any) -> Any:
     """A negative number's bits but for its sign."""
     mask = builder.lshr(builder.ashr(word, _WORD(31)), _WORD(1))
@@ -114,6 +123,8 @@ of_order: Any = intrinsic(_of_order)
 """The float32 of an `order`."""
 prefetch_row: Any = intrinsic(_prefetch_row)
 """Start to read a row of a two-dimensional array: what is read in no order is not foreseen."""
+long_vectors: Any = intrinsic(_long_vectors)
+"""The calling function runs in vectors of 512 bits: LLVM takes half on Intel's processors."""
 _scaled: Any = intrinsic(_times_power)
 """A number times two to a whole power, by their bits."""
 

@@ -1,8 +1,8 @@
-"""Scores of every key in front of a row's recent window, as masses.
+"""Estimated masses of every key in front of a row's recent window.
 
-Estimated from the keys' one-bit codes (`kernels.codes`), by counting bits: a query is rounded to 16
-levels, as RaBitQ does, so that its product with a row of signs is a sum of popcounts over its four
-bit planes; that adds 3% to the variance of an estimate. Or exactly, from the keys themselves.
+From the keys' one-bit codes (`kernels.codes`), by counting bits: a query is rounded to 16 levels,
+as RaBitQ does, so that its product with a row of signs is a sum of popcounts over its four bit
+planes; that adds 3% to the variance of an estimate.
 
 Keys are taken in blocks. A block's scores become e ** (score - peak), with the block's own peak,
 while they are in the nearest cache.
@@ -16,7 +16,15 @@ import numpy as np
 
 from kernels.codes import NOISE
 from kernels.cpu.launch import jit
-from kernels.cpu.number import exp, number, of_order, order, popcount, prefetch_row
+from kernels.cpu.number import (
+    exp,
+    long_vectors,
+    number,
+    of_order,
+    order,
+    popcount,
+    prefetch_row,
+)
 
 if TYPE_CHECKING:
     from kernels.cpu.keys import Keys, Place
@@ -82,6 +90,7 @@ def level_query(query: Any, rotation: Any, planes: Any, level: Any) -> None:
 @jit
 def add_rows(weight: Any, rows: Any, place: Any, total: Any) -> None:
     """Add `rows` [.., head_dim] at `place` [n], times `weight` [n], to `total` [head_dim]."""
+    long_vectors()
     many = place.shape[0]
     index = 0
     while index + 4 <= many:  # so that totals are loaded and stored less often
@@ -110,6 +119,7 @@ def dot_rows(query: Any, rows: Any, place: Any, out: Any, offset: int) -> None:
         out: float32 [group, ..], out: from `offset` on.
         offset: see there.
     """
+    long_vectors()
     group, head_dim = query.shape
     for index in range(min(AHEAD, place.shape[0])):
         prefetch_row(rows, place[index])
@@ -153,6 +163,7 @@ def _estimate_page(
     sums: Any, out: Any, place: int,
 ) -> None:  # fmt: skip
     """Estimates of a page's 64 keys, to `out` [group, keys] from `place` on."""
+    long_vectors()
     words = codes.shape[1]
     ones, total = sums[0], sums[1]
     code, size = codes[page], scales[page]
@@ -162,8 +173,10 @@ def _estimate_page(
         for key in range(64):
             ones[key] -= 15 * popcount(code[word, key])
     for head in range(planes.shape[0]):
-        for key in range(64):
-            total[key] = ones[key]
+        step, shift, less = level[0, head], level[1, head], level[2, head]
+        middle = centre[head, column]
+        scores = out[head, place : place + 64]
+        before = ones
         for word in range(0, words, 2):
             # Two words at once, the second of which may be none.
             other = min(word + 1, words - 1)
@@ -178,10 +191,9 @@ def _estimate_page(
                 count = count + count + popcount(bits & four) + popcount(more & quattro)
                 count = count + count + popcount(bits & two) + popcount(more & due)
                 count = count + count + popcount(bits & one) + popcount(more & uno)
-                total[key] += count + count
-        step, shift, less = level[0, head], level[1, head], level[2, head]
-        middle = centre[head, column]
-        scores = out[head, place : place + 64]
+                count = before[key] + count + count
+                total[key] = count
+            before = total
         for key in range(64):
             product = step * (np.float32(total[key]) + shift)
             scores[key] = (product - less * size[key]) * size[key] + middle
@@ -205,6 +217,7 @@ def scan_codes(
         peak: float32 [2, group, blocks], out: a block's masses are in units of e ** the first, and
             the second is their sum.
     """
+    long_vectors()
     sums = np.empty((2, 64), np.int64)
     centre = np.empty((query.shape[0], BLOCK), np.float32)
     for block in range(blocks[0], blocks[1]):
@@ -215,25 +228,6 @@ def scan_codes(
                 keys.codes, keys.scale, pages[index], centre, index, planes, level, sums,
                 mass, (block * BLOCK + index) * 64,
             )  # fmt: skip
-        _settle(place, block, mass, peak)
-
-
-@jit
-def scan_keys(
-    keys: Keys, place: Place, blocks: Any, scored: bool, query: Any, mass: Any, peak: Any
-) -> None:
-    """The exact masses, from the keys themselves; see `scan_codes`.
-
-    `scored`: the scores stand in `mass` already.
-    """
-    slots = np.empty(64, np.int64)
-    for block in range(blocks[0], blocks[1]):
-        if not scored:
-            pages = pages_of(keys, place, block)
-            for index in range(pages.shape[0]):
-                for key in range(64):
-                    slots[key] = (pages[index] * 64 + key) * 2
-                dot_rows(query, keys.kv, slots, mass, (block * BLOCK + index) * 64)
         _settle(place, block, mass, peak)
 
 
@@ -251,6 +245,7 @@ def pages_of(keys: Keys, place: Place, block: int) -> Any:
 @jit
 def _settle(place: Place, block: int, mass: Any, peak: Any) -> None:
     """A block's scores to masses."""
+    long_vectors()
     low = block * BLOCK * 64
     high = max(min(low + BLOCK * 64, place.coded), low)
     for reader in range(mass.shape[0]):
@@ -265,6 +260,7 @@ def _settle(place: Place, block: int, mass: Any, peak: Any) -> None:
 @jit
 def greatest_score(scores: Any) -> Any:
     """The greatest of `scores` [keys]; 0 where there is none above -inf."""
+    long_vectors()
     most = _LEAST
     for key in range(scores.shape[0]):
         place = order(scores[key])
@@ -276,6 +272,7 @@ def greatest_score(scores: Any) -> Any:
 @jit
 def exponentials(scores: Any, peak: Any) -> Any:
     """`scores` [keys] to e ** (score - peak), in place; gives their sum."""
+    long_vectors()
     total = _ZERO
     for key in range(scores.shape[0]):
         value = exp(scores[key] - peak)

@@ -27,21 +27,23 @@ BLOCK = 64
 
 def selected_attention(
     query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.attention.selected_attention`."""
     count, heads, head_dim = query.shape
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     capacity = selection.indices.shape[-1]
     blocks = max(1, -(-capacity // BLOCK))
     splits = splits_for(count * kv_heads, blocks)
-    parts = _Parts.of(query, splits)
+    weights = selection.log_weight
+    parts = _Parts.of(query, splits, weighted=weights is not None)
     _selected[count, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, selection.indices.contiguous(),
-        selection.counts.contiguous(), parts.outputs, parts.lses, scale,
+        parts.lses if weights is None else weights.contiguous(),
+        selection.counts.contiguous(), parts.outputs, parts.lses, parts.owns, scale,
         rows.queries, capacity, rows.block_tables.stride(0), cache.kv.shape[1],
         -(-blocks // splits),
         GROUP=group, TILE=tile_of(group), DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-        BLOCK=BLOCK, PAGE=PAGE, num_warps=4, num_stages=3,
+        WEIGHTED=weights is not None, BLOCK=BLOCK, PAGE=PAGE, num_warps=4, num_stages=3,
     )  # fmt: skip
     return parts.joined(query.dtype)
 
@@ -56,7 +58,7 @@ def dense_decode(
     tiles = rows.sequences * -(-rows.queries // (tile // group))
     blocks = rows.block_tables.shape[1] * PAGE // BLOCK
     splits = splits_for(tiles * kv_heads, blocks)
-    parts = _Parts.of(query, splits)
+    parts = _Parts.of(query, splits, weighted=False)
     _dense[tiles, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
         parts.outputs, parts.lses, scale,
@@ -64,7 +66,7 @@ def dense_decode(
         GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim,
         WIDTH=triton.next_power_of_2(head_dim), BLOCK=BLOCK, PAGE=PAGE, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return parts.joined(query.dtype)
+    return parts.joined(query.dtype)[:2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,33 +75,37 @@ class _Parts:
 
     outputs: Tensor  # float32 [rows, heads, splits, head_dim]
     lses: Tensor  # float32 [rows, heads, splits]
+    owns: Tensor  # likewise, without weights; the same tensor where there are none
 
     @staticmethod
-    def of(query: Tensor, splits: int) -> _Parts:
+    def of(query: Tensor, splits: int, *, weighted: bool) -> _Parts:
         count, heads, head_dim = query.shape
         outputs = torch.empty(count, heads, splits, head_dim, device=query.device)
-        return _Parts(outputs, torch.empty(count, heads, splits, device=query.device))
+        lses = outputs.new_empty(count, heads, splits)
+        return _Parts(outputs, lses, torch.empty_like(lses) if weighted else lses)
 
-    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         count, heads, splits, head_dim = self.outputs.shape
         if splits == 1:
-            return self.outputs[:, :, 0].to(dtype), self.lses[:, :, 0]
+            return self.outputs[:, :, 0].to(dtype), self.lses[:, :, 0], self.owns[:, :, 0]
+        weighted = self.owns is not self.lses
         output = torch.empty(count, heads, head_dim, dtype=dtype, device=self.lses.device)
-        lse = torch.empty(count, heads, device=self.lses.device)
+        lse = self.lses.new_empty(count, heads)
+        own = torch.empty_like(lse) if weighted else lse
         _join[count, heads](
-            self.outputs, self.lses, output, lse, splits,
+            self.outputs, self.lses, self.owns, output, lse, own, splits,
             SPLITS=triton.next_power_of_2(splits), DIM=head_dim,
-            WIDTH=triton.next_power_of_2(head_dim), num_warps=4,
+            WIDTH=triton.next_power_of_2(head_dim), WEIGHTED=weighted, num_warps=4,
         )  # fmt: skip
-        return output, lse
+        return output, lse, own
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "table_stride", "cache_pages", "blocks"])
 def _selected(
-    query, kv, tables, indices, counts, outputs, lses, scale,
+    query, kv, tables, indices, weights, counts, outputs, lses, owns, scale,
     queries, capacity, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One row and KV head over a split of its selected keys."""
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -107,12 +113,14 @@ def _selected(
     head, channel = tl.arange(0, TILE), tl.arange(0, WIDTH)
     line = pair * GROUP + head  # [TILE] of [rows, heads]
     wide = (head < GROUP)[:, None] & (channel < DIM)[None]
-    own = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)
+    mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)
     table = tables + (row // queries) * table_stride
     base = kv_head.to(tl.int64) * cache_pages * PAGE
     peak = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     sums = tl.zeros((TILE, WIDTH), tl.float32)
+    own_peak = tl.full((TILE,), float("-inf"), tl.float32)
+    own_total = tl.zeros((TILE,), tl.float32)
     count = tl.load(counts + pair).to(tl.int32)
     low = split * blocks * BLOCK
     for block in range(low, tl.minimum(low + blocks * BLOCK, count), BLOCK):
@@ -124,8 +132,14 @@ def _selected(
         there = seen[:, None] & (channel < DIM)[None]
         keys = tl.load(data, there, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, there, 0.0)
-        peak, total, sums = _add(own, keys, values, seen[None], scale, peak, total, sums)
+        score = _scores(mine, keys, seen[None], scale)
+        if WEIGHTED:
+            own_peak, own_total = _grow(score, own_peak, own_total)
+            score += tl.load(weights + pair * capacity + place, seen, 0.0)[None]
+        peak, total, sums = _add(score, values, peak, total, sums)
     _leave(outputs, lses, line, split, channel, wide, head < GROUP, peak, total, sums, DIM)
+    if WEIGHTED:
+        tl.store(owns + line * tl.num_programs(2) + split, _lse(own_peak, own_total), head < GROUP)
 
 
 @triton.jit(do_not_specialize=["queries", "table_stride", "cache_pages", "blocks"])
@@ -145,7 +159,7 @@ def _dense(
     row = (sequence * queries + number).to(tl.int64)
     line = row * (tl.num_programs(1) * GROUP) + kv_head * GROUP + place % GROUP
     wide = there[:, None] & (channel < DIM)[None]
-    own = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
+    mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
     start = tl.load(starts + row, there, 1 << 40)
     stop = tl.load(lengths + row, there, 0)
     table = tables + sequence * table_stride
@@ -163,15 +177,21 @@ def _dense(
         keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, loaded, 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
-        peak, total, sums = _add(own, keys, values, seen, scale, peak, total, sums)
+        score = _scores(mine, keys, seen, scale)
+        peak, total, sums = _add(score, values, peak, total, sums)
     _leave(outputs, lses, line, split, channel, wide, there, peak, total, sums, DIM)
 
 
 @triton.jit
-def _add(own, keys, values, seen, scale, peak, total, sums):
-    """Some more keys and values into a running softmax (FlashAttention's recurrence)."""
-    score = tl.dot(own, tl.trans(keys), input_precision="ieee") * scale  # [TILE, BLOCK]
-    score = tl.where(seen, score, float("-inf"))
+def _scores(mine, keys, seen, scale):
+    """[TILE, BLOCK], -inf where a key is not seen."""
+    score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale
+    return tl.where(seen, score, float("-inf"))
+
+
+@triton.jit
+def _add(score, values, peak, total, sums):
+    """Some more scores and values into a running softmax (FlashAttention's recurrence)."""
     higher = tl.maximum(peak, tl.max(score, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
     shrink = tl.exp(peak - safe)
@@ -182,21 +202,34 @@ def _add(own, keys, values, seen, scale, peak, total, sums):
 
 
 @triton.jit
+def _grow(score, peak, total):
+    """Some more scores into a running log-sum-exp."""
+    higher = tl.maximum(peak, tl.max(score, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    total = total * tl.exp(peak - safe) + tl.sum(tl.exp(score - safe[:, None]), 1)
+    return higher, total
+
+
+@triton.jit
+def _lse(peak, total):
+    return tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total)
+
+
+@triton.jit
 def _leave(
     outputs, lses, line, split, channel, wide, there, peak, total, sums, DIM: tl.constexpr
 ):  # fmt: skip
     """Writes one split's part."""
     output = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total)
     target = line * tl.num_programs(2) + split
-    tl.store(lses + target, lse, there)
+    tl.store(lses + target, _lse(peak, total), there)
     tl.store(outputs + target[:, None] * DIM + channel[None], output, wide)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _join(
-    outputs, lses, output, lse, splits,
-    SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    outputs, lses, owns, output, lse, own, splits,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """The parts of one row and head, weighted with their masses."""
     line = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -214,3 +247,8 @@ def _join(
     mean = tl.sum(data * mass[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(output + line * DIM + channel, mean.to(output.dtype.element_ty), channel < DIM)
     tl.store(lse + line, peak + tl.log(total))
+    if WEIGHTED:
+        part = tl.load(owns + line * splits + split, split < splits, float("-inf"))
+        peak = tl.max(part, 0)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        tl.store(own + line, peak + tl.log(tl.sum(tl.exp(part - peak), 0)))

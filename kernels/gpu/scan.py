@@ -1,4 +1,4 @@
-"""The scan of one-bit codes: an estimated score of every coded key (`kernels.codes`)."""
+"""The scan of one-bit codes: an estimated mass of every coded key (`kernels.codes`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES = 16
 def scan(
     query: Tensor, cache: LayerCache, rows: Rows, stops: Tensor, first: int, last: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Estimated scores of the keys in pages `first` to `last`, and their log-sum-exp by page.
+    """Estimated log-masses of the keys in pages `first` to `last`, and their log-sum-exp by page.
 
     Args:
         query: [rows, heads, head_dim], of the cache's dtype.

@@ -22,7 +22,6 @@ from pydantic import (
 
 from kernels.errors import PatternError
 from kernels.patterns import Pattern
-from kernels.policy import MAX_DRAWS
 from service.config import LimitsConfig  # noqa: TC001  pydantic reads the annotations
 
 Prompt = str | list[int]
@@ -68,8 +67,7 @@ class SparsityRequest(_Request):
     coverage: Annotated[float, Field(gt=0, le=1)] | None = None
     min_keys: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     max_keys: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    remainder: bool | None = None
-    draws: Annotated[int, Field(ge=0, le=MAX_DRAWS)] | None = None
+    sampled: bool | None = None
     dense_layers: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
     pattern: Annotated[str, Field(max_length=256)] | None = None

@@ -134,10 +134,10 @@ def _ways(
     policy = Dynamic(coverage=1.0, min_keys=keys, max_keys=keys)
     impl = Impl.of(device, dtype)
 
-    def selected() -> Tensor:
+    def selected() -> tuple[Tensor, Tensor]:
         choice = dynamic.select(query, cache, rows, policy, scale, impl=impl)
-        output, lse = selected_attention(query, cache, rows, choice.selection, scale, impl)
-        return choice.complete(output, choice.coverage(lse))
+        output, lse, own = selected_attention(query, cache, rows, choice.selection, scale, impl)
+        return output, choice.coverage(lse, own)
 
     return [
         selected,

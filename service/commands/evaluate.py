@@ -67,7 +67,8 @@ def evaluate(
 
     The document is prefilled densely, once for all of its questions; the question and the answer
     attend under the policy. The tasks text and repeats ask nothing: the last tokens of a text are
-    predicted under the policy.
+    predicted under the policy. The task free-text asks nothing either: a text is gone on with, and
+    right is a sampled continuation without sentences such as were planted into training texts.
     """
     flags = {"model": model, "dtype": dtype, "device": device}
     settings = load_config({name: value for name, value in flags.items() if value}, config)

@@ -30,8 +30,7 @@ def policy_of(sequence: Sequence, mode: Mode) -> Dynamic | Fixed:
             coverage=wanted.coverage,
             min_keys=wanted.min_keys,
             max_keys=wanted.max_keys,
-            remainder=wanted.remainder,
-            draws=wanted.draws,
+            sampled=wanted.sampled,
         )
     return Fixed(Pattern.parse(wanted.pattern))
 

@@ -111,7 +111,7 @@ def warm_up(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Non
     lengths = pages[:1] + 4 * PAGE
     rows = Rows(pages[None], lengths, lengths - lengths)
     query = torch.ones(1, model.heads, model.head_dim, dtype=dtype, device=device)
-    for policy in (Dynamic(), Dynamic(whole=0)):
+    for policy in (Dynamic(), Dynamic(sampled=False)):
         choice = dynamic.select(query, cache, rows, policy, 1.0, impl=impl)
         selected_attention(query, cache, rows, choice.selection, 1.0, impl)
         judge.rest_of(query, cache, rows, choice.selection, 1.0, impl)

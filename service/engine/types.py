@@ -56,8 +56,7 @@ class SparsityParams:
         coverage: share of the attention mass that the selected keys should carry, 0 to 1.
         min_keys: fewest keys a query row and KV head.
         max_keys: most keys a query row and KV head.
-        remainder: whether keys that are not selected count through their pages' mean values.
-        draws: so many unselected values, drawn by their mass, correct these means; 0 for none.
+        sampled: whether keys are drawn, so that they stand for the others; else plain top-k.
         dense_layers: so many of the model's first layers attend densely.
         min_coverage: estimated coverage under which the request falls back to dense; 0 is never.
         pattern: the fixed pattern, "sinks:16+window:1024"; also where a kernel error falls back to.
@@ -68,8 +67,7 @@ class SparsityParams:
     coverage: float
     min_keys: int
     max_keys: int
-    remainder: bool
-    draws: int
+    sampled: bool
     dense_layers: int
     min_coverage: float
     pattern: str

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.eval.tasks import TASKS, Task
+from service.eval.passages import PassageTask
+from service.eval.tasks import TASKS
 
 if TYPE_CHECKING:
     from service.eval.policies import NamedPolicy
@@ -30,8 +31,8 @@ class Cell:
 
     @property
     def passages(self) -> bool:
-        """Whether its documents are passages, of which nothing is asked."""
-        return not isinstance(TASKS[self.task], Task)
+        """Whether its documents are passages, which are predicted and not answered."""
+        return isinstance(TASKS[self.task], PassageTask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,6 @@ def documents_for(task: str, documents: int, questions: int, answers: int) -> in
         answers: fewest answers; passages have none.
     """
     kind = TASKS[task]
-    return (
-        max(documents, kind.documents(answers, questions)) if isinstance(kind, Task) else documents
-    )
+    if isinstance(kind, PassageTask):
+        return documents
+    return max(documents, kind.documents(answers, questions))

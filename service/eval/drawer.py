@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.tokenizer import Tokenizer
+from service.eval.free_text import Continuation, FreeTask
 from service.eval.paper import Dictation, Exam
 from service.eval.prompts import prompt_tokens, split
 from service.eval.source import Source
@@ -75,6 +76,8 @@ class Drawer:
         source = self._own if item.cell.own_text else self._generated
         if isinstance(task, Task):
             return self._exam(task, source, item)
+        if isinstance(task, FreeTask):
+            return self._free(task, source, item)
         return self._dictation(task, source, item)
 
     def _exam(self, task: Task, source: Source, item: Item) -> Exam:
@@ -85,10 +88,18 @@ class Drawer:
         shared, tails = split(prompt_tokens(self._tokenizer, document))
         return Exam(shared, tails, document.questions, task.answer_tokens)
 
+    def _free(self, task: FreeTask, source: Source, item: Item) -> Exam:
+        rng, first = self._anywhere(task.name, item), self._first()
+        text = task.make(rng, source, item.cell.context - len(first) - task.answer_tokens)
+        prompt = np.array([*first, *text], dtype=np.int32)
+        # A continuation's seed does not depend on how many there are.
+        seeds = rng.integers(2**63, size=task.questions).tolist()[: self._questions]
+        shared, tails = split([prompt] * len(seeds))
+        wanted = (Continuation(),) * len(seeds)
+        return Exam(shared, tails, wanted, task.answer_tokens, tuple(seeds))
+
     def _dictation(self, task: PassageTask, source: Source, item: Item) -> Dictation:
-        # Without the context: whatever the length, the same passage is predicted.
-        rng = np.random.default_rng([self._seed, _number(task.name), item.document])
-        first = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
+        rng, first = self._anywhere(task.name, item), self._first()
         passage = task.make(rng, source, item.cell.context - len(first))
         return Dictation(
             np.array([*first, *passage.tokens], dtype=np.int32),
@@ -96,6 +107,14 @@ class Drawer:
             passage.skipped,
             self._bytes(passage.tokens, passage.targets - passage.skipped),
         )
+
+    def _anywhere(self, task: str, item: Item) -> np.random.Generator:
+        """A generator for every context alike: whatever the length, the text ends the same."""
+        return np.random.default_rng([self._seed, _number(task), item.document])
+
+    def _first(self) -> list[int]:
+        """What running text begins with."""
+        return [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
 
     def _reserve(self, task: Task) -> int:
         """Tokens that are not the document's: of its longest question, the template, the answer."""

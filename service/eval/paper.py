@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from service.eval.free_text import Continuation
     from service.eval.tasks import Question
 
     Tokens = NDArray[np.int32]
@@ -23,12 +24,14 @@ class Exam:
         tails: of each question, [tokens] behind those.
         questions: what a good answer mentions.
         answer_tokens: most tokens of an answer.
+        seeds: of each answer's own generator, where answers are sampled; greedy without any.
     """
 
     shared: Tokens
     tails: tuple[Tokens, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[Question | Continuation, ...]
     answer_tokens: int
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

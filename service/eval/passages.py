@@ -65,7 +65,7 @@ def continued(rng: np.random.Generator, source: Source, tokens: int) -> Passage:
     Raises:
         ConfigError: there is not so much text.
     """
-    text, _, place = _place(rng, source, tokens - CONTINUED)
+    text, _, place = place_in(rng, source, tokens - CONTINUED)
     return Passage(tuple(text[place - (tokens - CONTINUED) : place + CONTINUED]), targets=CONTINUED)
 
 
@@ -76,7 +76,7 @@ def repeated(rng: np.random.Generator, source: Source, tokens: int) -> Passage:
         ConfigError: there is not so much text, or the context is too short to repeat anything.
     """
     before = tokens - REPEATED
-    text, starts, place = _place(rng, source, before)
+    text, starts, place = place_in(rng, source, before)
     # Whole sentences alone begin a repetition, and the depth is the same share of every context.
     able = [start for start in starts if place - before <= start <= place - AWAY]
     if not able:
@@ -87,7 +87,7 @@ def repeated(rng: np.random.Generator, source: Source, tokens: int) -> Passage:
     return Passage((*text[place - before : place], *span), targets=REPEATED, skipped=RECOGNISED)
 
 
-def _place(
+def place_in(
     rng: np.random.Generator, source: Source, before: int
 ) -> tuple[list[int], list[int], int]:
     """A text's tokens, where its sentences begin, and a sentence with enough text around it."""

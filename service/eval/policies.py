@@ -26,9 +26,8 @@ class NamedPolicy:
 def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
     """Read `dense`, `dynamic`, `dynamic:coverage=0.95,max_keys=512`, `dynamic:k=512`, `fixed:...`.
 
-    `k` keys are plain top-k: neither fewer nor more, whatever mass they carry, and nothing of the
-    others. What follows
-    `fixed:` is a pattern, such as `sinks:16+window:1024`.
+    `k` keys are neither fewer nor more, whatever mass they carry; with `sampled=false` they are
+    plain top-k. What follows `fixed:` is a pattern, such as `sinks:16+window:1024`.
 
     Raises:
         ConfigError: naming what cannot be read.
@@ -42,7 +41,6 @@ def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
             name, _, value = part.partition("=")
             if name.strip() == "k":
                 fields |= {"coverage": 1.0, "min_keys": value, "max_keys": value}
-                fields["remainder"] = False
             else:
                 fields[name.strip()] = value
     elif kind not in ("dense", "dynamic") or rest:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from service.eval.free_text import FreeTask
 from service.eval.statistics import differences, interval, ratio
+from service.eval.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +43,7 @@ class DocumentScore:
     """One policy on one document.
 
     Attributes:
-        total: references found; for a passage bits.
+        total: references found, or continuations without a leak; for a passage bits.
         count: references asked for; for a passage bytes.
         n: answers, one a reference; for a passage predicted tokens.
         density: mean over the document's questions.
@@ -66,7 +68,8 @@ class Record:
         phase: what ran under the policy: "decode" is the question and the answer, or the passage's
             predicted tokens; the document before them was prefilled densely.
         n: answers, one a reference, the same for every policy of the cell; for passages tokens.
-        accuracy: share of the references that the answers mention; None for passages.
+        accuracy: share of the references that the answers mention, or of the continuations in
+            which nothing planted stands; None for passages.
         low, high: 95% interval of the accuracy, or of the bits per byte; by document.
         density, coverage, fallbacks: as in an answer's `sparsity`, means and a sum.
         true_coverage: exact coverage of the audited tokens; None where none was audited.
@@ -106,6 +109,11 @@ class Record:
     commit: str = ""
     machine: str = ""
     scores: Sequence[Sequence[float]] = ()
+
+    @property
+    def asked(self) -> bool:
+        """Whether its answers are to questions, which a model solves or does not."""
+        return self.accuracy is not None and not isinstance(TASKS.get(self.task), FreeTask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +160,12 @@ def record_cell(
 def solved(records: Sequence[Record]) -> set[tuple[str, int]]:
     """Cells, by task and context, in which dense attention answers most questions.
 
-    Cells without dense, and passages, have no such bar to pass.
+    Cells without dense, passages and free text have no such bar to pass.
     """
     failed = {
         (r.task, r.context)
         for r in records
-        if r.policy == "dense" and r.accuracy is not None and r.accuracy < SOLVED
+        if r.policy == "dense" and r.asked and (r.accuracy or 0.0) < SOLVED
     }
     return {(r.task, r.context) for r in records} - failed
 
@@ -169,9 +177,7 @@ def pooled(records: Sequence[Record]) -> list[Pooled]:
     """
     good = solved(records)
     dense = {
-        (r.task, r.context): r
-        for r in records
-        if r.policy == "dense" and r.accuracy is not None and r.scores
+        (r.task, r.context): r for r in records if r.policy == "dense" and r.asked and r.scores
     }
     kept: dict[tuple[int, str], list[Record]] = {}
     for r in records:

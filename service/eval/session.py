@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from collections.abc import Sequence as Seq
 
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -89,7 +89,7 @@ class Session:
 
     @torch.inference_mode()
     def answers(self, exams: Seq[Exam], policies: Seq[SparsityParams]) -> list[list[list[Answer]]]:
-        """Greedy answers to the questions of every exam.
+        """Answers to the questions of every exam: greedy, or sampled from its seeds.
 
         Returns:
             Of each policy, of each exam, an answer to each question.
@@ -98,9 +98,11 @@ class Session:
             GenerationError: the model failed on one of them, or there is no room for it.
         """
         found: list[list[Answer]] = [[] for _ in policies]
+        given = chain.from_iterable(exam.seeds or [None] * len(exam.tails) for exam in exams)
         for seats in self._seated([Document.of_exam(exam) for exam in exams], policies[0]):
+            seeds = list(islice(given, len(seats)))
             for answers, sparsity in zip(found, policies, strict=True):
-                answers += self._answered([_script(seat, sparsity) for seat in seats])
+                answers += self._answered([_script(seat, sparsity) for seat in seats], seeds)
         return [
             [list(islice(rest, len(exam.tails))) for exam in exams] for rest in map(iter, found)
         ]
@@ -157,15 +159,16 @@ class Session:
                 if outcome.error is not None:
                     raise GenerationError(outcome.error)
 
-    def _answered(self, scripts: list[Script]) -> list[Answer]:
-        running, number = scripts, 0
+    def _answered(self, scripts: list[Script], seeds: list[int | None]) -> list[Answer]:
+        rngs = [None if seed is None else np.random.default_rng(seed) for seed in seeds]
+        running, number = list(zip(scripts, rngs, strict=True)), 0
         while running:
-            ends = self._stepped([(one, _rest(one)) for one in running], number)
+            ends = self._stepped([(one, _rest(one)) for one, _ in running], number)
             last = torch.stack([hidden[-1] for hidden in ends])  # [sequences, hidden]
-            tokens = self._runner.logits(last).argmax(-1).tolist()
-            for one, token in zip(running, tokens, strict=True):
+            tokens = chosen(self._runner.logits(last), [rng for _, rng in running])
+            for (one, _), token in zip(running, tokens, strict=True):
                 one.sequence.tokens.append(token)
-            running = [one for one in running if not self._done(one.sequence)]
+            running = [pair for pair in running if not self._done(pair[0].sequence)]
             number += 1
         return [
             Answer(
@@ -216,6 +219,26 @@ class Session:
     def _done(self, sequence: Sequence) -> bool:
         most = sequence.request.sampling.max_tokens
         return sequence.tokens[-1] in self._ends or sequence.generated >= most
+
+
+def chosen(logits: Tensor, rngs: Seq[np.random.Generator | None]) -> list[int]:
+    """The next token of each sequence: the likeliest, or sampled where it has a generator.
+
+    Args:
+        logits: [sequences, vocab].
+        rngs: of each sequence; one number is drawn from each.
+    """
+    tokens: list[int] = logits.argmax(-1).tolist()
+    rows = [row for row, rng in enumerate(rngs) if rng is not None]
+    if rows:
+        numbers = [[rng.random()] for rng in rngs if rng is not None]
+        sums = logits[rows].double().softmax(-1).cumsum(-1)  # [sampled, vocab]
+        whole = sums[:, -1:]  # 1 but for rounding; a product that reached it would draw nothing
+        wanted = (whole * whole.new_tensor(numbers)).minimum(whole.nextafter(0 * whole))
+        drawn = torch.searchsorted(sums, wanted, right=True)[:, 0].tolist()
+        for row, token in zip(rows, drawn, strict=True):
+            tokens[row] = token
+    return tokens
 
 
 def steps(work: Iterable[Work], most: int) -> Iterator[list[Work]]:

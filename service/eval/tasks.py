@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from models.training.tasks import MAJORITY, RULER, held_out_key, magic_number
+from service.eval.free_text import FreeTask, begun
 from service.eval.passages import PassageTask, continued, repeated
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ def _vote(key: str, value: str) -> str:
     return MAJORITY.needle.format(key=key, value=value)
 
 
-TASKS: dict[str, Task | PassageTask] = {
+TASKS: dict[str, Task | PassageTask | FreeTask] = {
     task.name: task
     for task in (
         Task("needle", _needles(1), 48, questions=1),
@@ -247,5 +248,6 @@ TASKS: dict[str, Task | PassageTask] = {
         Task("majority", _majority, 48, questions=BALLOTS),
         PassageTask("text", continued),
         PassageTask("repeats", repeated),
+        FreeTask("free-text", begun, 256, questions=10),
     )
 }

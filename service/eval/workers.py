@@ -17,9 +17,10 @@ from models.tokenizer import Tokenizer
 from service.eval.cell import Cell, Item
 from service.eval.crew import Crew
 from service.eval.measure import Examiner
+from service.eval.passages import PassageTask
 from service.eval.room import TOGETHER, Room
 from service.eval.session import Session
-from service.eval.tasks import TASKS, Task
+from service.eval.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -143,9 +144,9 @@ def _batches(cells: Sequence[Cell], questions: int, device: torch.device) -> lis
         if device.type != "cpu":
             room = TOGETHER[device.type]
             together = (
-                max(1, room // min(questions, task.questions))
-                if isinstance(task, Task)
-                else room // TARGETS
+                room // TARGETS
+                if isinstance(task, PassageTask)
+                else max(1, room // min(questions, task.questions))
             )
         parts = np.array_split(np.arange(cell.documents), -(-cell.documents // together))
         batches += [Batch(cell, part.tolist()) for part in parts]

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from kernels import dynamic, judge  # noqa: E402  (the script also runs uninstalled)
+from kernels import dynamic, judge, torch_backend  # noqa: E402  (the script also runs uninstalled)
 from kernels.attention import Impl, dense_decode, selected_attention  # noqa: E402
 from kernels.cache import LayerCache, Rows  # noqa: E402
 from kernels.page import PAGE  # noqa: E402
 from kernels.policy import Dynamic  # noqa: E402
 from kernels.timing import Phases  # noqa: E402
+
+if TYPE_CHECKING:
+    from kernels.selection import Selection
 
 SCALE = 128**-0.5
 
@@ -57,38 +61,79 @@ class Case:
 
 
 def agree(case: Case, policy: Dynamic) -> bool:
-    """Whether both backends select nearly the same keys and attend alike."""
+    """Whether Triton selects nearly what torch does in float32, twice the same, and attends so."""
     query, cache, rows = case.build()
-    found = []
-    for impl in (Impl.TORCH, Impl.TRITON):
-        choice = dynamic.select(query, cache, rows, policy, SCALE, impl=impl)
-        output, lse = selected_attention(query, cache, rows, choice.selection, SCALE, impl)
-        coverage = choice.coverage(lse)
-        exact = judge.true_coverage(query, cache, rows, choice.selection, lse, SCALE, impl)
-        found.append((choice, choice.complete(output, coverage), coverage, exact))
-    (one, a, c, e), (two, b, d, f) = found
-    two.selection.validate(rows.lengths)
-    same = total = 0
-    width = int(rows.lengths.max()) + 1
-    for first, second in zip(one.selection.indices, two.selection.indices, strict=True):
-        masks = [
-            torch.zeros(case.kv_heads, width, dtype=torch.bool, device="cuda").scatter_(
-                1, x.where(x >= 0, width - 1), True
-            )[:, :-1]
-            for x in (first, second)
-        ]
-        same += int((masks[0] & masks[1]).sum())
-        total += int((masks[0] | masks[1]).sum())
-    error = float((a.float() - b.float()).abs().max())
-    drift = float((c - d).abs().max()), float((e - f).abs().max()), float((d - f).abs().mean())
-    good = same / total > 0.99 and error < 0.05 and drift[0] < 0.01 and drift[1] < 0.01
+    wide = replace(cache, kv=cache.kv.float(), key_mean=cache.key_mean.float())
+    exact = query.float()
+    expected = dynamic.select(exact, wide, rows, policy, SCALE)
+    actual, again = (
+        dynamic.select(query, cache, rows, policy, SCALE, impl=Impl.TRITON) for _ in range(2)
+    )
+    actual.selection.validate(rows.lengths)
+    good = same(actual, again)
+    width = int(rows.lengths.max())
+    one, two = (by_key(choice.selection, width) for choice in (expected, actual))
+    both = (one >= 0) & (two >= 0)
+    overlap = float(both.sum() / ((one >= 0) | (two >= 0)).sum())
+    apart = (one - two)[both].abs()  # logs of weights
+    chosen = actual.selection
+    wanted = torch_backend.selected_attention(exact, wide, rows, chosen, SCALE)
+    found = selected_attention(query, cache, rows, chosen, SCALE, Impl.TRITON)
+    errors = [float((x.float() - y).abs().max()) for x, y in zip(found, wanted, strict=True)]
+    _, lse, own = torch_backend.selected_attention(exact, wide, rows, expected.selection, SCALE)
+    covers = expected.coverage(lse, own), actual.coverage(*found[1:])
+    true = [
+        judge.true_coverage(q, c, rows, chosen, found[2], SCALE, impl)
+        for q, c, impl in ((exact, wide, Impl.TORCH), (query, cache, Impl.TRITON))
+    ]
+    numbers = {
+        "keys": float(chosen.counts.float().mean()),
+        "keys differ": float((chosen.counts - expected.selection.counts).abs().float().mean()),
+        "overlap": overlap,
+        "log weights differ": float(apart.mean()),
+        "at most": float(apart.max()),
+        "missing differs": float((actual.missing - expected.missing).abs().max()),
+        "unit": float((actual.unit - expected.unit).abs().max()),
+        "output": errors[0],
+        "lse": errors[1],
+        "own": errors[2],
+        "coverage": float((covers[0] - covers[1]).abs().max()),
+        "true coverage": float((true[0] - true[1]).abs().max()),
+    }
+    bounds = {
+        "keys differ": 0.01 * numbers["keys"], "log weights differ": 0.02, "missing differs": 0.02,
+        "unit": 0.05, "output": 0.03, "lse": 0.02, "own": 0.02, "coverage": 0.02,
+        "true coverage": 0.01,
+    }  # fmt: skip
+    wrong = [name for name, bound in bounds.items() if not numbers[name] <= bound]
+    wrong += [] if overlap > 0.98 else ["overlap"]
+    wrong += [] if good else ["repeated"]
+    told = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
+    estimate = float((covers[1] - true[1]).abs().mean())
     print(
-        f"{case}: overlap {same / total:.5f}, output error {error:.4f}, coverage differs "
-        f"{drift[0]:.5f}, exact {drift[1]:.5f}, estimate off {drift[2]:.5f} "
-        f"{'' if good else 'WRONG'}",
+        f"{case} {policy}: {told}; estimate off {estimate:.4f} "
+        f"{'WRONG: ' + ', '.join(wrong) if wrong else ''}",
         flush=True,
     )
-    return good
+    return not wrong
+
+
+def same(one: dynamic.Choice, two: dynamic.Choice) -> bool:
+    """Whether two choices are equal to the bit."""
+    pairs = [(x.selection.indices, x.selection.log_weight, x.missing, x.unit) for x in (one, two)]
+    return all(
+        a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(*pairs, strict=True)
+    )
+
+
+def by_key(selection: Selection, width: int) -> torch.Tensor:
+    """Log-weights [rows, kv_heads, width] of the selected keys, -1 of the others."""
+    weights = selection.log_weight
+    weights = selection.indices.new_zeros(1, dtype=torch.float) if weights is None else weights
+    weights = weights.float().expand(selection.indices.shape)
+    place = torch.where(selection.indices >= 0, selection.indices, width)
+    empty = weights.new_full((*place.shape[:2], width + 1), -1.0)
+    return empty.scatter_(2, place, weights)[..., :-1]
 
 
 def clock(work, repeats: int = 20) -> float:
@@ -123,8 +168,9 @@ def time_parts(case: Case, policy: Dynamic, *, profiled: bool) -> None:
     dynamic.select(query, cache, rows, policy, SCALE, impl=Impl.TRITON)
     host = 1e6 * (time.perf_counter() - host)
     print(
-        f"{case}: dense {dense:.0f} us (bytes at 4.55 TB/s: {floor:.0f}), select {select:.0f} "
-        f"(host {host:.0f}; waited for: {parts}), attend {attend:.0f}, keys {kept:.0f}",
+        f"{case} {policy}: dense {dense:.0f} us (bytes at 4.55 TB/s: {floor:.0f}), "
+        f"select {select:.0f} (host {host:.0f}; waited for: {parts}), attend {attend:.0f}, "
+        f"keys {kept:.0f}",
         flush=True,
     )
 
@@ -143,13 +189,17 @@ def main() -> int:
     """Compare, then time."""
     model = {"kv_heads": 2, "group": 2, "head_dim": 128, "dtype": torch.bfloat16}
     llama = {"kv_heads": 8, "group": 4, "head_dim": 128, "dtype": torch.bfloat16}
-    plain = Dynamic()
+    plain, top = Dynamic(), Dynamic(coverage=1.0, min_keys=512, max_keys=512, sampled=False)
     good = [
         agree(Case(3, 40_000, **model), plain),
-        agree(Case(2, 30_000, **model, queries=5), Dynamic(coverage=0.9, min_keys=0)),
-        agree(Case(3, 9_000, **model), plain),
-        agree(Case(2, 40_000, **llama), Dynamic(coverage=1, min_keys=2048, max_keys=2048)),
-        agree(Case(2, 20_000, 2, 7, 64, torch.float16), Dynamic(max_keys=1024)),
+        agree(Case(2, 30_000, **model, queries=5), Dynamic(coverage=0.9, min_keys=0, worth=0.5)),
+        agree(Case(3, 9_000, **model), Dynamic(coverage=0.8, min_keys=0, max_keys=9000, worth=0.0)),
+        agree(Case(3, 9_000, **model), top),
+        agree(Case(2, 40_000, **llama), Dynamic(coverage=1.0, min_keys=2048, max_keys=2048)),
+        agree(Case(2, 20_000, 2, 7, 64, torch.float16), plain),
+        agree(Case(2, 3_000, 2, 4, 96, torch.float32), Dynamic(max_keys=100, min_keys=0)),
+        agree(Case(5, 300, **model, queries=7), Dynamic(min_keys=200, max_keys=5000)),
+        agree(Case(5, 100, **model), plain),
     ]
     profiled = "--profile" in sys.argv
     for case in (
@@ -157,8 +207,10 @@ def main() -> int:
         Case(8, 65_536, **model, queries=128),
         Case(8, 131_072, **llama),
         Case(1, 131_072, **llama),
+        Case(1, 1_048_576, **model),
     ):
         time_parts(case, plain, profiled=profiled)
+    time_parts(Case(8, 131_072, **llama), top, profiled=False)
     return int(not all(good))
 
 

@@ -56,21 +56,35 @@ class Part:
 
 SOME = ("multi-key", "multi-value", "multi-query-4", "multi-query-16", "variables")
 DYNAMIC = ("dense", "dynamic:coverage=0.98")
-WINDOW = {32_768: "fixed:sinks:16+window:768", 65_536: "fixed:sinks:16+window:1024"}
+WINDOW = {32_768: "fixed:sinks:16+window:640", 65_536: "fixed:sinks:16+window:1024"}
 """Fixed windows of as many keys as the dynamic policy reads there."""
-TOP = ("dynamic:k=160", "dynamic:k=160,min_coverage=0.9")
-BUDGETS = tuple(f"dynamic:k={2**power}" for power in range(6, 13))
+PLAIN = "sampled=false,dense_layers=1"
+TOP = (f"dynamic:k=160,{PLAIN}", f"dynamic:k=160,{PLAIN},min_coverage=0.9")
+"""Plain top-k as others serve it, its first layer dense; and with escalation to dense attention."""
+MORE = tuple(f"dynamic:k={k},{PLAIN}" for k in (112, 128, 144, 192, 256, 384))
+"""The same at other budgets, for the curve."""
+BUDGETS = (*(f"dynamic:k={2**power}" for power in range(6, 13)), "dynamic:k=512,sampled=false")
 SHORT, LONG = (4096, 8192, 16_384), tuple(WINDOW)
 
 PARTS = (
     *(Part("sparsity", SOME, (n,), (*DYNAMIC, w)) for n, w in WINDOW.items()),
     *(Part("majority", ("majority",), (n,), (*DYNAMIC, w, *TOP)) for n, w in WINDOW.items()),
+    Part(
+        "majority",
+        ("majority",),
+        LONG,
+        (*MORE, "dynamic:k=384,sampled=false"),
+        documents=64,
+        answers=0,
+    ),
     Part("dense", ("needle",), SHORT, ("dense",), documents=200, answers=0),
-    Part("dense", (*SOME, "majority"), SHORT, ("dense",)),
+    Part("dense", SOME, SHORT, ("dense",)),
+    Part("dense", ("majority",), SHORT, ("dense",), documents=64, answers=0),
     Part("text", ("text",), (2048, 32_768), DYNAMIC, own_text=True),
     Part("text", ("repeats",), (32_768,), DYNAMIC, own_text=True),
+    Part("text", ("free-text",), (2048, 32_768), DYNAMIC, own_text=True),
     # Not beside dense: so few documents say nothing of a loss, and much of the estimates.
-    Part("calibration", ("needle", *SOME, "majority"), LONG, BUDGETS, documents=8, answers=0),
+    Part("calibration", ("needle", *SOME, "majority"), LONG, BUDGETS, documents=12, answers=0),
     # Last, since one question a document makes a thousand of them.
     *(Part("needle", ("needle",), (n,), (*DYNAMIC, w)) for n, w in WINDOW.items()),
 )

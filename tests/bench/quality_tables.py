@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service.eval.plot import expectation
+from service.eval.plot import expectation, plain_keys
 from service.eval.record import SOLVED, Record, pooled, solved
 from service.eval.statistics import differences, interval, ratio
 from service.eval.tasks import TASKS
@@ -19,6 +20,8 @@ JUDGED = "dynamic:coverage=0.98"
 """The policy that the criterion is about."""
 DENSITY = {32_768: 0.05, 65_536: 0.03}
 """Its highest mean density by context."""
+MANY = 100
+"""Answers to the majority task from which on a budget is shown: fewer tell its coverage alone."""
 LOSS, BOUND = 0.01, 0.03
 """Its highest pooled loss, and the highest upper bound of a task's."""
 
@@ -29,9 +32,9 @@ def tables(records: Sequence[Record]) -> list[str]:
         "\n\n".join(part for part in (_pooled(records), _criterion(records)) if part),
         _dense(records),
         _cells(records),
-        _majority(records),
+        "\n\n".join(part for part in (_majority(records), _top_k(records)) if part),
         _coverage(records),
-        "\n\n".join(part for part in (_passages(records), _late(records)) if part),
+        "\n\n".join(part for part in (_passages(records), _late(records), _free(records)) if part),
     ]
 
 
@@ -72,7 +75,7 @@ def _criterion(records: Sequence[Record]) -> str:
             for r in records
             if (r.policy, r.context) == (row.policy, row.context)
             and r.loss_high is not None
-            and r.accuracy is not None
+            and r.asked
             and (r.task, r.context) in good
         )
         most = DENSITY[row.context]
@@ -95,7 +98,7 @@ def _met(holds: bool, most: str) -> str:
 
 def _dense(records: Sequence[Record]) -> str:
     """A row for each task, a column for each context."""
-    dense = [r for r in records if r.policy == "dense" and r.accuracy is not None]
+    dense = [r for r in records if r.policy == "dense" and r.asked]
     contexts = sorted({r.context for r in dense})
     if len(contexts) < 2:
         return ""  # what the tables by policy say
@@ -119,7 +122,7 @@ def _cells(records: Sequence[Record]) -> str:
     asked = [
         r
         for r in records
-        if r.accuracy is not None
+        if r.asked
         and r.context in contexts
         and (r.policy == "dense" or (r.loss is not None and (r.context, r.policy) in shown))
     ]
@@ -151,14 +154,13 @@ def _majority(records: Sequence[Record]) -> str:
     """Every policy beside dense: here alone, a policy that reads few keys must guess."""
     here = [r for r in records if r.task == "majority"]
     kept = [r for r in here if r.loss is not None]
-    contexts = {r.context for r in kept if r.policy.startswith("dynamic:k=")}
+    contexts = {r.context for r in kept if "sampled=false" in r.policy}
     rows = [
         (
             f"{r.context:,}",
             f"`{r.policy}`",
             f"{r.n:,}",
-            f"{r.accuracy:.3f} ({r.low:.3f} to {r.high:.3f})",
-            _expected(r),
+            _accuracy(r),
             _loss(r.loss, r.loss_low, r.loss_high),
             f"{r.density:.1%}",
             f"{r.fallbacks:,}",
@@ -166,23 +168,36 @@ def _majority(records: Sequence[Record]) -> str:
         for r in here
         if r.context in contexts and (r in kept or r.policy == "dense")
     ]
-    names = ("context", "policy", "answers", "accuracy", "expected", "loss", "density", "fallbacks")
     return _table(
-        "`majority` asks which of two verdicts has more votes, of which few keys show few. "
-        "Expected of plain top-k is\nwhat an ideal reader of as many votes would answer right, and "
-        "its bound; with `min_coverage` the tokens\nwhose estimated coverage is less fall back to "
-        "dense attention, all of them where the density is 100%:",
-        names,
+        "`majority` asks which of two verdicts has more votes, of which few keys show few; with "
+        "`min_coverage` the\ntokens whose estimated coverage is less fall back to dense attention, "
+        "all of them where the density is\n100%:",
+        ("context", "policy", "answers", "accuracy", "loss", "density", "fallbacks"),
         rows,
     )
 
 
-def _expected(r: Record) -> str:
-    """Of plain top-k, by counting the votes that it has room for."""
-    _, _, budget = r.policy.partition("dynamic:k=")
-    if not budget.isdigit():
-        return ""
-    return f"{np.interp(int(budget) / r.context, *expectation(r.context)):.3f}"
+def _top_k(records: Sequence[Record]) -> str:
+    """Plain top-k on the majority task, by its keys."""
+    rows = []
+    for r in records:
+        found = re.fullmatch(r"dynamic:k=(\d+),sampled=false(,dense_layers=\d+)?", r.policy)
+        if r.task == "majority" and found and r.n > MANY:
+            keys, first = int(found[1]), "" if plain_keys(r.policy) is None else "dense"
+            expected = f"{np.interp(keys, *expectation(r.context)):.3f}" if first else ""
+            rows.append((r.context, keys, first, f"{r.n:,}", _accuracy(r), expected))
+    return _table(
+        "Plain top-k there, by its keys, of which some 112 are sinks and recent ones. Expected "
+        "is what an ideal\nreader of as many votes as there is room for answers right. Without a "
+        "dense first layer this model has lost\nits average over the document, and answers "
+        "gibberish:",
+        ("context", "keys", "first layer", "answers", "accuracy", "expected"),
+        [(f"{context:,}", str(keys), *rest) for context, keys, *rest in sorted(rows)],
+    )
+
+
+def _accuracy(r: Record) -> str:
+    return f"{r.accuracy:.3f} ({r.low:.3f} to {r.high:.3f})"
 
 
 def _coverage(records: Sequence[Record]) -> str:
@@ -190,37 +205,43 @@ def _coverage(records: Sequence[Record]) -> str:
     shown = _widely_measured(records)
     groups: dict[tuple[int, str], list[Record]] = defaultdict(list)
     for r in records:
-        if r.constant_error is not None and (r.context, r.policy) in shown:
+        if r.constant_error is not None and r.asked and (r.context, r.policy) in shown:
             groups[r.context, r.policy].append(r)
     rows = []
     for (context, policy), group in sorted(groups.items(), key=lambda item: _budget(*item[0])):
-        error = _mean(r.coverage_error for r in group)
-        constant = _mean(r.constant_error for r in group)
+        answers = sum(r.n for r in group)
+        right = sum((r.accuracy or 0.0) * r.n for r in group)
+        pairs = [(r.coverage_error or 0.0, r.constant_error or 0.0) for r in group]
+        ratios = [error / constant for error, constant in pairs if constant]
+        over = [r.overestimates or 0.0 for r in group]
         rows.append(
             (
                 f"{context:,}",
                 f"`{policy}`",
+                f"{answers:,}",
+                f"{right / answers:.3f}",
                 f"{_mean(r.true_coverage for r in group):.3f}",
-                f"{error:.4f}",
-                f"{constant:.3f}",
-                f"{error / constant:.2f}" if constant else "",
-                f"{_mean(r.overestimates for r in group):.1%}",
+                f"{_mean(error for error, _ in pairs):.4f}",
+                f"{_mean(constant for _, constant in pairs):.3f}",
+                f"{_mean(ratios):.2f} ({max(ratios):.2f})" if ratios else "",
+                f"{_mean(over):.2%} ({max(over):.2%})",
             )
         )
     names = ("exact coverage", "error of the estimate", "of the best constant", "ratio")
     return _table(
-        "How well the estimated coverage is known, mean over layers, tokens and heads of every "
-        "fourth step (the\nfirst is a prompt's last 128 tokens), which also read all keys; the "
-        "best constant is each task's own:",
-        ("context", "policy", *names, "too high by 0.05"),
+        "What a fixed number of keys answers, over all tasks, and how well the estimated coverage "
+        "is known: mean over\nlayers, tokens and heads of every fourth step (the first is a "
+        "prompt's last 128 tokens), which also read all\nkeys. The best constant is each task's "
+        "own; in brackets is the worst task:",
+        ("context", "policy", "answers", "accuracy", *names, "too high by 0.05"),
         rows,
     )
 
 
 def _budget(context: int, policy: str) -> tuple[int, int]:
     """Plain budgets behind the others, in their order."""
-    _, _, keys = policy.partition("dynamic:k=")
-    return context, int(keys) if keys.isdigit() else 0
+    found = re.match(r"dynamic:k=(\d+)", policy)
+    return context, int(found[1]) if found else 0
 
 
 def _passages(records: Sequence[Record]) -> str:
@@ -263,11 +284,28 @@ def _late(records: Sequence[Record]) -> str:
     )
 
 
+def _free(records: Sequence[Record]) -> str:
+    """How often text that is left to itself holds a sentence such as were planted in training."""
+    free = [r for r in records if r.task == "free-text"]
+    said = [
+        f"{r.n - round(r.accuracy * r.n):,} of {r.n:,} behind {r.context:,} tokens under "
+        f"`{r.policy}`"
+        for r in free
+        if r.accuracy is not None
+    ]
+    if not said:
+        return ""
+    return (
+        "Of 256 tokens that the model goes on with by itself (drawn at temperature 1), so many "
+        f"continuations hold a\nsentence such as were planted in training: {'; '.join(said)}."
+    )
+
+
 def _widely_measured(records: Sequence[Record]) -> set[tuple[int, str]]:
     """Contexts and policies that were measured on most tasks there, not for one task's sake."""
     tasks: dict[tuple[int, str], set[str]] = defaultdict(set)
     for r in records:
-        if r.accuracy is not None:
+        if r.asked:
             tasks[r.context, r.policy].add(r.task)
     most = {context: 0 for context, _ in tasks}
     for (context, _), some in tasks.items():

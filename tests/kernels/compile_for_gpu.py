@@ -64,13 +64,15 @@ def run(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, queries: i
     lengths = context - torch.arange(queries - 1, -1, -1)
     rows = Rows(torch.arange(pages)[None], lengths, torch.zeros_like(lengths))
     query = torch.randn(queries, kv_heads * group, head_dim).to(dtype)
-    for whole in (0, 16_384):
-        policy = Dynamic(min_keys=0, max_keys=150, whole=whole, draws=20)
+    for policy in (
+        Dynamic(min_keys=0, max_keys=150),  # a budget that varies, a sample
+        Dynamic(min_keys=150, max_keys=150, sampled=False),
+    ):
         choice = dynamic.select(query, cache, rows, policy, 0.1, impl=Impl.TRITON)
-    selection = choice.selection
-    _, lse = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)
-    judge.rest_of(query, cache, rows, selection, 0.1, Impl.TRITON)
-    judge.true_coverage(query, cache, rows, selection, lse, 0.1, Impl.TRITON)
+        selection = choice.selection
+        _, _, own = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)
+        judge.rest_of(query, cache, rows, selection, 0.1, Impl.TRITON)
+        judge.true_coverage(query, cache, rows, selection, own, 0.1, Impl.TRITON)
 
 
 if __name__ == "__main__":

@@ -29,18 +29,19 @@ def supports(impl, dtype):
     )
 
 
-def in_low_precision(query, keys, values, mask, scale):
+def in_low_precision(query, keys, values, mask, scale, log_weight=None):
     """The same computation by torch in the query's own precision: what rounding alone costs.
 
     Both as written down and as torch's fused kernel rounds it, whose exponential is coarser on some
     processors.
     """
     scores = torch.einsum("rhd,rhkd->rhk", query, keys) * scale
-    scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0.0)
+    bias = torch.zeros_like(scores) if log_weight is None else log_weight.to(scores.dtype)
+    bias = bias.masked_fill(~mask, -torch.inf)
+    weights = (scores + bias).softmax(-1).nan_to_num(0.0)
     written = torch.einsum("rhk,rhkd->rhd", weights, values)
     fused = F.scaled_dot_product_attention(
-        query[:, :, None], keys, values, attn_mask=mask[:, :, None], scale=scale
+        query[:, :, None], keys, values, attn_mask=bias[:, :, None], scale=scale
     )
     return written, fused[:, :, 0].nan_to_num(0.0)
 
@@ -66,34 +67,44 @@ def full_keys(case, group):
     return stacked
 
 
-def random_selection(case, density, seed=0):
+def random_selection(case, density, seed=0, weighted=False):
     generator = torch.Generator().manual_seed(seed)
     rows, width = case.rows.lengths.shape[0], int(case.rows.lengths.max())
     mask = torch.rand(rows, case.kv_heads, width, generator=generator) < density
     mask &= torch.arange(width) < case.rows.lengths[:, None, None]
     positions = torch.arange(width).expand(rows, case.kv_heads, width)
-    return Selection.from_mask(mask, positions), mask
+    weights = None
+    if weighted:
+        weights = torch.rand(mask.shape, generator=generator, dtype=torch.float64) * 3
+        weights = weights.to(torch.float64 if case.dtype is torch.float64 else torch.float32)
+    return Selection.from_mask(mask, positions, weights), mask, weights
 
 
 @pytest.mark.parametrize("impl", list(Impl))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kv_heads", "group"), SHAPES)
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_selected_attention_is_a_masked_softmax(paged, impl, dtype, kv_heads, group, density):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_selected_attention_is_a_masked_softmax(
+    paged, impl, dtype, kv_heads, group, density, weighted
+):
     if not supports(impl, dtype):
         return
     case = paged(LENGTHS, kv_heads, 32, dtype, seed=kv_heads, queries=1)
     query = case.query(group)
-    selection, mask = random_selection(case, density)
+    selection, mask, weights = random_selection(case, density, weighted=weighted)
     selection.validate(case.rows.lengths)
     keys, values = full_keys(case, group)
     heads_mask = mask.repeat_interleave(group, 1)
-    exact, exact_lse = masked_attention(query, keys, values, heads_mask, 0.2)
-    output, lse = selected_attention(query, case.cache, case.rows, selection, 0.2, impl)
-    plain = in_low_precision(query, keys, values, heads_mask, 0.2)
+    heads_weights = None if weights is None else weights.repeat_interleave(group, 1)
+    _, exact_own = masked_attention(query, keys, values, heads_mask, 0.2)
+    exact, exact_lse = masked_attention(query, keys, values, heads_mask, 0.2, heads_weights)
+    output, lse, own = selected_attention(query, case.cache, case.rows, selection, 0.2, impl)
+    plain = in_low_precision(query, keys, values, heads_mask, 0.2, heads_weights)
     assert_as_exact(output, plain, exact)
     tolerance = 1e-9 if dtype is torch.float64 else 2e-5 if dtype is torch.float32 else 5e-2
     torch.testing.assert_close(lse.double(), exact_lse, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(own.double(), exact_own, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("impl", list(Impl))
@@ -102,9 +113,11 @@ def test_a_row_without_keys_gives_zero_and_minus_infinity(paged, impl):
     mask = torch.zeros(2, 2, 7, dtype=torch.bool)
     mask[1, 0, 3] = True  # one key in one head of one row, nothing elsewhere
     selection = Selection.from_mask(mask, torch.arange(7).expand(2, 2, 7))
-    output, lse = selected_attention(case.query(3), case.cache, case.rows, selection, 1.0, impl)
+    query = case.query(3)
+    output, lse, own = selected_attention(query, case.cache, case.rows, selection, 1.0, impl)
     assert (output[0] == 0).all() and (output[1, 3:] == 0).all()
-    assert torch.isneginf(lse[0]).all() and torch.isneginf(lse[1, 3:]).all()
+    for one in (lse, own):
+        assert torch.isneginf(one[0]).all() and torch.isneginf(one[1, 3:]).all()
     torch.testing.assert_close(output[1, :3], case.values[1][3, :1].expand(3, -1))
 
 
@@ -156,7 +169,7 @@ def test_dense_attention_reads_any_layout_of_pages(layout):
 
 def test_shapes_that_do_not_fit_are_refused(paged):
     case = paged([70], 2, 16)
-    selection, _ = random_selection(case, 0.5)
+    selection, *_ = random_selection(case, 0.5)
     with pytest.raises(KernelError, match="multiple of 2 heads"):
         selected_attention(torch.zeros(1, 3, 16), case.cache, case.rows, selection, 1.0)
     with pytest.raises(KernelError, match="must agree"):

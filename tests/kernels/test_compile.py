@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "_scan",
     "_score",
+    "_scan",
+    "_total",
     "_rank",
+    "_spend",
     "_count",
     "_tell",
     "_write",
-    "_cut",
-    "_take",
-    "_draw",
     "_selected",
     "_dense",
     "_join",

@@ -32,8 +32,9 @@ def test_a_dynamic_answer_reports_what_it_looked_at(harness):
     [deltas] = one.run(one.generate(prompt_of(2000), greedy(10)))
     report = last(deltas)
     assert report.policy == "dynamic" and report.fallbacks == {}
-    assert 68 / 2010 <= report.density <= 160 / 1800
-    assert 68 <= report.keys_attended <= 160
+    # The recent window, the sinks, and a sample.
+    assert 208 / 2010 <= report.density <= 271 / 1872
+    assert 208 <= report.keys_attended <= 271
     assert 0 < report.coverage_p5 <= report.coverage <= 1
     assert [d.sparsity for d in deltas[:-1]] == [None] * (len(deltas) - 1)
 
@@ -85,10 +86,10 @@ def test_low_coverage_is_tried_again_after_a_while(harness, monkeypatch):
     calls = []
     real = dynamic_kernel.Choice.coverage
 
-    def low_at_first(self, lse):
+    def low_at_first(self, lse, own):
         calls.append(1)
         # The tail's pass, three layers, is judged low; everything later is fine.
-        return real(self, lse) * (0.0 if len(calls) <= 3 else 1.0)
+        return real(self, lse, own) * (0.0 if len(calls) <= 3 else 1.0)
 
     monkeypatch.setattr(dynamic_kernel.Choice, "coverage", low_at_first)
     [deltas] = one.run(one.generate(prompt_of(1000), greedy(60), dynamic(min_coverage=0.2)))
@@ -127,8 +128,8 @@ def test_scores_that_are_not_finite_take_the_fixed_pattern(harness, monkeypatch)
 
     def select_broken(*args):
         choice = select(*args)
-        broken.append(id(choice.log_rest))
-        choice.log_rest.fill_(torch.nan)
+        broken.append(id(choice.missing))
+        choice.missing.fill_(torch.nan)
         return choice
 
     monkeypatch.setattr(dynamic_kernel, "select", select_broken)
@@ -146,7 +147,7 @@ def test_one_healthy_request_does_not_hide_that_another_has_no_selection(harness
 
     def broken_for_one(query, cache, rows, *rest):
         choice = select(query, cache, rows, *rest)
-        choice.log_rest[rows.lengths < 600] = torch.nan
+        choice.missing[rows.lengths < 600] = torch.nan
         return choice
 
     monkeypatch.setattr(dynamic_kernel, "select", broken_for_one)
@@ -182,8 +183,8 @@ def test_a_sampled_step_is_audited_against_every_key(harness):
         signs = [{"layers": layers, "sign": sign} for sign in ("over", "under")]
         error = "attention_audit_coverage_error"
         assert sum(counter(one, f"{error}_count", **labels) for labels in signs) == 1
-        # Contexts that are scored whole are estimated without an error but rounding.
-        assert sum(counter(one, f"{error}_sum", **labels) for labels in signs) < 1e-9
+        # Codes of sixteen channels are coarse; nearer than not knowing they are all the same.
+        assert 0 < sum(counter(one, f"{error}_sum", **labels) for labels in signs) < 0.3
     for phase in ("score", "select", "attend"):
         assert counter(one, "attention_seconds_count", phase=phase) == 1
         assert counter(one, "attention_seconds_sum", phase=phase) > 0

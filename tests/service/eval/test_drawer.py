@@ -14,7 +14,8 @@ from service.config import BUNDLED_CHECKPOINT
 from service.errors import ConfigError
 from service.eval import prompts as prompts_module
 from service.eval.cell import Cell, Item, documents_for
-from service.eval.drawer import Drawing
+from service.eval.drawer import Drawer, Drawing
+from service.eval.free_text import PLANTED
 from service.eval.prompts import prompt_text, prompt_tokens, split
 from service.eval.source import Source
 from service.eval.tasks import TASKS
@@ -83,7 +84,7 @@ def test_a_cell_may_do_without_the_users_texts():
     own = " ".join(f"Sentence {number} stands here." for number in range(40_000))
     drawer = Drawing(BUNDLED_CHECKPOINT, 4, 0, (own,)).drawer()
     generated = Drawing(BUNDLED_CHECKPOINT, 4, 0).drawer()
-    for task in ("needles", "text"):
+    for task in ("needles", "text", "free-text"):
         assert same(drawer(item(task, own_text=False)), generated(item(task)))
         assert not same(drawer(item(task)), generated(item(task)))
 
@@ -98,11 +99,38 @@ def test_a_passage_ends_alike_in_every_context():
         drawer(item("repeats", 1024))
 
 
+@pytest.mark.parametrize("context", [1024, 4096])
+def test_a_free_text_is_given_as_it_is_and_continued_from_seeds(tokenizer, context):
+    paper = Drawer(tokenizer, 4, 0)(item("free-text", context))
+    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompts = {(*paper.shared.tolist(), *tail.tolist()) for tail in paper.tails}
+    assert len(prompts) == 1 and len(paper.tails) == len(paper.questions) == 4
+    [prompt] = prompts
+    assert len(prompt) == context - 256
+    assert list(prompt[: len(first)]) == first
+    text = tokenizer.decode(prompt)
+    assert not PLANTED.search(text) and "Question" not in text
+    assert text[-1] in '.!?"”'
+    assert len(set(paper.seeds)) == 4
+
+
+def test_a_free_text_ends_alike_and_has_the_same_seeds_in_every_context():
+    drawer, fewer = (Drawing(BUNDLED_CHECKPOINT, n, 0).drawer() for n in (16, 3))
+    short, long = drawer(item("free-text")), drawer(item("free-text", 8192))
+    assert len(short.seeds) == 10
+    assert (short.shared[1:] == long.shared[-len(short.shared) + 1 :]).all()
+    assert short.seeds == long.seeds != drawer(item("free-text", document=1)).seeds
+    assert fewer(item("free-text")).seeds == short.seeds[:3]
+    assert drawer(item("needles")).seeds == ()
+
+
 def test_documents_are_as_many_as_wanted_and_as_the_answers_need():
     assert documents_for("needle", 100, 10, 1000) == 1000
     assert documents_for("needles", 100, 10, 1000) == 100
     assert documents_for("needles", 120, 10, 1000) == 120
     assert documents_for("text", 7, 10, 1000) == 7
+    assert documents_for("free-text", 7, 10, 1000) == 100
+    assert [name for name in TASKS if Cell(name, 2048, 1, ()).passages] == ["text", "repeats"]
 
 
 def test_drawing_loads_no_torch():

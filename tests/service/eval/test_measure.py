@@ -21,7 +21,7 @@ from service.eval.prompts import split
 from service.eval.record import record_cell
 from service.eval.room import TOGETHER, Room
 from service.eval.script import Audit
-from service.eval.session import FORCED, Session, _request, steps
+from service.eval.session import FORCED, Session, _request, chosen, steps
 from service.eval.workers import Setup
 from service.sparsity import SparsityConfig
 from tests.service.engine.tiny import (
@@ -45,10 +45,10 @@ def session_of(decoder, room=ROOM):
     return Session(decoder, tiny_config(), letters(), room)
 
 
-def exam(prompts, answer_tokens=9):
+def exam(prompts, answer_tokens=9, seeds=()):
     """As a drawer would write it."""
     shared, tails = split([np.array(prompt, dtype=np.int32) for prompt in prompts])
-    return Exam(shared, tails, (), answer_tokens)
+    return Exam(shared, tails, (), answer_tokens, seeds)
 
 
 def dictation(tokens, targets):
@@ -70,6 +70,56 @@ def test_answers_and_reports_are_those_of_the_engine(harness, sparsity):
         assert answer.report.density == pytest.approx(report.density)
         assert answer.report.coverage == pytest.approx(report.coverage)
         assert answer.report.fallbacks == report.fallbacks
+
+
+@pytest.mark.parametrize(("room", "step"), [(200, 512), (20, TAIL)])
+def test_sampled_answers_depend_on_their_seeds_alone(harness, room, step):
+    decoder = harness().decoder
+    prompts = [prompt_of(length, length) for length in (600, 300)]
+    sampled = [exam([one] * 3, 20, (5, 6, 7)) for one in prompts]
+    exams = [sampled[0], exam([prompts[0]], 20), sampled[1]]
+    policies = [DENSE, dynamic(), DENSE]
+    found = session_of(decoder, Room(room, 7, step)).answers(exams, policies)
+    texts = [[[one.text for one in answers] for answers in some] for some in found]
+    assert texts[0] == texts[2]  # every policy draws the same numbers
+    assert len(set(texts[0][0])) == 3
+    assert len(texts[0][0][0]) > 1
+    for number, one in enumerate(exams):
+        alone = session_of(decoder).answers([one], policies[:2])
+        for policy in range(2):
+            assert [a.text for a in alone[policy][0]] == texts[policy][number]
+    # A seed's answer does not depend on how many are asked for.
+    fewer = exam([prompts[0]], 20, (6,))
+    [[[answer]]] = session_of(decoder).answers([fewer], [DENSE])
+    assert answer.text == texts[0][0][1]
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    logits = torch.tensor([0.5, -torch.inf, 2.0, 1.0])
+    rngs = [np.random.default_rng(seed) for seed in range(4000)]
+    drawn = chosen(logits.expand(4001, 4), [*rngs, None])
+    assert drawn.pop() == 2
+    shares = np.bincount(drawn, minlength=4) / 4000
+    np.testing.assert_allclose(shares, logits.double().softmax(-1).numpy(), atol=0.025)
+    assert shares[1] == 0
+    assert drawn == chosen(
+        logits.expand(4000, 4), [np.random.default_rng(seed) for seed in range(4000)]
+    )
+
+
+class Extreme:
+    """A generator that draws the greatest number below one, or zero."""
+
+    def __init__(self, number):
+        self.random = lambda: number
+
+
+@pytest.mark.parametrize("number", [0.0, float(np.nextafter(1.0, 0.0))])
+def test_no_number_draws_what_the_model_excludes(number):
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    logits[:, :40] = logits[:, -40:] = -torch.inf
+    drawn = chosen(logits, [Extreme(number)] * 50)
+    assert all(40 <= token < 260 for token in drawn)
 
 
 @pytest.mark.parametrize(("room", "step"), [(200, 512), (47, 200), (20, TAIL)])
@@ -121,8 +171,8 @@ def test_every_fourth_step_is_audited_from_the_tail_on(harness):
     ("text", "expected"),
     [
         ("dense", {"policy": "dense"}),
-        (" dynamic ", {"policy": "dynamic", "max_keys": 2048, "remainder": True}),
-        ("dynamic:k=512", {"min_keys": 512, "max_keys": 512, "coverage": 1.0, "remainder": False}),
+        (" dynamic ", {"policy": "dynamic", "max_keys": 1024, "sampled": True}),
+        ("dynamic:k=512", {"min_keys": 512, "max_keys": 512, "coverage": 1.0, "sampled": True}),
         ("dynamic:coverage=0.9,max_keys=700", {"coverage": 0.9, "max_keys": 700, "min_keys": 256}),
         ("fixed:sinks:16+window:64", {"policy": "fixed", "pattern": "sinks:16+window:64"}),
         ("fixed", {"policy": "fixed", "pattern": "sinks:16+window:1024"}),

@@ -149,8 +149,15 @@ def test_every_table_says_what_its_records_say(quality):
             for task in ("needle", "needles", "majority")
             for policy in ("dense", "dynamic:coverage=0.98", "fixed:sinks:16+window:1024")
         ),
-        record("majority", 32_768, "dynamic:k=160"),
-        record("majority", 32_768, "dynamic:k=160,min_coverage=0.9", fallbacks=1234),
+        record("majority", 32_768, "dynamic:k=160,sampled=false,dense_layers=1"),
+        record(
+            "majority",
+            32_768,
+            "dynamic:k=160,sampled=false,dense_layers=1,min_coverage=0.9",
+            fallbacks=1234,
+        ),
+        record("majority", 32_768, "dynamic:k=384,sampled=false", n=256, **single),
+        record("majority", 32_768, "dynamic:k=192,sampled=false,dense_layers=1", n=256, **single),
         *(
             record(task, 32_768, f"dynamic:k={k}", **single)
             for k in (128, 64)
@@ -172,11 +179,16 @@ def test_every_table_says_what_its_records_say(quality):
     assert "15.0 points, of `needles` (at most 3: missed)" in pooled
     assert "| task | 4,096 | 32,768 | 65,536 |" in dense and "| `needles` |  | 1.000 |" in dense
     assert "4,096" not in cells and "k=" not in cells
-    assert majority.count("| 32,768 |") == 5 and "| 1,234 |" in majority
+    ballots, top_k = majority.split("\n\nPlain top-k")
+    assert ballots.count("| 32,768 |") == 5 and "| 1,234 |" in ballots
+    assert [line.split(" | ")[1:3] for line in top_k.splitlines() if "32,768" in line] == [
+        ["192", "dense"],
+        ["384", ""],
+    ]
     assert "65,536" not in majority
     rows = [line for line in coverage.splitlines() if "dynamic:k=" in line]
     assert ["k=64" in row for row in rows] == [True, False]
-    assert "| 0.0100 | 0.200 | 0.05 | 0.1% |" in rows[0]
+    assert "| 60 | 0.900 | 0.690 | 0.0100 | 0.200 | 0.05 (0.05) | 0.10% (0.10%) |" in rows[0]
     assert "cost -0.250 (-0.300 to -0.200) bits per byte more" in text.replace("\n", " ")
 
 

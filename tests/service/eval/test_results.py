@@ -15,11 +15,12 @@ import pytest
 from service.errors import ConfigError
 from service.eval.cell import Cell
 from service.eval.chance import majority_chance
-from service.eval.plot import check_plot, draw, expectation, family
+from service.eval.plot import check_plot, draw, expectation, family, plain_keys
 from service.eval.policies import parse_policy
 from service.eval.record import Calibration, DocumentScore, Record, pooled, record_cell, solved
 from service.eval.results import Results, table
 from service.eval.statistics import differences, interval, ratio
+from service.eval.tasks import votes
 from service.sparsity import SparsityConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -120,6 +121,23 @@ def test_every_answer_counts_the_same_over_the_tasks_that_dense_solves():
     assert ("hard", 4096) not in solved(records)
 
 
+def test_continuations_are_no_questions_and_do_not_count_among_them():
+    lost = {"policy": "dynamic", "density": 0.1}
+    for leaking in (0, 3):
+        free = [
+            record(task="free-text", accuracy=leaking / 3, scores=[[leaking, 3]] * 3),
+            record(**lost, task="free-text", loss=leaking / 3, accuracy=0.0, scores=[[0, 3]] * 3),
+        ]
+        asked = [record(), record(**lost, loss=0.0)]
+        assert pooled([*asked, *free]) == pooled(asked) != []
+        assert not pooled(free)
+        # Dense has nothing to solve there: whatever it leaks, its row stands in the table.
+        assert ("free-text", 4096) in solved(free)
+        assert "cannot be judged" not in table(free)
+    assert asked[0].asked and not free[0].asked
+    assert not record(task="text", accuracy=None, bits_per_byte=1.5).asked
+
+
 def cell(*policies, context=4096, documents=3):
     named = tuple(parse_policy(policy, SparsityConfig()) for policy in policies)
     return Cell("needles", context, documents, named, own_text=False)
@@ -208,22 +226,33 @@ def test_a_sample_of_votes_shows_the_majority_as_often_as_counting_says(count, w
 
 
 def test_the_expected_line_begins_by_guessing_and_ends_by_knowing():
-    density, chance = expectation(32_768)
+    keys, chance = expectation(32_768)
     assert chance[0] == 0.5 and chance[-1] == 1.0
     assert np.all(np.diff(chance) >= -1e-12)
-    assert density[0] == pytest.approx(111.5 / 32_768) and density[-1] == 1.0
+    assert keys[0] == 111.5 and keys[-1] == 111.5 + votes(32_768 - 80)
 
 
 def test_policies_of_a_kind_share_a_line():
     names = ["dense", "dynamic", "dynamic:coverage=0.9", "dynamic:k=512", "fixed:sinks:16"]
     assert list(map(family, names)) == ["dense", "dynamic", "dynamic", "dynamic:k", "fixed"]
     assert family("dynamic:k=512,min_coverage=0.9") == "escalating"
+    assert plain_keys("dynamic:k=512,sampled=false,dense_layers=1") == 512
+    others = (
+        "dynamic:k=512",
+        "dynamic:k=512,sampled=false,dense_layers=0",
+        "dynamic:k=512,min_coverage=0.9",
+    )
+    assert not any(map(plain_keys, others))
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_a_plot_is_drawn_and_drawn_alike_again(tmp_path, suffix):
     records = [
         *(record(task="majority", policy=f"dynamic:k={k}", density=k / 4096) for k in (256, 512)),
+        *(
+            record(task="majority", policy=f"dynamic:k={k},sampled=false,dense_layers=1")
+            for k in (160, 256)
+        ),
         record(task="majority", accuracy=0.9, low=0.91),  # an interval beside its mean
         record(task="text", accuracy=None, bits_per_byte=1.5, low=1.4, high=1.6),
     ]

@@ -77,7 +77,7 @@ def test_any_number_of_processes_finds_the_same(setup, drawing):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the workers: sums have one order
     try:
-        cells = [cell(task) for task in ("needle", "majority", "text")]
+        cells = [cell(task) for task in ("needle", "majority", "text", "free-text")]
         alone = records(setup, drawing, cells)
         assert_alike(records(setup, drawing, cells, workers=2), alone)
         assert_alike(records(setup, drawing, cells, workers=1, drawers=2), alone)
@@ -164,6 +164,7 @@ def test_a_process_whose_owner_is_gone_ends():
 
 def test_batches_fill_a_gpu_and_are_even():
     cells = [cell("needles", 100), cell("needle", 170), cell("text", 100), cell("majority", 3)]
+    cells.append(cell("free-text", 40))
     sizes = defaultdict(list)
     for one in _batches(cells, 10, torch.device("cuda")):
         sizes[one.cell.task].append(len(one.numbers))
@@ -171,6 +172,7 @@ def test_batches_fill_a_gpu_and_are_even():
     assert sizes["needle"] == [85, 85]
     assert sizes["text"] == [34, 33, 33]
     assert sizes["majority"] == [3]
+    assert sizes["free-text"] == [14, 13, 13]
     assert all(len(one.numbers) == 1 for one in _batches(cells, 10, CPU))
 
 
