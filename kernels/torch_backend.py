@@ -81,8 +81,8 @@ def selected_attention(
             own = lse
         else:
             # Weights are added to the scores, which a fused kernel would round to their dtype.
-            precise = [one.to(wide(query.dtype)) for one in (grouped[part], pair[0])]
-            scores = _scores(*precise, seen, scale)
+            precise = wide(query.dtype)
+            scores = _scores(grouped[part].to(precise), pair[0].to(precise), seen, scale)
             own = scores.logsumexp(-1)
             output, lse = _average(scores.add_(weights[part][:, :, None]), pair[1])
         outputs.append(output)

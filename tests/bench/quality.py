@@ -56,7 +56,7 @@ class Part:
 
 SOME = ("multi-key", "multi-value", "multi-query-4", "multi-query-16", "variables")
 DYNAMIC = ("dense", "dynamic:coverage=0.98")
-WINDOW = {32_768: "fixed:sinks:16+window:640", 65_536: "fixed:sinks:16+window:1024"}
+WINDOW = {32_768: "fixed:sinks:16+window:768", 65_536: "fixed:sinks:16+window:832"}
 """Fixed windows of as many keys as the dynamic policy reads there."""
 PLAIN = "sampled=false,dense_layers=1"
 TOP = (f"dynamic:k=160,{PLAIN}", f"dynamic:k=160,{PLAIN},min_coverage=0.9")
