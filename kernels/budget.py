@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kernels.policy import Dynamic
 
 
-SAMPLE = 128
+SAMPLE = 240
 """Fewest keys of a sample: fewer would know too little of those that they stand for."""
 
 

@@ -29,7 +29,7 @@ class Dynamic:
         coverage: target share of the softmax mass, mean over a group's query heads, 0 to 1.
         min_keys: fewest keys kept a row and KV head, when that many are visible.
         max_keys: most keys kept a row and KV head; sinks and the recent window (64 to 127 keys)
-            count, but are kept even where they alone are more, and a sample has 128 others.
+            count, but are kept even where they alone are more, and a sample has 240 others.
         worth: beyond `min_keys` so many keys are kept as carry so many times the mass that each
             would have if all visible keys carried the same.
         sinks: keys at the start of the sequence that are always kept (Xiao et al. 2023,

@@ -33,8 +33,8 @@ def test_a_dynamic_answer_reports_what_it_looked_at(harness):
     report = last(deltas)
     assert report.policy == "dynamic" and report.fallbacks == {}
     # The recent window, the sinks, and a sample.
-    assert 208 / 2010 <= report.density <= 271 / 1872
-    assert 208 <= report.keys_attended <= 271
+    assert 308 / 2010 <= report.density <= 371 / 1872
+    assert 308 <= report.keys_attended <= 371
     assert 0 < report.coverage_p5 <= report.coverage <= 1
     assert [d.sparsity for d in deltas[:-1]] == [None] * (len(deltas) - 1)
 
