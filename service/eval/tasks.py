@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from models.training.tasks import MAJORITY, RULER, held_out_key, magic_number
+from models.training.tasks import KEY_VALUE, MAJORITY, RULER, held_out_key, magic_number
 from service.eval.free_text import FreeTask, begun
 from service.eval.passages import PassageTask, continued, repeated
 
@@ -178,26 +178,35 @@ def _multi_query(count: int) -> Callable[[np.random.Generator, Source, int, int]
     return make
 
 
-def _variables(rng: np.random.Generator, source: Source, tokens: int, most: int) -> Document:
-    """Four chains of assignments over four hops, to be walked back in writing."""
-    letters = rng.integers(0, 26, (64, 5)) + ord("A")
-    names = list(dict.fromkeys("".join(map(chr, row)) for row in letters.tolist()))
-    chains, values = [names[5 * i : 5 * i + 5] for i in range(4)], []
-    queues: list[list[str]] = []
-    for chain in chains:
-        value = magic_number(rng, digits=5)
-        values.append(value)
-        first = f"VAR {chain[0]} = {value}."
-        rest = [f"VAR {b} = VAR {a}." for a, b in pairwise(chain)]
-        queues.append([first, *rest])
-    # Chains are mixed, each in its own order.
-    order = rng.permutation([number for number in range(4) for _ in range(5)]).tolist()
-    text = _hidden(rng, source, tokens, [queues[number].pop(0) for number in order])
-    questions = [
-        Question(f"Trace VAR {chain[-1]}.", (*chain, value))
-        for chain, value in zip(chains, values, strict=True)
-    ]
-    return Document(text, tuple(questions[:most]))
+def _variables(*, walked: bool) -> Callable[[np.random.Generator, Source, int, int], Document]:
+    """Four chains of assignments over four hops, to be `walked` back in writing.
+
+    Else the last variable's value is asked for, and nothing may be written down on the way.
+    """
+
+    def make(rng: np.random.Generator, source: Source, tokens: int, most: int) -> Document:
+        letters = rng.integers(0, 26, (64, 5)) + ord("A")
+        names = list(dict.fromkeys("".join(map(chr, row)) for row in letters.tolist()))
+        chains, values = [names[5 * i : 5 * i + 5] for i in range(4)], []
+        queues: list[list[str]] = []
+        for chain in chains:
+            value = magic_number(rng, digits=5)
+            values.append(value)
+            first = f"VAR {chain[0]} = {value}."
+            rest = [f"VAR {b} = VAR {a}." for a, b in pairwise(chain)]
+            queues.append([first, *rest])
+        # Chains are mixed, each in its own order.
+        order = rng.permutation([number for number in range(4) for _ in range(5)]).tolist()
+        text = _hidden(rng, source, tokens, [queues[number].pop(0) for number in order])
+        questions = [
+            Question(f"Trace VAR {chain[-1]}.", (*chain, value))
+            if walked
+            else Question(KEY_VALUE.question_one.format(key=f"VAR {chain[-1]}"), (value,))
+            for chain, value in zip(chains, values, strict=True)
+        ]
+        return Document(text, tuple(questions[:most]))
+
+    return make
 
 
 def votes(tokens: int, vote_tokens: int = 0) -> int:
@@ -244,7 +253,8 @@ TASKS: dict[str, Task | PassageTask | FreeTask] = {
         Task("multi-value", _multi_value, 96, questions=4, references=4),
         Task("multi-query-4", _multi_query(4), 128, questions=4, references=4),
         Task("multi-query-16", _multi_query(16), 400, questions=1, references=16),
-        Task("variables", _variables, 96, questions=4, references=6),
+        Task("variables", _variables(walked=True), 96, questions=4, references=6),
+        Task("variables-asked", _variables(walked=False), 48, questions=4),
         Task("majority", _majority, 48, questions=BALLOTS),
         PassageTask("text", continued),
         PassageTask("repeats", repeated),
