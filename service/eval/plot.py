@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from service.eval.record import Record
 
 FORMATS = (".svg", ".png")
-_MARKERS = {"dense": "*", "dynamic": "o", "escalating": "D", "dynamic:k": "s", "fixed": "^"}
+_MARKERS = {
+    "dense": "*",
+    "dynamic": "o",
+    "escalating": "D",
+    "dynamic:k": "s",
+    "top-k": "v",
+    "fixed": "^",
+}
 # The policies' names are long, the lines many: the marker names the kind, the colour the context.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _ACROSS = 3
@@ -44,6 +51,8 @@ def family(policy: str) -> str:
     kind, _, rest = policy.partition(":")
     if kind == "dynamic" and "min_coverage=" in rest:
         return "escalating"  # to dense attention
+    if kind == "dynamic" and "sampled=false" in rest:
+        return "top-k"
     return "dynamic:k" if kind == "dynamic" and rest.startswith("k=") else kind
 
 
@@ -137,7 +146,7 @@ def _top_k_panel(axes: Axes, records: Sequence[Record], colours: dict[int, str])
             continue
         keys = sorted(line)
         axes.plot(*expectation(context), color=colour, linestyle="--", linewidth=1)
-        _bars(axes, keys, [line[k] for k in keys], colour, _MARKERS["dynamic:k"])
+        _bars(axes, keys, [line[k] for k in keys], colour, _MARKERS["top-k"])
     _dress(axes, "majority, top-k behind dense first layers", "keys", "accuracy")
 
 

@@ -86,8 +86,6 @@ PARTS = (
     Part("dense", ("needle",), SHORT, ("dense",), documents=200, answers=0),
     Part("dense", SOME, SHORT, ("dense",)),
     Part("dense", ("majority",), SHORT, ("dense",), documents=64, answers=0),
-    # No run has learnt it: enough to say so.
-    Part("dense", ("variables-asked",), (4096,), ("dense",), documents=25, answers=0),
     Part("text", ("text",), (2048, 32_768), DYNAMIC, own_text=True),
     Part("text", ("repeats",), (32_768,), DYNAMIC, own_text=True),
     Part("text", ("free-text",), (2048, 32_768), DYNAMIC, own_text=True),

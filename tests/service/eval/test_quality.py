@@ -60,11 +60,11 @@ def test_the_results_can_be_gone_on_from_elsewhere_and_keep_their_origin(quality
     settings = evaluation.settings(quality.MODEL.name, texts, SparsityConfig())
     results = Results.start(copy, "another command", settings, "abcdef0", "Abacus")
     old = results.records[0]
-    results.add([replace(old, policy="dynamic:k=64", loss=None)])
+    results.add([replace(old, policy="dynamic:k=77", loss=None)])
     results.save(copy)
     after = [Record(**record) for record in json.loads(copy.read_text())["records"]]
-    assert {r.machine for r in after if r.policy != "dynamic:k=64"} == {before["machine"]}
-    assert {(r.commit, r.machine) for r in after if r.policy == "dynamic:k=64"} == {
+    assert {r.machine for r in after if r.policy != "dynamic:k=77"} == {before["machine"]}
+    assert {(r.commit, r.machine) for r in after if r.policy == "dynamic:k=77"} == {
         ("abcdef0", "Abacus")
     }
     section = quality.section(json.loads(copy.read_text()))

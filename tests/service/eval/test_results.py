@@ -236,6 +236,7 @@ def test_policies_of_a_kind_share_a_line():
     names = ["dense", "dynamic", "dynamic:coverage=0.9", "dynamic:k=512", "fixed:sinks:16"]
     assert list(map(family, names)) == ["dense", "dynamic", "dynamic", "dynamic:k", "fixed"]
     assert family("dynamic:k=512,min_coverage=0.9") == "escalating"
+    assert family("dynamic:k=512,sampled=false") == "top-k"
     assert plain_keys("dynamic:k=512,sampled=false,dense_layers=1") == 512
     others = (
         "dynamic:k=512",

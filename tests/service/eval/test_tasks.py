@@ -73,6 +73,15 @@ def test_chains_are_stated_in_their_order():
         assert question.text == f"Trace VAR {chain[-1]}."
 
 
+def test_a_value_asked_for_directly_stands_at_the_far_end_of_its_chain():
+    for question in draw("variables-asked").questions:
+        name, (value,) = question.text.removesuffix("?").split()[-1], question.references
+        text = draw("variables-asked").text
+        for _ in range(4):
+            name = text.split(f"VAR {name} = VAR ")[1][:5]
+        assert f"VAR {name} = {value}." in text
+
+
 def test_keys_are_of_words_that_training_never_uses():
     text = draw("multi-key").text
     seen = {word for word in text.replace("-", " ").split() if word.isalpha()}
