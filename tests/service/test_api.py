@@ -160,7 +160,7 @@ def test_sampling_and_sparsity_reach_the_engine():
     assert (sampling.logprobs, sampling.prompt_logprobs, sampling.seed) == (2, 2, 3)
     assert (sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos) == (9, 2, True)
     assert (sparsity.policy, sparsity.pattern, sparsity.max_keys) == ("fixed", "window:64", 200)
-    assert sparsity.min_keys == 200  # the service's 256 moves along
+    assert sparsity.min_keys == 200  # the service's own moves along
     assert sparsity.coverage == 0.98
 
 

@@ -35,17 +35,18 @@ def chat(client, messages=CHAT, **options):
 
 
 def test_it_completes_and_says_where_attention_looked(client):
-    answer = complete(client)
+    prompt = PROMPT * 2
+    answer = complete(client, prompt)
     (choice,) = answer.choices
     assert len(choice.text) == 12
     assert choice.finish_reason == "length"
-    assert answer.usage.prompt_tokens == len(PROMPT) + 1
+    assert answer.usage.prompt_tokens == len(prompt) + 1
     assert answer.usage.completion_tokens == 12
     report = answer.sparsity
     assert report["policy"] == "dynamic"
     assert 0 < report["density"] < 1
     assert 0 < report["coverage_p5"] <= report["coverage"] <= 1
-    assert 0 < report["keys_attended"] < len(PROMPT)
+    assert 0 < report["keys_attended"] < len(prompt)
 
 
 @pytest.mark.parametrize("policy", ["dynamic", "fixed", "dense", "auto"])
