@@ -82,13 +82,14 @@ def select(
     Returns:
         The choice; the recent window (64 to 127 keys) and the visible sinks are always in it. It
         depends on a row's own keys and position alone, never on other rows or on chunk sizes, but
-        for the order in which a GPU's programs add.
+        for rounding: into how many programs a GPU's sums are split depends on the batch.
     """
     phases = phases or Phases()
     fused = _fused(impl)
-    each = scan_bytes(query.shape[1], int(rows.visible.max()))
+    keys = int(rows.visible.max())
+    each = scan_bytes(query.shape[1], keys)
     if fused is None:  # the codes of a sequence are unpacked
-        each += cache.kv_heads * cache.head_dim * query.itemsize * each // rows.queries // 8
+        each += cache.kv_heads * cache.head_dim * query.itemsize * keys // rows.queries
     together = at_once(query.device, each)
     if impl is Impl.TRITON and bool(rows.starts.any()):
         # A window moves the first key: scores span the keys of all rows.

@@ -19,11 +19,11 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
-    """Attend to the fewest keys whose estimated attention mass reaches `coverage`.
+    """Attend to as many keys as the fewest whose estimated attention mass reaches `coverage`.
 
-    Which keys these are is drawn by their mass (`kernels.sample`), so that they stand for the rest
-    too. Where attention is spread evenly no few keys reach the target, and more of them help
-    little: there `worth` ends the choice.
+    Which keys these are is drawn by their mass (`kernels.sample`): they carry a little less of it,
+    and stand for the rest too. Where attention is spread evenly no few keys reach the target, and
+    more of them help little: there `worth` ends the choice.
 
     Attributes:
         coverage: target share of the softmax mass, mean over a group's query heads, 0 to 1.
@@ -58,7 +58,9 @@ class Dynamic:
         if self.max_keys < 1:
             raise KernelError(f"max_keys must be at least 1, not {self.max_keys}")
         if not 0 <= self.min_keys <= self.max_keys:
-            raise KernelError(f"min_keys must lie in 0 to max_keys, not {self.min_keys}")
+            raise KernelError(
+                f"min_keys must lie in 0 to max_keys ({self.max_keys}), not {self.min_keys}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

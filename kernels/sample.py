@@ -6,13 +6,16 @@ mass. Each has a fixed number u, as if drawn from 0 to 1, and the m keys of the 
 w / u are read. With t the greatest priority that is not, a key was to be had with probability
 p = min(1, w / t): those that carry much are certain, as in top-k, and each of the rest stands for
 1 / p keys of its kind. Sums over the keys that are read, with weights 1 / p, estimate sums over all
-keys without bias, whatever the error of w: the exact scores of the keys that are read take its
-place, and w only decides who is read. (Duffield, Lund and Thorup 2007, "Priority sampling for
+keys, and over random numbers u without bias, whatever the error of w: the exact scores of the keys
+that are read take its place, and w only decides who is read. Attention is the quotient of two such
+sums, and nearly as good. (Duffield, Lund and Thorup 2007, "Priority sampling for
 estimation of arbitrary subset sums"; the weights are those of Horvitz and Thompson 1952. Desai et
 al. 2025, "vAttention: Verified Sparse Attention", joins top-k and uniform samples.)
 
 The numbers u are multiples of the golden ratio, so that any run of positions has them spread
-evenly, and the sample misses no part of a text.
+evenly, and the sample misses no part of a text. They are fixed, so what is periodic in a text can
+meet them: keys that lie a Fibonacci number apart have nearly the same, and are read all or none
+where each carries little.
 """
 
 from __future__ import annotations
@@ -60,8 +63,8 @@ def draw(share: Tensor, number: Tensor, wanted: Tensor, most: int) -> tuple[Tens
         bool [rows, kv_heads, keys], who is read, ties going to the lowest position; and, of the
         shares' dtype, the threshold t [rows, kv_heads, 1], 0 where all are read.
     """
-    priority = share / number
-    ranked = priority.topk(min(most + 1, priority.shape[-1])).values  # a nan counts as the greatest
+    priority = (share / number).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    ranked = priority.topk(min(most + 1, priority.shape[-1])).values
     ranked = torch.nn.functional.pad(ranked, (0, 1), value=-1.0)  # behind the last
     least = ranked.gather(-1, (wanted - 1).clamp_min(0)[..., None])
     above, level = priority > least, priority == least

@@ -99,6 +99,6 @@ def recent_positions(rows: Rows, kv_heads: int) -> Tensor:
 
 
 def sees(position: Tensor, rows: Rows) -> Tensor:
-    """Which of `position` [rows, ..., candidates] their rows may see."""
+    """Which of `position` [rows, ..., keys] their rows may see."""
     start, stop = rows.starts[:, None, None], rows.lengths[:, None, None]
     return (position >= start) & (position < stop)

@@ -31,12 +31,12 @@ class Selection:
 
     @staticmethod
     def from_mask(mask: Tensor, positions: Tensor, log_weight: Tensor | None = None) -> Selection:
-        """Pack the chosen candidates to the left.
+        """Pack the chosen keys to the left.
 
         Args:
-            mask: bool [rows, kv_heads, candidates], True where the candidate is chosen.
+            mask: bool [rows, kv_heads, keys], True where the key is chosen.
             positions: int64, broadcast to the mask's shape, ascending logical positions.
-            log_weight: [rows, kv_heads, candidates], where keys stand for others.
+            log_weight: [rows, kv_heads, keys], where keys stand for others.
         """
         counts = mask.sum(-1)  # [rows, kv_heads]
         capacity = int(counts.max()) if counts.numel() else 0

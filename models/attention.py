@@ -13,6 +13,8 @@ import torch
 
 from kernels import dynamic, judge
 from kernels.attention import Impl, dense_attention, dense_decode, selected_attention
+from kernels.budget import SAMPLE
+from kernels.page import PAGE
 from kernels.policy import Dynamic
 from kernels.timing import Phases
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from kernels.policy import Fixed
     from models.step import SparseGroup, StepInput
 
+KEY_BYTES = 12
+"""Of a selected key: its position, and the log of what it stands for."""
 SELECTION_BYTES = 32 << 20
 """Most bytes of one piece's selection: a request for a million keys a row is served in pieces."""
 
@@ -111,7 +115,8 @@ class LayerAttention:
         rows = group.rows.within(self.window)
         if self.layer < group.dense_layers:
             output, lse = dense_decode(query, cache, rows, self.scale, self.impl)
-            keys, certain = rows.visible[:, None].expand(-1, cache.kv_heads), torch.ones_like(lse)
+            keys = rows.visible[:, None].expand(-1, cache.kv_heads)
+            certain = torch.ones_like(lse).where(lse.isfinite(), torch.nan)
             exact = certain if recorder.audit else None
             recorder.entries.append(
                 Entry(self.layer, group.tokens, keys, rows.visible, certain, exact)
@@ -160,5 +165,5 @@ class LayerAttention:
         """Rows whose selections together stay small, however many keys each may hold."""
         keys = int(rows.visible.max())
         if isinstance(policy, Dynamic):
-            keys = min(keys, policy.max_keys)
-        return max(1, SELECTION_BYTES // (8 * cache.kv_heads * max(keys, 1)))
+            keys = min(keys, max(policy.max_keys, 2 * PAGE + policy.sinks + SAMPLE))
+        return max(1, SELECTION_BYTES // (KEY_BYTES * cache.kv_heads * max(keys, 1)))

@@ -19,8 +19,12 @@ class SparsityConfig(BaseModel):
 
     policy: Literal["dynamic", "fixed", "dense", "auto"] = "dynamic"
     coverage: float = Field(default=0.98, gt=0, le=1, description="attention mass to keep, 0 to 1")
-    min_keys: int = Field(default=384, ge=0, description="fewest keys a query")
-    max_keys: int = Field(default=1024, ge=1, description="most keys a query")
+    min_keys: int = Field(default=384, ge=0, description="fewest keys a query and KV head")
+    max_keys: int = Field(
+        default=1024,
+        ge=1,
+        description="most keys a query and KV head; a sample has 240 beside those always kept",
+    )
     sampled: bool = Field(
         default=True, description="keys are drawn and stand for the others; false: plain top-k"
     )
@@ -50,15 +54,22 @@ class SparsityConfig(BaseModel):
     def resolve(self) -> SparsityParams:
         """These defaults as the engine takes them.
 
+        Where one end of the budget is given alone, the other moves along.
+
         Raises:
             KernelError: the budget contradicts itself.
         """
-        Dynamic(coverage=self.coverage, min_keys=self.min_keys, max_keys=self.max_keys)
+        least, most, given = self.min_keys, self.max_keys, self.model_fields_set
+        if "min_keys" not in given:
+            least = min(least, most)
+        elif "max_keys" not in given:
+            most = max(least, most)
+        Dynamic(coverage=self.coverage, min_keys=least, max_keys=most)
         return SparsityParams(
             policy="dynamic" if self.policy == "auto" else self.policy,
             coverage=self.coverage,
-            min_keys=self.min_keys,
-            max_keys=self.max_keys,
+            min_keys=least,
+            max_keys=most,
             sampled=self.sampled,
             dense_layers=self.dense_layers,
             min_coverage=self.min_coverage,

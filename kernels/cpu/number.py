@@ -95,14 +95,6 @@ def _long_vectors(_typing: Any) -> Any:
     return types.none(), generate
 
 
-def _alike(_typing: Any) -> Any:
-    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-
-    return types.none(), generate
-
-
 def _flipped(builder: Any, word: Any) -> Any:
     """A negative number's bits but for its sign."""
     mask = builder.lshr(builder.ashr(word, _WORD(31)), _WORD(1))
@@ -133,8 +125,6 @@ prefetch_row: Any = intrinsic(_prefetch_row)
 """Start to read a row of a two-dimensional array: what is read in no order is not foreseen."""
 long_vectors: Any = intrinsic(_long_vectors)
 """The calling function runs in vectors of 512 bits: LLVM takes half on Intel's processors."""
-alike: Any = intrinsic(_alike)
-"""The calling function is the same code wherever it is called, and rounds the same way."""
 _scaled: Any = intrinsic(_times_power)
 """A number times two to a whole power, by their bits."""
 

@@ -17,7 +17,6 @@ import numpy as np
 from kernels.codes import NOISE
 from kernels.cpu.launch import jit
 from kernels.cpu.number import (
-    alike,
     exp,
     long_vectors,
     number,
@@ -218,7 +217,6 @@ def scan_codes(
         peak: float32 [2, group, blocks], out: a block's masses are in units of e ** the first, and
             the second is their sum.
     """
-    alike()
     long_vectors()
     sums = np.empty((2, 64), np.int64)
     centre = np.empty((query.shape[0], BLOCK), np.float32)

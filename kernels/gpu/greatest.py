@@ -202,7 +202,7 @@ def _write(
         tl.store(target + place, position.to(tl.int64), wins > 0)
         stands = wins.to(tl.float32)  # for so many keys
         if SAMPLED:
-            # Log of threshold over share; what is below TINY has no weight in any sum.
+            # Log of threshold over share; of a share below TINY it does not matter.
             priority = tl.maximum(order, 0).to(tl.float32, bitcast=True)
             ratio = tl.log(tl.maximum(bound, TINY)) - tl.log(tl.maximum(priority, TINY))
             log_weight = tl.maximum(ratio - tl.log(number(position, kv_head)), 0.0)

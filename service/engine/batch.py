@@ -50,7 +50,7 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
     """The model's input for one step.
 
     Tokens stand in the order of `work`. Consecutive dense tokens become a segment, single ones
-    share a group; sparse ones of the same policy and number a sequence share one too.
+    share a group; sparse ones of the same policy, dense layers and number a sequence share one too.
     """
     tokens: list[int] = []
     positions: list[int] = []

@@ -26,8 +26,9 @@ class NamedPolicy:
 def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
     """Read `dense`, `dynamic`, `dynamic:coverage=0.95,max_keys=512`, `dynamic:k=512`, `fixed:...`.
 
-    `k` keys are neither fewer nor more, whatever mass they carry; with `sampled=false` they are
-    plain top-k. What follows `fixed:` is a pattern, such as `sinks:16+window:1024`.
+    `k` keys are neither fewer nor more (but for the fewest that a sample has), whatever mass they
+    carry; with `sampled=false` they are plain top-k. What follows `fixed:` is a pattern, such as
+    `sinks:16+window:1024`.
 
     Raises:
         ConfigError: naming what cannot be read.
@@ -49,7 +50,7 @@ def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
             "dynamic:k=512 or fixed:sinks:16+window:1024"
         )
     try:
-        merged = {**defaults.model_dump(), **fields}
+        merged = {**defaults.model_dump(exclude_unset=True), **fields}
         return NamedPolicy(text.strip(), type(defaults).model_validate(merged).resolve())
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]

@@ -231,7 +231,8 @@ def _coverage(records: Sequence[Record]) -> str:
     return _table(
         "What a fixed number of keys answers, over all tasks, and how well the estimated coverage "
         "is known: mean over\nlayers, tokens and heads of every fourth step (the first is a "
-        "prompt's last 128 tokens), which also read all\nkeys. The best constant is each task's "
+        "prompt's last 128 tokens), which also read all\nkeys. A sample has 240 keys beside those "
+        "that are always read, so the smallest budgets are one. The best\nconstant is each task's "
         "own; in brackets is the worst task:",
         ("context", "policy", "answers", "accuracy", *names, "too high by 0.05"),
         rows,
@@ -295,9 +296,10 @@ def _free(records: Sequence[Record]) -> str:
     ]
     if not said:
         return ""
+    joined = ";\n".join(said)
     return (
         "Of 256 tokens that the model goes on with by itself (drawn at temperature 1), so many "
-        f"continuations hold a\nsentence such as were planted in training: {'; '.join(said)}."
+        f"continuations hold a\nsentence such as were planted in training:\n{joined}."
     )
 
 

@@ -26,7 +26,10 @@ class Paged:
         order = list(range(total))
         random.Random(seed).shuffle(order)
         self.cache = LayerCache.allocate(total, kv_heads, head_dim, dtype, "cpu")
-        self.cache.kv.fill_(torch.nan)  # a read outside a sequence's keys shows
+        # A read outside a sequence's keys or codes shows.
+        for part in (self.cache.kv, self.cache.key_mean, self.cache.scale):
+            part.fill_(torch.nan)
+        self.cache.codes.random_(generator=generator)
         self.tables, self.keys, self.values = [], [], []
         for n, count in zip(lengths, pages, strict=True):
             table, order = order[:count], order[count:]

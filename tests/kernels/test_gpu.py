@@ -16,13 +16,13 @@ SCALE = 0.25
 SHAPES = [(1, 1, 32), (2, 2, 64), (1, 3, 96), (1, 8, 16), (1, 20, 32)]
 """KV heads, group, head dimension."""
 POLICIES = {
-    "mass": Dynamic(coverage=0.8, min_keys=0, max_keys=400, worth=0.5),
-    "most keys": Dynamic(coverage=0.999, min_keys=0, max_keys=150, worth=0.0),
-    "worth": Dynamic(coverage=0.999, min_keys=130, max_keys=1000, worth=1.5),
+    "mass": Dynamic(coverage=0.8, min_keys=0, max_keys=800, worth=0.2),
+    "most keys": Dynamic(coverage=0.999, min_keys=0, max_keys=600, worth=0.0),
+    "worth": Dynamic(coverage=0.999, min_keys=130, max_keys=1000, worth=0.4),
     "fewest": Dynamic(coverage=0.5, min_keys=0, max_keys=20),
     "plain top-k": Dynamic(coverage=1.0, min_keys=170, max_keys=170, sampled=False),
     "plain top-p": Dynamic(coverage=0.7, min_keys=100, max_keys=500, worth=0.0, sampled=False),
-    "a fixed number": Dynamic(min_keys=200, max_keys=200),
+    "a fixed number": Dynamic(min_keys=500, max_keys=500),
     "all keys": Dynamic(coverage=1.0, min_keys=2000, max_keys=2000),
 }
 

@@ -63,7 +63,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ({"api_key": ""}, ["api_key"]),
         ({"sparsity": {"coverage": 1.5}}, ["sparsity.coverage"]),
         ({"sparsity": {"max_keys": 0}}, ["sparsity", "max_keys"]),
-        ({"sparsity": {"min_keys": 3000}}, ["sparsity", "min_keys"]),
+        ({"sparsity": {"min_keys": 3000, "max_keys": 2000}}, ["sparsity", "min_keys"]),
         ({"sparsity": {"pattern": "windw:3"}}, ["sparsity.pattern", "windw", "window"]),
         ({"sparsity": {"pattern": "sinks:16+strided:8"}}, ["sparsity", "strided:8", "window:64"]),
     ],
