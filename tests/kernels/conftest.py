@@ -29,7 +29,7 @@ class Paged:
         # A read outside a sequence's keys or codes shows.
         for part in (self.cache.kv, self.cache.key_mean, self.cache.scale):
             part.fill_(torch.nan)
-        self.cache.codes.random_(generator=generator)
+        self.cache.codes.random_(generator=torch.Generator().manual_seed(seed))
         self.tables, self.keys, self.values = [], [], []
         for n, count in zip(lengths, pages, strict=True):
             table, order = order[:count], order[count:]
