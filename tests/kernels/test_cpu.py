@@ -144,7 +144,7 @@ def test_the_mass_found_in_bfloat16_is_that_found_in_torch(paged, sampled):
     for part in (1, 2):
         mass = [one[part].exp().mean() for one in found]
         # What keys stand for depends on every key's rounding.
-        torch.testing.assert_close(*mass, rtol=0.03 if sampled else 0.02, atol=0)
+        torch.testing.assert_close(*mass, rtol=0.03 if sampled else 0.01, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -194,6 +194,21 @@ def test_the_budget_is_torchs_budget(make, coverage, worth):
     assert int((actual - expected).abs().max()) <= 1
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_windows_far_apart(paged, queries):
+    """The scores of a piece span the keys of all its rows: sequences are then taken one by one."""
+    case = paged([300, 6000], 1, 32, torch.float32, queries=queries)
+    rows, query = case.rows.within(600), case.query(2)
+    one, two = (
+        dynamic.select(query, case.cache, rows, POLICIES["mass"], SCALE, impl=impl)
+        for impl in (Impl.TORCH, Impl.TRITON)
+    )
+    assert torch.equal(one.selection.counts, two.selection.counts)
+    for field in ("missing", "unit"):
+        expected, actual = (getattr(choice, field) for choice in (one, two))
+        torch.testing.assert_close(actual, expected, atol=2e-3, rtol=1e-3)
+
+
 def test_judges_agree(make):
     case = make(2, 2, 32)
     query = sharpened(case, 1.5)
