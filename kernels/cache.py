@@ -28,7 +28,7 @@ class LayerCache:
     kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
     key_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
     codes: Tensor  # int64 [kv_heads, pages, words, 64]  signs of the keys' rotated rest
-    scale: Tensor  # float32 [kv_heads, pages, 64]  of the keys' codes
+    scale: Tensor  # bfloat16 [kv_heads, pages, 64]  of the keys' codes
 
     @staticmethod
     def allocate(
@@ -41,14 +41,14 @@ class LayerCache:
             codes=torch.zeros(
                 kv_heads, pages, words(head_dim), PAGE, dtype=torch.int64, device=device
             ),
-            scale=torch.zeros(kv_heads, pages, PAGE, device=device),
+            scale=torch.zeros(kv_heads, pages, PAGE, dtype=torch.bfloat16, device=device),
         )
 
     @staticmethod
     def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes in one layer, its codes included."""
         numbers = (2 * PAGE + 1) * head_dim  # keys and values, and the keys' mean
-        return kv_heads * (numbers * dtype.itemsize + PAGE * (8 * words(head_dim) + 4))
+        return kv_heads * (numbers * dtype.itemsize + PAGE * (8 * words(head_dim) + 2))
 
     @property
     def kv_heads(self) -> int:
@@ -98,7 +98,8 @@ class LayerCache:
         keys = self.kv[:, pages, :, 0].to(wide)  # [kv_heads, filled, 64, head_dim]
         mean = keys.mean(2).to(self.kv.dtype)  # [kv_heads, filled, head_dim]
         self.key_mean[:, pages] = mean
-        self.codes[:, pages], self.scale[:, pages] = encode(keys, mean)
+        codes, scale = encode(keys, mean)
+        self.codes[:, pages], self.scale[:, pages] = codes, scale.to(torch.bfloat16)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, for a sequence that goes its own way in a page it shared."""

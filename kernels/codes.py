@@ -42,7 +42,7 @@ def rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         head_dim, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     orthogonal: Tensor = torch.linalg.qr(noise).Q
-    return orthogonal.to(device, dtype)  # [head_dim, head_dim]
+    return orthogonal.to(device, dtype).contiguous()  # [head_dim, head_dim]
 
 
 def encode(keys: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.attention import Impl, dense_decode
-from kernels.dynamic import Choice
-from kernels.masses import estimate_masses
+from kernels.codes import estimate
 from kernels.page import PAGE
-from kernels.scores import score_every_key
+from kernels.scores import recent_positions, score_every_key, scores_at, sees
 from kernels.selection import unselected
-from kernels.torch_backend import at_once, scan_bytes, wide
+from kernels.torch_backend import at_once, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +24,7 @@ def true_coverage(
     query: Tensor,
     cache: LayerCache,
     rows: Rows,
-    selection: Selection,
+    selection: Selection | None,
     own: Tensor,
     scale: float,
     impl: Impl = Impl.TORCH,
@@ -36,7 +35,7 @@ def true_coverage(
         query: [rows, heads, head_dim].
         cache: the layer's paged cache.
         rows: where each row's keys lie.
-        selection: the keys each row attends to.
+        selection: the keys each row attends to; of no need where dense attention tells its mass.
         own: [rows, heads], log-sum-exp of attention over the selected keys, each counted once.
         scale: factor on the scores.
         impl: backend.
@@ -46,6 +45,7 @@ def true_coverage(
     """
     if impl is Impl.TRITON:
         return (own - dense_decode(query, cache, rows, scale, impl)[1]).exp().clamp_max(1)
+    assert selection is not None
     longest = int(rows.visible.max()) + 2 * PAGE
     parts = []
     for part, piece in rows.pieces(at_once(query.device, 8 * query.shape[1] * longest)):
@@ -58,46 +58,70 @@ def true_coverage(
     return torch.cat(parts)
 
 
-def rest_of(
+def estimated_coverage(
     query: Tensor,
     cache: LayerCache,
     rows: Rows,
     selection: Selection,
+    lse: Tensor,
+    own: Tensor,
     scale: float,
     impl: Impl = Impl.TORCH,
-) -> Choice:
-    """Judge a selection made elsewhere (a fixed pattern's): estimate the mass it leaves out.
+) -> Tensor:
+    """Estimate the share of the attention mass that a selection carries.
 
-    From the codes of the keys; the recent window is scored exactly.
+    A sample's weights tell the whole mass. What any other selection leaves out is estimated from
+    the codes of the keys; the recent window is scored exactly.
+
+    Args:
+        query: [rows, heads, head_dim].
+        cache: the layer's paged cache, complete pages coded.
+        rows: where each row's keys lie.
+        selection: the keys each row attends to.
+        lse: [rows, heads], log-sum-exp of attention over them, weights included.
+        own: [rows, heads], the same without weights.
+        scale: factor on the scores.
+        impl: backend.
+
+    Returns:
+        [rows, heads], 0 to 1 and a little above; nan where a score is.
     """
+    if selection.log_weight is not None:
+        return (own - lse).exp()
     if impl is Impl.TRITON:
-        from kernels.gpu import select as gpu  # a CPU has no Triton
+        from kernels.gpu.judge import log_mass  # a CPU has no Triton
 
-        each = scan_bytes(query.shape[1], int(rows.visible.max()))
-        together = at_once(query.device, each)
-        together = min(together, rows.queries) if bool(rows.starts.any()) else together
-        lefts = [
-            gpu.mass_left(query[part], cache, piece, selection.rows(part.start, part.stop), scale)
-            for part, piece in rows.pieces(together)
-        ]
-        return _left(selection, torch.cat(lefts))
+        return (own - log_mass(query, cache, rows, scale)).exp().clamp_max(1)
     if impl is Impl.NUMBA:
-        from kernels.cpu.left import mass_left as mass_left_on_cpu  # numba takes a moment
+        from kernels.cpu.left import mass_left  # numba takes a moment
 
-        return _left(selection, mass_left_on_cpu(query, cache, rows, selection, scale))
+        return torch.sigmoid(own - mass_left(query, cache, rows, selection, scale))
     each = (8 * query.shape[1] + cache.kv_heads * cache.head_dim) * int(rows.visible.max())
-    lefts = []
-    for part, piece in rows.pieces(at_once(query.device, each)):
-        found = estimate_masses(query[part], cache, piece, scale)
-        some, start = selection.indices[part], piece.recent_page[:, None, None] * PAGE
-        first = int(piece.starts.min()) // PAGE * PAGE
-        coded = unselected(some, found.mass.shape[-1], first).to(found.mass.dtype)
-        recent = unselected(some, 2 * PAGE, start).to(found.near.dtype)
-        left = (found.mass @ coded[..., None] + found.near @ recent[..., None]).squeeze(-1)
-        lefts.append((left.log() + found.unit).flatten(1))
-    return _left(selection, torch.cat(lefts))
+    lefts = [
+        _mass_left(query[part], cache, piece, selection.rows(part), scale)
+        for part, piece in rows.pieces(at_once(query.device, each))
+    ]
+    return torch.sigmoid(own - torch.cat(lefts))
 
 
-def _left(selection: Selection, log_rest: Tensor) -> Choice:
-    """A selection and the log of what it leaves out [rows, heads]."""
-    return Choice(selection, torch.ones_like(log_rest), log_rest)
+def _mass_left(
+    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
+) -> Tensor:
+    """Log of the estimated mass that a selection leaves out, [rows, heads]."""
+    some, stops = selection.indices, rows.recent_page[:, None] * PAGE
+    first = int(rows.starts.min()) // PAGE
+    last = max(first, int(rows.recent_page.max()))
+    position = torch.arange(first * PAGE, last * PAGE, device=query.device)
+    coded = (position < stops) & (position >= rows.starts[:, None])  # [rows, keys]
+    coded = coded[:, None] & unselected(some, position.shape[0], first * PAGE)
+    late = recent_positions(rows, cache.kv_heads)  # [rows, kv_heads, 2 * 64]
+    recent = sees(late, rows) & unselected(some, 2 * PAGE, stops[..., None])
+    scores = torch.cat(
+        (
+            estimate(query.to(wide(query.dtype)) * scale, cache, rows, first, last),
+            scores_at(query, cache, rows, late, scale),
+        ),
+        dim=-1,
+    )  # [rows, kv_heads, group, keys + 2 * 64]
+    left = torch.cat((coded, recent), dim=-1)[:, :, None]
+    return scores.masked_fill_(~left, -torch.inf).logsumexp(-1).flatten(1)

@@ -19,23 +19,28 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
-    """Attend to as many keys as the fewest whose estimated attention mass reaches `coverage`.
+    """Attend to a sample of the keys, drawn by their estimated attention mass (`kernels.sample`).
 
-    Which keys these are is drawn by their mass (`kernels.sample`): they carry a little less of it,
-    and stand for the rest too. Where attention is spread evenly no few keys reach the target, and
-    more of them help little: there `worth` ends the choice.
+    A row's line gets a number of marks between two bounds: twice as many until `coverage` is
+    reached. Where attention is spread evenly no few keys reach it, and more of them help little:
+    there `worth` ends it.
 
     Attributes:
-        coverage: target share of the softmax mass, mean over a group's query heads, 0 to 1.
-        min_keys: fewest keys kept a row and KV head, when that many are visible.
-        max_keys: most keys kept a row and KV head; sinks and the recent window (64 to 127 keys)
-            count, but are kept even where they alone are more, and a sample has 240 others.
-        worth: beyond `min_keys` so many keys are kept as carry so many times the mass that each
-            would have if all visible keys carried the same.
+        coverage: share of the softmax mass that the keys read should carry, by the estimates,
+            mean over a group's query heads, 0 to 1.
+        min_keys: how fine the sample is at the least: a key that carries about 1 / `min_keys` of
+            the mass is read for certain. Where few keys carry the mass fewer than these are read.
+        max_keys: about how many keys a row and KV head reads at the most. Sinks and the recent
+            window (64 to 127 keys) count toward both bounds, and each other key for a mark. The
+            shares by which keys are drawn are estimates, so that some per cent more may be read.
+            A sample has `kernels.budget.SAMPLE` marks at least, whatever the bounds say.
+        worth: marks are doubled only where the keys that this adds carry on average so many times
+            the mass that each would have if all visible keys carried the same.
         sinks: keys at the start of the sequence that are always kept (Xiao et al. 2023,
             "Efficient Streaming Language Models with Attention Sinks").
-        sampled: whether keys are drawn, and stand for others; else those of the greatest mass are
-            taken, and nothing stands for the rest: plain top-k.
+        sampled: whether keys are drawn, and stand for others; else as many keys as there would be
+            marks are taken, those of the greatest mass, and nothing stands for the rest: plain
+            top-k, whose bounds are exact.
 
     Raises:
         KernelError: when a field is outside its range.

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.page import PAGE
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows, Segment
+    from kernels.policy import Dynamic
     from kernels.selection import Selection
 
 
@@ -107,55 +110,78 @@ def dense_attention(
     return output
 
 
-def wanted_keys(
+def marks(
     share: Tensor,
     held: float,
     always: int,
-    coverage: float,
-    least: int,
-    most: int,
-    worth: float,
-    sample: int = 0,
+    visible: int,
+    policy: Dynamic,
+    fewest: int,
+    each: int,
 ) -> int:
-    """The budget of one row and KV head: top-p between two top-k bounds.
+    """The budget of one row and KV head: marks on its line, see `marked`.
+
+    With K marks a key of share w is read with probability min(1, K w), so the keys read carry
+    the sum of w min(1, K w), on average.
 
     Args:
-        share: [keys], estimated share of the row's attention mass, of the keys that may be drawn.
+        share: [probed], estimated shares of the row's attention mass.
         held: share of the keys that are always read.
         always: how many these are.
-        coverage: share of the mass to reach.
-        least: fewest keys, `always` included.
-        most: most keys, `always` included.
-        worth: share under which a key is read only to make up `least`.
-        sample: fewest keys, `always` not included, whatever `most` says.
+        visible: keys that the row sees.
+        policy: the bounds and targets.
+        fewest: fewest marks, whatever the policy says.
+        each: keys for which a probed one stands.
 
     Returns:
-        How many of the keys are to be read.
+        K.
     """
-    wanted = 0
-    for one in sorted(share.tolist(), reverse=True):
-        enough = held >= coverage or one < worth
-        if always + wanted >= most or (enough and always + wanted >= least):
+
+    def expected(number: int) -> tuple[float, float]:
+        keys, mass = 0.0, held
+        for one in share.tolist():
+            met = min(1.0, number * one)
+            keys += each * met
+            mass += each * met * one
+        return keys, mass
+
+    most = max(policy.max_keys - always, fewest)
+    number = min(max(policy.min_keys - always, fewest, 1), most)
+    while number < most:
+        more = min(2 * number, most)
+        keys, mass = expected(number)
+        keys_of_more, mass_of_more = expected(more)
+        average = (keys_of_more - keys) / visible  # what so many keys carry of level attention
+        if mass >= policy.coverage or mass_of_more - mass < policy.worth * average:
             break
-        held += one
-        wanted += 1
-    return min(max(wanted, sample), len(share))
+        number = more
+    return number
 
 
-def draw(share: Tensor, number: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """The sample of one row and KV head: priority sampling; see `kernels.sample`.
+def marked(length: Tensor, start: list[int], pages: int, distance: int) -> list[int]:
+    """The sample of one row and KV head: systematic, with probability proportional to size.
+
+    Madow 1949, "On the Theory of Systematic Sampling, II": keys lie side by side, there is a mark
+    at every multiple of `distance`, and a key is in the sample where a mark falls on it. See
+    `kernels.sample`.
 
     Args:
-        share: [keys], of those that may be drawn.
-        number: [keys], in (0, 1].
-        wanted: how many; at most all of them.
+        length: int64 [keys], whole pages.
+        start: where each segment's line begins, 0 to `distance` - 1.
+        pages: of a segment.
+        distance: between marks; no key is longer.
 
     Returns:
-        int64 [wanted], which keys, ascending; and float64 [wanted], how many keys each stands for.
+        The keys, ascending.
     """
-    priority = [float(w) / float(u) for w, u in zip(share, number, strict=True)]
-    order = sorted(range(len(priority)), key=lambda i: (-priority[i], i))
-    threshold = priority[order[wanted]] if wanted < len(order) else 0.0
-    drawn = sorted(order[:wanted])
-    stands = [1 / min(1.0, float(share[i]) / threshold) if threshold else 1.0 for i in drawn]
-    return torch.tensor(drawn, dtype=torch.int64), torch.tensor(stands, dtype=torch.float64)
+    lengths, found = length.tolist(), []
+    for segment, phase in enumerate(start):
+        end = phase
+        first, last = segment * pages, min((segment + 1) * pages, len(lengths) // PAGE)
+        for page in range(first, last):
+            for column in range(8):
+                for key in range(page * PAGE + column, (page + 1) * PAGE, 8):
+                    begin, end = end, end + lengths[key]
+                    if end // distance > begin // distance:
+                        found.append(key)
+    return sorted(found)

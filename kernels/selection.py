@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from kernels.errors import KernelError
 
@@ -50,10 +51,29 @@ class Selection:
         weights = log_weight.new_zeros(packed.shape).masked_scatter_(packed, log_weight[mask])
         return Selection(indices, counts, weights)
 
-    def rows(self, start: int, stop: int) -> Selection:
-        """The selection of rows `start` to `stop`."""
-        weights = None if self.log_weight is None else self.log_weight[start:stop]
-        return Selection(self.indices[start:stop], self.counts[start:stop], weights)
+    @staticmethod
+    def join(parts: list[Selection]) -> Selection:
+        """The selections of rows that follow each other; weights have all of them or none."""
+        if len(parts) == 1:
+            return parts[0]
+        capacity = max(part.indices.shape[2] for part in parts)
+
+        def padded(tensors: list[Tensor], value: int) -> Tensor:
+            ends = [capacity - one.shape[2] for one in tensors]
+            whole = (F.pad(x, (0, n), value=value) for x, n in zip(tensors, ends, strict=True))
+            return torch.cat(list(whole))
+
+        weights = [part.log_weight for part in parts if part.log_weight is not None]
+        return Selection(
+            padded([part.indices for part in parts], -1),
+            torch.cat([part.counts for part in parts]),
+            padded(weights, 0) if weights else None,
+        )
+
+    def rows(self, part: slice) -> Selection:
+        """The selection of some rows."""
+        weights = None if self.log_weight is None else self.log_weight[part]
+        return Selection(self.indices[part], self.counts[part], weights)
 
     def validate(self, lengths: Tensor) -> None:
         """Check every promise of this class; it waits for the device, so it is for tests.

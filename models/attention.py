@@ -14,6 +14,7 @@ import torch
 from kernels import dynamic, judge
 from kernels.attention import Impl, dense_attention, dense_decode, selected_attention
 from kernels.budget import SAMPLE
+from kernels.dynamic import Attended
 from kernels.page import PAGE
 from kernels.policy import Dynamic
 from kernels.timing import Phases
@@ -29,6 +30,8 @@ KEY_BYTES = 12
 """Of a selected key: its position, and the log of what it stands for."""
 SELECTION_BYTES = 32 << 20
 """Most bytes of one piece's selection: a request for a million keys a row is served in pieces."""
+GPU_SELECTION_BYTES = 512 << 20
+"""The same where a place is kept for every key that may be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,46 +127,46 @@ class LayerAttention:
             return output
         output = torch.empty_like(query)
         for part, piece in rows.pieces(self._rows_at_once(cache, rows, group.policy)):
-            choice = self._choose(query[part], cache, piece, group.policy, recorder.phases)
-            with recorder.phases.time("attend", query.device):
-                output[part], lse, own = selected_attention(
-                    query[part], cache, piece, choice.selection, self.scale, self.impl
-                )
-                coverage = choice.coverage(lse, own)
+            found = self._attend(query[part], cache, piece, group.policy, recorder.phases)
+            output[part] = found.output
             exact = None
             if recorder.audit:
                 exact = judge.true_coverage(
-                    query[part], cache, piece, choice.selection, own, self.scale, self.impl
+                    query[part], cache, piece, found.selection, found.own, self.scale, self.impl
                 )
             recorder.entries.append(
                 Entry(
                     layer=self.layer,
                     tokens=group.tokens[part],
-                    keys=choice.selection.counts,
+                    keys=found.keys,
                     visible=piece.visible,
-                    coverage=coverage,
+                    coverage=found.coverage,
                     true_coverage=exact,
                 )
             )
         return output
 
-    def _choose(
+    def _attend(
         self,
         query: Tensor,
         cache: LayerCache,
         rows: Rows,
         policy: Dynamic | Fixed,
         phases: Phases,
-    ) -> dynamic.Choice:
+    ) -> Attended:
+        scale, impl = self.scale, self.impl
         if isinstance(policy, Dynamic):
-            return dynamic.select(query, cache, rows, policy, self.scale, phases, self.impl)
+            return dynamic.attend(query, cache, rows, policy, scale, phases, impl)
         selection = policy.pattern.select(rows.lengths, rows.starts, cache.kv_heads)
-        return judge.rest_of(query, cache, rows, selection, self.scale, self.impl)
+        with phases.time("attend", query.device):
+            output, lse, own = selected_attention(query, cache, rows, selection, scale, impl)
+        coverage = judge.estimated_coverage(query, cache, rows, selection, lse, own, scale, impl)
+        return Attended(output, lse, own, coverage, selection.counts, selection)
 
-    @staticmethod
-    def _rows_at_once(cache: LayerCache, rows: Rows, policy: Dynamic | Fixed) -> int:
+    def _rows_at_once(self, cache: LayerCache, rows: Rows, policy: Dynamic | Fixed) -> int:
         """Rows whose selections together stay small, however many keys each may hold."""
         keys = int(rows.visible.max())
-        if isinstance(policy, Dynamic):
+        if isinstance(policy, Dynamic) and self.impl is not Impl.TRITON:
             keys = min(keys, max(policy.max_keys, 2 * PAGE + policy.sinks + SAMPLE))
-        return max(1, SELECTION_BYTES // (KEY_BYTES * cache.kv_heads * max(keys, 1)))
+        most = GPU_SELECTION_BYTES if self.impl is Impl.TRITON else SELECTION_BYTES
+        return max(1, most // (KEY_BYTES * cache.kv_heads * max(keys, 1)))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from kernels.attention import Impl
 from models.attention import LayerAttention
+from models.joint import Joint
 from models.rope import Rotary
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class Decoder(nn.Module):
         normed: Tensor = self.model.norm(hidden)  # [tokens, hidden_size]
         return normed
 
+    @property
+    def head(self) -> Tensor:
+        """Weight of the output layer, [vocab_size, hidden_size]."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token. The caller picks the rows that need them, in chunks.
 
@@ -82,8 +88,7 @@ class Decoder(nn.Module):
         Returns:
             [rows, vocab_size] in float32, or float64 for a model in float64.
         """
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        scores = F.linear(hidden, head.weight)  # [rows, vocab_size]
+        scores = F.linear(hidden, self.head)  # [rows, vocab_size]
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -130,12 +135,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, make: _Make, impl: Impl) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        inner = config.heads * config.head_dim
-        kv_inner = config.kv_heads * config.head_dim
-        self.q_proj = make.linear(config.hidden_size, inner, bias=config.qkv_bias)
-        self.k_proj = make.linear(config.hidden_size, kv_inner, bias=config.qkv_bias)
-        self.v_proj = make.linear(config.hidden_size, kv_inner, bias=config.qkv_bias)
-        self.o_proj = make.linear(inner, config.hidden_size, bias=config.output_bias)
+        self.parts = [config.heads, config.kv_heads, config.kv_heads]
+        sizes = [heads * config.head_dim for heads in self.parts]
+        self.qkv = make.joint(config.hidden_size, sum(sizes), bias=config.qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = self.qkv.parts(sizes)
+        self.o_proj = make.linear(sizes[0], config.hidden_size, bias=config.output_bias)
         self.q_norm = make.norm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = make.norm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.attend = LayerAttention(layer, config.head_dim**-0.5, config.windows[layer], impl)
@@ -149,11 +153,9 @@ class Attention(nn.Module):
         recorder: Recorder,
     ) -> Tensor:
         """Attention of one layer, [tokens, hidden_size] to the same."""
-        query = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [tokens, heads, head_dim]
-        keys = self.k_proj(hidden).unflatten(
-            -1, (-1, self.head_dim)
-        )  # [tokens, kv_heads, head_dim]
-        values = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))  # as keys
+        heads = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
+        # [tokens, heads, head_dim], and twice [tokens, kv_heads, head_dim]
+        query, keys, values = torch.split(heads, self.parts, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, keys = self.q_norm(query), self.k_norm(keys)
         query, keys = Rotary.rotate(query, angles), Rotary.rotate(keys, angles)
@@ -168,13 +170,14 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, make: _Make) -> None:
         super().__init__()
         outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = make.linear(outer, inner, bias=bias)
-        self.up_proj = make.linear(outer, inner, bias=bias)
+        self.gate_up = make.joint(outer, 2 * inner, bias=bias)
+        self.gate_proj, self.up_proj = self.gate_up.parts([inner, inner])
         self.down_proj = make.linear(inner, outer, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Feed-forward of each token, [tokens, hidden_size] to the same."""
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)  # [tokens, intermediate_size] each
+        output: Tensor = self.down_proj(F.silu(gate) * up)
         return output
 
 
@@ -205,6 +208,9 @@ class _Make:
         # By way of "meta", which skips torch's random initialisation of every weight.
         empty = nn.Linear(inputs, outputs, bias=bias, dtype=self.dtype, device="meta")
         return empty.to_empty(device=self.device)
+
+    def joint(self, inputs: int, outputs: int, *, bias: bool) -> Joint:
+        return Joint.of(self.linear(inputs, outputs, bias=bias))
 
     def embedding(self, rows: int, size: int) -> nn.Embedding:
         empty = nn.Embedding(rows, size, dtype=self.dtype, device="meta")

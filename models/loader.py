@@ -93,9 +93,7 @@ def load(
     place = usable_device(device)
     config = ModelConfig.from_folder(folder)
     if load_format == "dummy":
-        decoder = _decoder(config, resolve_dtype(dtype, config.dtype, place), place)
-        _fill_with_noise(decoder)
-        return decoder, config
+        return dummy(config, resolve_dtype(dtype, config.dtype, place), place), config
 
     stored = _tensors(folder)
     wanted = dict(Decoder(config, torch.float32, "meta").named_parameters())
@@ -112,6 +110,19 @@ def load(
     if config.tied and "lm_head.weight" in stored:
         _check_tie(parameters["model.embed_tokens.weight"], stored["lm_head.weight"])
     return decoder, config
+
+
+def dummy(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A decoder with small random weights, the same at every call, to measure large shapes."""
+    decoder = _decoder(config, dtype, device)
+    parameters = dict(decoder.named_parameters())
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in tqdm(parameters.items(), unit="tensor", desc="Making weights"):
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.uniform_(-0.03, 0.03, generator=generator)
+    return decoder
 
 
 def resolve_dtype(dtype: str, checkpoint: str | None, device: torch.device) -> torch.dtype:
@@ -278,13 +289,3 @@ def _check_tie(embedding: Tensor, head: _Stored) -> None:
 
 def _decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
     return Decoder(config, dtype, device, Impl.of(device, dtype))
-
-
-def _fill_with_noise(decoder: Decoder) -> None:
-    parameters = dict(decoder.named_parameters())
-    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(0)
-    for name, parameter in tqdm(parameters.items(), unit="tensor", desc="Making weights"):
-        if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        else:
-            parameter.uniform_(-0.03, 0.03, generator=generator)

@@ -73,6 +73,10 @@ def test_the_models_run_without_the_service():
     run("import models.decoder, models.loader, models.tokenizer", "service", "ray", "fastapi")
 
 
+def test_the_commands_load_without_triton():
+    run("import models.graph, service.commands.app", "triton")
+
+
 def test_the_engine_and_the_application_run_without_ray():
     run("import service.engine.build, service.api.app", "ray")
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from kernels.cpu.keys import Keys, arrays, numbers, slots_of
-from kernels.cpu.launch import entry, in_threads, jit, sources
-from kernels.cpu.number import exp, long_vectors
-from kernels.cpu.scan import add_rows, dot_rows, exponentials, greatest_score, load_query
+from kernels.cpu.launch import entry, in_threads, sources
+from kernels.cpu.number import long_vectors
+from kernels.cpu.scan import load_query
+from kernels.cpu.vectors import add_rows, dot_rows, exponentials, greatest_score, log_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ def _kernel(version: int) -> Any:
             for reader in range(group):
                 number = head * group + reader
                 if weighted:
-                    own[row, number] = _log_sum(mass[reader])
+                    own[row, number] = log_sum(mass[reader])
                     for place in range(count):
                         mass[reader, place] += weights[row, head, place]
                 most = greatest_score(mass[reader])
@@ -79,16 +80,6 @@ def _kernel(version: int) -> Any:
                 add_rows(mass[reader], keys.kv, slots, mean)
 
     return attend_rows
-
-
-@jit
-def _log_sum(scores: Any) -> Any:
-    """The log-sum-exp of `scores` [keys]."""
-    long_vectors()
-    most, total = greatest_score(scores), np.float32(0)
-    for place in range(scores.shape[0]):
-        total += exp(scores[place] - most)
-    return np.log(total) + most
 
 
 _attend_rows = _kernel(sources())

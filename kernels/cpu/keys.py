@@ -10,6 +10,7 @@ import torch
 from kernels.codes import words
 from kernels.cpu.launch import jit
 from kernels.page import PAGE
+from kernels.sample import SEGMENT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,7 @@ class Keys(NamedTuple):
     kv: Any  # [kv_heads * pages * 64 * 2, head_dim]  a key and its value, key after key
     key_mean: Any  # [kv_heads * pages, head_dim]
     codes: Any  # int64 [kv_heads * pages, words, 64]
-    scale: Any  # float32 [kv_heads * pages, 64]
+    scale: Any  # bfloat16 [kv_heads * pages, 64]
     tables: Any  # int64 [sequences, pages]
     lengths: Any  # int64 [rows]
     starts: Any  # int64 [rows]
@@ -35,26 +36,57 @@ class Keys(NamedTuple):
 
 
 class Place(NamedTuple):
-    """One row and KV head. Coded keys are numbered from the first page that the row sees."""
+    """One row and KV head. Coded keys are numbered from the first page of a segment."""
 
     head: int  # the KV head
     row: int
+    start: int  # position of the first key that the row sees
+    sinks: int  # position behind the last sink that it sees; without one, `start`
     first: int  # page that the numbers begin with
-    low: int  # number of the first key that the row sees
-    coded: int  # number behind the last coded key: where the recent window begins
+    low: int  # number of the first free key: one that is not always read
+    coded: int  # number behind the last free key: where the recent window begins
     since: int  # position of the first recent key that the row sees
     length: int  # position behind the last
-    start: int  # position of the first key that the row sees
 
 
 @jit
-def place_of(keys: Keys, head: int, row: int) -> Place:
+def place_of(keys: Keys, head: int, row: int, sinks: int) -> Place:
     """Where the keys of a row and KV head lie."""
     start, length = keys.starts[row], keys.lengths[row]
-    first, recent = start // 64, max(length // 64 - 1, 0)
+    first, recent = start // (SEGMENT * 64) * SEGMENT, max(length // 64 - 1, 0)
     coded = max(recent - first, 0) * 64
-    low = min(start - first * 64, coded)
-    return Place(head, row, first, low, coded, max(start, recent * 64), length, start)
+    low = min(max(start, sinks) - first * 64, coded)
+    since = max(start, recent * 64)
+    return Place(
+        head, row, start, max(start, min(sinks, recent * 64)), first, low, coded, since, length
+    )
+
+
+@jit
+def pages_of(keys: Keys, place: Place, first: int, last: int) -> Any:
+    """The pages of segments `first` to `last` that hold a free key: the first, where all lie.
+
+    The second is int64 [pages].
+    """
+    low = max(first * SEGMENT, place.low // 64)
+    high = min(last * SEGMENT, place.coded // 64)
+    pages = np.empty(max(high - low, 0), np.int64)
+    for index in range(pages.shape[0]):
+        cached = keys.tables[place.row // keys.queries, place.first + low + index]
+        pages[index] = cached + place.head * keys.pages
+    return low, pages
+
+
+@jit
+def kept_of(place: Place) -> Any:
+    """Positions of the keys that are always read: int64 [kept]."""
+    sinks = place.sinks - place.start
+    kept = np.empty(sinks + place.length - place.since, np.int64)
+    for index in range(sinks):
+        kept[index] = place.start + index
+    for index in range(sinks, kept.shape[0]):
+        kept[index] = place.since + index - sinks
+    return kept
 
 
 @jit
@@ -76,7 +108,7 @@ def arrays(cache: LayerCache, rows: Rows) -> Keys:
         numbers(cache.kv.view(-1, head_dim)),
         numbers(cache.key_mean.view(-1, head_dim)),
         cache.codes.view(-1, words(head_dim), PAGE).numpy(),
-        cache.scale.view(-1, PAGE).numpy(),
+        numbers(cache.scale.view(-1, PAGE)),
         rows.block_tables.contiguous().numpy(),
         rows.lengths.contiguous().numpy(),
         rows.starts.contiguous().numpy(),

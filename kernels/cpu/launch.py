@@ -31,7 +31,8 @@ def sources() -> int:
     there does: a kernel that closes over this number is compiled anew.
     """
     here = Path(__file__).parent
-    others = [here.with_name(name) for name in ("budget.py", "codes.py", "page.py", "sample.py")]
+    names = ("budget.py", "codes.py", "masses.py", "page.py", "sample.py")
+    others = [here.with_name(name) for name in names]
     files = sorted([*here.glob("*.py"), *others])
     return crc32(b"".join(file.read_bytes() for file in files))
 
@@ -52,6 +53,13 @@ def jit(function: Function) -> Function:
     return compiled
 
 
+def inlined(function: Function) -> Function:
+    """Compiled into its callers: a call counts the references to its arrays, which takes time."""
+    options = {**_OPTIONS, "no_cpython_wrapper": True, "forceinline": True}
+    compiled: Function = numba.njit(fastmath=_FLAGS, **options)(function)
+    return compiled
+
+
 def exact(function: Function) -> Function:
     """Compiled into its callers, every operation in the order in which it is written."""
     options = {**_OPTIONS, "no_cpython_wrapper": True, "forceinline": True}
@@ -59,14 +67,17 @@ def exact(function: Function) -> Function:
     return compiled
 
 
-def in_threads(work: Callable[..., None], arguments: tuple[Any, ...], units: int) -> None:
+def in_threads(
+    work: Callable[..., None], arguments: tuple[Any, ...], units: int, least: int = 1
+) -> None:
     """Run `work(*arguments, part, start, stop)` on parts of `units`, a thread each.
 
-    The calling thread takes the first part: a step of one thread wakes no other.
+    The calling thread takes the first part: a step of one thread wakes no other, nor does one of
+    fewer units than are worth it, `least` for each thread.
     """
-    parts = min(torch.get_num_threads(), units)
-    if parts == 0:
+    if units == 0:
         return
+    parts = min(torch.get_num_threads(), max(units // least, 1))
     edges = [units * part // parts for part in range(parts + 1)]
     waiting = [
         _pool(parts - 1).submit(work, *arguments, part, start, stop)

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 
 from kernels.codes import rotation, words
-from kernels.cpu.choose import score_near, share_left, total_of, unite
 from kernels.cpu.keys import Keys, arrays, numbers, place_of
 from kernels.cpu.launch import entry, in_threads, sources
-from kernels.cpu.scan import BLOCK, level_query, load_query, scan_codes
+from kernels.cpu.probe import score_kept
+from kernels.cpu.scan import level_query, load_query, scan_segment
+from kernels.cpu.vectors import log_sum
 from kernels.page import PAGE
+from kernels.sample import SEGMENT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,16 +30,14 @@ def mass_left(
 
     From the codes of the keys; the recent window is scored exactly.
     """
-    count, heads, head_dim = query.shape
-    left = torch.empty(count, heads)
-    pages = int((rows.recent_page - rows.starts // PAGE).max().clamp_min(0))
+    left = torch.empty(query.shape[:2])
     shared = (
         arrays(cache, rows), numbers(query),
-        rotation(head_dim, torch.float32, query.device).numpy(), np.float32(scale),
-        words(head_dim), pages, selection.indices.contiguous().numpy(),
+        rotation(cache.head_dim, torch.float32, query.device).numpy(), np.float32(scale),
+        words(cache.head_dim), selection.indices.contiguous().numpy(),
         selection.counts.contiguous().numpy(), left.numpy(),
     )  # fmt: skip
-    in_threads(_judge_rows, shared, count * cache.kv_heads)
+    in_threads(_judge_rows, shared, selection.counts.numel())
     return left
 
 
@@ -46,8 +46,8 @@ def _kernel(version: int) -> Any:
 
     @entry
     def judge_rows(
-        keys: Keys, queries: Any, rotated: Any, scale: Any, words_: int, most: int, indices: Any,
-        counts: Any, rest: Any, _part: int, start: int, stop: int,
+        keys: Keys, queries: Any, rotated: Any, scale: Any, words_: int, indices: Any, counts: Any,
+        rest: Any, _part: int, start: int, stop: int,
     ) -> None:  # fmt: skip
         """Rows and KV heads `start` to `stop`, head by head."""
         _ = version
@@ -56,30 +56,29 @@ def _kernel(version: int) -> Any:
         query = np.empty((group, queries.shape[2]), np.float32)
         planes = np.empty((group, 4, words_), np.int64)
         level = np.empty((3, group), np.float32)
-        whole = np.empty(group, np.float32)
-        mass = np.empty((group, most * PAGE), np.float32)
+        size = SEGMENT * PAGE
+        scores = np.empty((group, size), np.float32)
         for unit in range(start, stop):
             head, row = unit // rows, unit % rows
-            place = place_of(keys, head, row)
-            blocks = (place.coded // PAGE + BLOCK - 1) // BLOCK
+            place = place_of(keys, head, row, 0)
             load_query(queries, row, head * group, scale, query)
             level_query(query, rotated, planes, level)
-            peak = np.empty((2, group, blocks), np.float32)
-            factor = np.empty((group, blocks), np.float32)
-            scan_codes(keys, place, (0, blocks), query, planes, level, mass, peak)
-            near = score_near(keys, place, query)
-            unite(near, peak, factor, whole)
-            for number in range(counts[row, head]):
-                position = indices[row, head, number]
-                key = position - place.first * PAGE
+            left = rest[row, head * group : (head + 1) * group]
+            left[:] = -np.inf
+            taken, number = indices[row, head, : counts[row, head]], 0
+            for segment in range((place.coded + size - 1) // size):
+                first = (place.first + segment * SEGMENT) * PAGE
+                scan_segment(keys, place, segment, query, planes, level, scores)
+                while number < taken.shape[0] and taken[number] < first + size:
+                    scores[:, taken[number] - first] = -np.inf
+                    number += 1
                 for reader in range(group):
-                    if position >= place.since:
-                        near[reader, position - place.since] = 0
-                    elif 0 <= key < place.coded:
-                        mass[reader, key] = 0
+                    left[reader] = np.logaddexp(left[reader], log_sum(scores[reader]))
+            many = score_kept(keys, place, query, scores, 0)
+            for key in taken[taken >= place.since]:
+                scores[:, key - place.since] = -np.inf
             for reader in range(group):
-                total = share_left(place, mass, factor, reader) + total_of(near[reader])
-                rest[row, head * group + reader] = np.log(total) + whole[reader]
+                left[reader] = np.logaddexp(left[reader], log_sum(scores[reader, :many]))
 
     return judge_rows
 

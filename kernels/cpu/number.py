@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from kernels.cpu.launch import exact
 
 _WORD, _FLOAT = ir.IntType(32), ir.FloatType()
 _LOG2E = np.float32(1 / math.log(2))
-_HALF, _ONE = np.float32(0.5), np.float32(1)
+_SHIFT, _ONE = np.float32(1.5 * 2**23), np.float32(1)
 _LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
 # 2 ** x - 1 over x on -0.5 to 0.5, from the highest power on (Cephes' exp2f): to 2e-7.
 _P0, _P1, _P2 = np.float32(1.535336188e-4), np.float32(1.339887440e-3), np.float32(9.618437357e-3)
@@ -86,6 +87,20 @@ def _prefetch_row(_typing: Any, rows: Any, _row: Any) -> Any:
     return types.none(rows, types.int64), generate
 
 
+def _add_columns(_typing: Any, table: Any, columns: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row = ir.VectorType(_WORD, 8).as_pointer()
+        rows, total = (
+            builder.bitcast(context.make_array(kind)(context, builder, one).data, row)
+            for kind, one in zip(signature.args, arguments, strict=True)
+        )
+        parts = [builder.load(builder.gep(rows, [_WORD(n)]), align=4) for n in range(8)]
+        builder.store(reduce(builder.add, parts), total, align=4)
+        return context.get_dummy_value()
+
+    return types.none(table, columns), generate
+
+
 def _long_vectors(_typing: Any) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
         # llvmlite's own method takes no attribute that it does not know.
@@ -103,7 +118,7 @@ def _flipped(builder: Any, word: Any) -> Any:
 
 def _times_power(_typing: Any, _number: Any, _power: Any) -> Any:
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        power = builder.shl(builder.fptosi(arguments[1], _WORD), _WORD(23))
+        power = builder.shl(builder.bitcast(arguments[1], _WORD), _WORD(23))
         return builder.bitcast(builder.add(builder.bitcast(arguments[0], _WORD), power), _FLOAT)
 
     return types.float32(types.float32, types.float32), generate
@@ -123,26 +138,27 @@ of_order: Any = intrinsic(_of_order)
 """The float32 of an `order`."""
 prefetch_row: Any = intrinsic(_prefetch_row)
 """Start to read a row of a two-dimensional array: what is read in no order is not foreseen."""
+add_columns: Any = intrinsic(_add_columns)
+"""The sums of an 8 x 8 table's columns, int32 [64] to [8]: LLVM takes the numbers one by one."""
 long_vectors: Any = intrinsic(_long_vectors)
 """The calling function runs in vectors of 512 bits: LLVM takes half on Intel's processors."""
 _scaled: Any = intrinsic(_times_power)
-"""A number times two to a whole power, by their bits."""
+"""A number times two to a whole power, which stands in the last bits of a second."""
 
 
 @exact
 def exp(x: Any) -> Any:
     """e ** x, float32, by operations that vectors have; nothing below 1e-38."""
     power = x * _LOG2E
-    inside = power if power > _LOWEST else _LOWEST  # a nan, too: no integer is made of it
-    inside = inside if inside < _HIGHEST else _HIGHEST
-    whole = np.floor(inside + _HALF)
-    part = inside - whole
+    inside = power if power < _HIGHEST else _HIGHEST
+    shifted = inside + _SHIFT  # rounds: the last bits are whole
+    part = inside - (shifted - _SHIFT)
     value = _P0
     value = value * part + _P1
     value = value * part + _P2
     value = value * part + _P3
     value = value * part + _P4
     value = value * part + _P5
-    value = _scaled(value * part + _ONE, whole)
+    value = _scaled(value * part + _ONE, shifted)
     value = value if power > _LOWEST else np.float32(0)
     return value if x == x else x

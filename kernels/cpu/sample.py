@@ -1,63 +1,127 @@
-"""Each key's share of a row's attention, and its priority in the draw (`kernels.sample`)."""
+"""The keys on which a mark falls (`kernels.sample`)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels.cpu.launch import jit
-from kernels.cpu.number import bits, long_vectors, number_of_bits
-from kernels.cpu.scan import BLOCK
-from kernels.sample import BITS, STEP, TURN
+from kernels.cpu.keys import pages_of
+from kernels.cpu.launch import inlined, jit
+from kernels.cpu.number import add_columns, exp, long_vectors, popcount
+from kernels.cpu.scan import estimate_page
+from kernels.masses import MOST
+from kernels.sample import BITS, SEGMENT, STEP, STRIDE, TURN
 
-_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
-_UNIT = np.float32(2.0**-BITS)
-_STEP, _SHIFT = np.uint32(STEP), np.uint32(32 - BITS)
-_INFINITE, _SIZE = np.int32(0x7F800000), np.int32(0x7FFFFFFF)
+if TYPE_CHECKING:
+    from kernels.cpu.keys import Keys, Place
+    from kernels.cpu.work import Work
+
+_ZERO, _ONE, _MOST = np.float32(0), np.float32(1), np.float32(MOST)
+_WHOLE = np.int32(1 << BITS)
+_UNITS, _UNIT = np.float32(1 << BITS), np.float32(2.0**-BITS)
+_SHIFT, _COLUMN = 32 - BITS, 64 // STRIDE
 
 
 @jit
-def rank_keys(
-    mass: Any, factor: Any, head: int, first: int, sampled: bool, share: Any, rank: Any
-) -> None:
-    """Bits of each key's mean share over the group's heads, and of its priority.
+def draw_keys(keys: Keys, work: Work, unit: int, place: Place, first: int, last: int) -> int:
+    """Draw keys of segments `first` to `last`, page by page.
 
     Args:
-        mass: float32 [group, keys], in units of its block.
-        factor: float32 [group, blocks], the blocks' units, as shares of a head's whole mass.
-        head: the KV head.
-        first: position of the first key.
-        sampled: whether priorities are those of a sample; else they are the shares.
-        share: int32 [keys], out; of what is not a number, infinity's.
-        rank: int32 [keys], out, likewise of the priorities.
+        keys: see there.
+        work: see there; out: `named` and `weight`.
+        unit: whose keys.
+        place: where these lie.
+        first: see `pages_of`.
+        last: likewise.
+
+    Returns:
+        How many are drawn.
     """
     long_vectors()
-    keys, size = rank.shape[0], BLOCK * 64
-    part, mean = np.empty(size, np.float32), _ONE / np.float32(mass.shape[0])
-    for block in range(factor.shape[1]):
-        low = block * size
-        count = min(size, keys - low)
-        part[:] = _ZERO
-        for reader in range(mass.shape[0]):
-            own, weight = mass[reader, low : low + count], factor[reader, block] * mean
-            for key in range(count):
-                part[key] += own[key] * weight
-        shares, ranks = share[low : low + count], rank[low : low + count]
-        _to_bits(part, shares)
-        if sampled:
-            # From here on modulo 2 ** 32.
-            turn = np.uint32((first + low) * STEP + head * TURN)
-            for key in range(count):
-                whole = np.uint32(np.uint32(key) * _STEP + turn) >> _SHIFT
-                uniform = (np.float32(np.int32(whole)) + _HALF) * _UNIT
-                part[key] = number_of_bits(shares[key]) / uniform
-        _to_bits(part, ranks)
+    low, pages = pages_of(keys, place, first, last)
+    group, everything = work.norm.shape[1], work.marks[unit] >= place.coded - place.low
+    factor = np.float32(work.marks[unit]) / np.float32(group)
+    scores, length = np.empty((group, 64), np.float32), np.empty(64, np.int32)
+    sums, share = np.empty((2, 64), np.int64), np.empty(64, np.float32)
+    columns, end = np.empty(STRIDE, np.int32), 0
+    begin = total = first * SEGMENT * 64
+    # Views are made once: each counts a reference.
+    codes, scales, planes, level = keys.codes, keys.scale, work.planes[unit], work.level[unit]
+    centre, norm = work.centre[unit], work.norm[unit]
+    named, weight = work.named[unit], work.weight[unit]
+    for index in range(pages.shape[0]):
+        page = low + index
+        if index == 0 or page % SEGMENT == 0:
+            line = (place.first + page) // SEGMENT
+            end = (line * STEP + place.head * TURN & 0xFFFFFFFF) >> _SHIFT
+        if everything:
+            length[:] = _WHOLE
+        else:
+            estimate_page(codes, scales, pages[index], planes, level, sums, scores)
+            _measure(scores, centre, page, norm, factor, share, length)
+        for key in range(place.low - page * 64):
+            length[key] = 0
+        hits, end = _marked(length, columns, end)
+        while hits != 0:
+            key = popcount((hits & -hits) - 1)
+            hits &= hits - 1
+            part = np.float32(length[key]) * _UNIT
+            named[total] = page * 64 + key
+            weight[total] = -np.log(part) if part < _ONE else _ZERO
+            total += 1
+    return total - begin
 
 
-@jit
-def _to_bits(number: Any, rank: Any) -> None:
+@inlined
+def _measure(
+    scores: Any, centre: Any, page: int, norm: Any, factor: Any, share: Any, length: Any
+) -> None:
+    """A page's scores to lengths on the line.
+
+    Args:
+        scores: float32 [group, 64], without those of the page's mean.
+        centre: see `probe_pages`.
+        page: which one.
+        norm: see `spend`.
+        factor: marks for each head of the group.
+        share: float32 [64], of any content.
+        length: int32 [64], out.
+    """
     long_vectors()
-    for key in range(rank.shape[0]):
-        size = bits(number[key]) & _SIZE
-        rank[key] = size if size < _INFINITE else _INFINITE
+    share[:] = _ZERO
+    for head in range(scores.shape[0]):
+        shift = centre[head, page] - norm[head]
+        for key in range(64):
+            score = scores[head, key] + shift
+            share[key] += exp(score if not score > _MOST else _MOST)
+    for key in range(64):
+        part = share[key] * factor
+        part = part if part < _ONE else _ONE  # a nan, too
+        length[key] = np.int32(np.rint(part * _UNITS))
+
+
+@inlined
+def _marked(length: Any, columns: Any, end: int) -> Any:
+    """The keys of a page on which a mark falls.
+
+    Args:
+        length: int32 [64].
+        columns: int32 [8], of any content.
+        end: where the line ends before them.
+
+    Returns:
+        A bit for each key, and where the line ends.
+    """
+    add_columns(length, columns)
+    hits = 0
+    for column in range(STRIDE):
+        behind = end + columns[column]
+        if behind >> BITS > end >> BITS:
+            for row in range(_COLUMN):
+                key = row * STRIDE + column
+                after = end + length[key]
+                hits |= int(after >> BITS > end >> BITS) << key
+                end = after
+        end = behind
+    return hits, end

@@ -1,11 +1,8 @@
-"""Estimated masses of every key in front of a row's recent window.
+"""Estimated scores of coded keys.
 
 From the keys' one-bit codes (`kernels.codes`), by counting bits: a query is rounded to 16 levels,
 as RaBitQ does, so that its product with a row of signs is a sum of popcounts over its four bit
 planes; that adds 3% to the variance of an estimate.
-
-Keys are taken in blocks. A block's scores become e ** (score - peak), with the block's own peak,
-while they are in the nearest cache.
 """
 
 from __future__ import annotations
@@ -15,25 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.codes import NOISE
+from kernels.cpu.keys import pages_of
 from kernels.cpu.launch import jit
-from kernels.cpu.number import (
-    exp,
-    long_vectors,
-    number,
-    of_order,
-    order,
-    popcount,
-    prefetch_row,
-)
+from kernels.cpu.number import long_vectors, number, popcount
+from kernels.cpu.vectors import add_rows, dot_rows
+from kernels.sample import SEGMENT
 
 if TYPE_CHECKING:
     from kernels.cpu.keys import Keys, Place
 
-BLOCK = 16
-"""Pages whose scores share a peak: a fixed number, so that no result depends on the threads."""
-AHEAD = 12
-"""Rows that are asked for before they are needed."""
-_ZERO, _ONE, _LEAST = np.float32(0), np.float32(1), np.int32(-(2**31))
+_ZERO, _ONE = np.float32(0), np.float32(1)
 _MIDDLE = np.float32(7.5)  # of the sixteen levels
 _HALF_NOISE = np.float32(NOISE / 2)
 
@@ -88,81 +76,20 @@ def level_query(query: Any, rotation: Any, planes: Any, level: Any) -> None:
 
 
 @jit
-def add_rows(weight: Any, rows: Any, place: Any, total: Any) -> None:
-    """Add `rows` [.., head_dim] at `place` [n], times `weight` [n], to `total` [head_dim]."""
-    long_vectors()
-    many = place.shape[0]
-    index = 0
-    while index + 4 <= many:  # so that totals are loaded and stored less often
-        a, b, c, d = weight[index], weight[index + 1], weight[index + 2], weight[index + 3]
-        one, two, three, four = place[index], place[index + 1], place[index + 2], place[index + 3]
-        for channel in range(total.shape[0]):
-            left = a * number(rows[one, channel]) + b * number(rows[two, channel])
-            right = c * number(rows[three, channel]) + d * number(rows[four, channel])
-            total[channel] += left + right
-        index += 4
-    while index < many:
-        one = place[index]
-        for channel in range(total.shape[0]):
-            total[channel] += weight[index] * number(rows[one, channel])
-        index += 1
-
-
-@jit
-def dot_rows(query: Any, rows: Any, place: Any, out: Any, offset: int) -> None:
-    """Products of queries and rows.
+def estimate_page(
+    codes: Any, scales: Any, page: Any, planes: Any, level: Any, sums: Any, out: Any
+) -> None:
+    """What the codes of a page's 64 keys add to the score of the page's mean.
 
     Args:
-        query: float32 [group, head_dim].
-        rows: [.., head_dim].
-        place: int64 [n], which rows.
-        out: float32 [group, ..], out: from `offset` on.
-        offset: see there.
+        codes: int64 [pages, words, 64].
+        scales: [pages, 64].
+        page: which of them.
+        planes: see `level_query`.
+        level: likewise.
+        sums: int64 [2, 64], of any content.
+        out: float32 [group, 64], out.
     """
-    long_vectors()
-    group, head_dim = query.shape
-    for index in range(min(AHEAD, place.shape[0])):
-        prefetch_row(rows, place[index])
-    for index in range(place.shape[0]):
-        row = place[index]
-        if index + AHEAD < place.shape[0]:
-            prefetch_row(rows, place[index + AHEAD])
-        head = 0
-        while head + 4 <= group:
-            one, two, three, four = _ZERO, _ZERO, _ZERO, _ZERO
-            for channel in range(head_dim):
-                value = number(rows[row, channel])
-                one += query[head, channel] * value
-                two += query[head + 1, channel] * value
-                three += query[head + 2, channel] * value
-                four += query[head + 3, channel] * value
-            out[head, offset + index] = one
-            out[head + 1, offset + index] = two
-            out[head + 2, offset + index] = three
-            out[head + 3, offset + index] = four
-            head += 4
-        while head + 2 <= group:
-            one, two = _ZERO, _ZERO
-            for channel in range(head_dim):
-                value = number(rows[row, channel])
-                one += query[head, channel] * value
-                two += query[head + 1, channel] * value
-            out[head, offset + index] = one
-            out[head + 1, offset + index] = two
-            head += 2
-        if head < group:
-            one = _ZERO
-            for channel in range(head_dim):
-                one += query[head, channel] * number(rows[row, channel])
-            out[head, offset + index] = one
-
-
-@jit
-def _estimate_page(
-    codes: Any, scales: Any, page: int, centre: Any, column: int, planes: Any, level: Any,
-    sums: Any, out: Any, place: int,
-) -> None:  # fmt: skip
-    """Estimates of a page's 64 keys, to `out` [group, keys] from `place` on."""
     long_vectors()
     words = codes.shape[1]
     ones, total = sums[0], sums[1]
@@ -174,8 +101,7 @@ def _estimate_page(
             ones[key] -= 15 * popcount(code[word, key])
     for head in range(planes.shape[0]):
         step, shift, less = level[0, head], level[1, head], level[2, head]
-        middle = centre[head, column]
-        scores = out[head, place : place + 64]
+        scores = out[head]
         before = ones
         for word in range(0, words, 2):
             # Two words at once, the second of which may be none.
@@ -195,87 +121,36 @@ def _estimate_page(
                 total[key] = count
             before = total
         for key in range(64):
+            factor = number(size[key])
             product = step * (np.float32(total[key]) + shift)
-            scores[key] = (product - less * size[key]) * size[key] + middle
+            scores[key] = (product - less * factor) * factor
 
 
 @jit
-def scan_codes(
-    keys: Keys, place: Place, blocks: Any, query: Any, planes: Any, level: Any, mass: Any, peak: Any
+def scan_segment(
+    keys: Keys, place: Place, segment: int, query: Any, planes: Any, level: Any, scores: Any
 ) -> None:
-    """The estimated masses of some blocks of a row's keys.
+    """Score the keys of a segment.
 
     Args:
         keys: see there.
         place: see there.
-        blocks: the first block and the one behind the last; the row's first is that of the page
-            that holds the first key that it sees.
+        segment: see `pages_of`.
         query: float32 [group, head_dim], scaled.
         planes: see `level_query`.
         level: likewise.
-        mass: float32 [group, keys], out; 0 of keys that the row does not see.
-        peak: float32 [2, group, blocks], out: a block's masses are in units of e ** the first, and
-            the second is their sum.
+        scores: float32 [group, SEGMENT * 64], out: -inf of keys that are not free.
     """
-    long_vectors()
-    sums = np.empty((2, 64), np.int64)
-    centre = np.empty((query.shape[0], BLOCK), np.float32)
-    for block in range(blocks[0], blocks[1]):
-        pages = pages_of(keys, place, block)
-        dot_rows(query, keys.key_mean, pages, centre, 0)
-        for index in range(pages.shape[0]):
-            _estimate_page(
-                keys.codes, keys.scale, pages[index], centre, index, planes, level, sums,
-                mass, (block * BLOCK + index) * 64,
-            )  # fmt: skip
-        _settle(place, block, mass, peak)
-
-
-@jit
-def pages_of(keys: Keys, place: Place, block: int) -> Any:
-    """Where the pages of a block lie: int64 [pages]."""
-    low = block * BLOCK
-    pages = np.empty(max(min(BLOCK, place.coded // 64 - low), 0), np.int64)
+    low, pages = pages_of(keys, place, segment, segment + 1)
+    first = low - segment * SEGMENT
+    centre, sums = np.empty((scores.shape[0], SEGMENT), np.float32), np.empty((2, 64), np.int64)
+    out = np.empty((scores.shape[0], 64), np.float32)
+    scores[:] = -np.inf
+    dot_rows(query, keys.key_mean, pages, centre, first)
     for index in range(pages.shape[0]):
-        cached = keys.tables[place.row // keys.queries, place.first + low + index]
-        pages[index] = cached + place.head * keys.pages
-    return pages
-
-
-@jit
-def _settle(place: Place, block: int, mass: Any, peak: Any) -> None:
-    """A block's scores to masses."""
-    long_vectors()
-    low = block * BLOCK * 64
-    high = max(min(low + BLOCK * 64, place.coded), low)
-    for reader in range(mass.shape[0]):
-        scores = mass[reader, low:high]
-        for key in range(low, min(place.low, high)):
-            scores[key - low] = -np.inf
-        most = greatest_score(scores)
-        peak[0, reader, block] = most
-        peak[1, reader, block] = exponentials(scores, most)
-
-
-@jit
-def greatest_score(scores: Any) -> Any:
-    """The greatest of `scores` [keys]; 0 where there is none above -inf."""
-    long_vectors()
-    most = _LEAST
-    for key in range(scores.shape[0]):
-        place = order(scores[key])
-        most = place if place > most else most
-    peak = of_order(most)
-    return _ZERO if scores.shape[0] == 0 or peak == -np.inf else peak
-
-
-@jit
-def exponentials(scores: Any, peak: Any) -> Any:
-    """`scores` [keys] to e ** (score - peak), in place; gives their sum."""
-    long_vectors()
-    total = _ZERO
-    for key in range(scores.shape[0]):
-        value = exp(scores[key] - peak)
-        scores[key] = value
-        total += value
-    return total
+        estimate_page(keys.codes, keys.scale, pages[index], planes, level, sums, out)
+        page = first + index
+        for head in range(scores.shape[0]):
+            for key in range(64):
+                scores[head, page * 64 + key] = out[head, key] + centre[head, page]
+    scores[:, : max(place.low - segment * SEGMENT * 64, 0)] = -np.inf

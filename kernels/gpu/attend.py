@@ -92,7 +92,7 @@ class _Parts:
         output = torch.empty(count, heads, head_dim, dtype=dtype, device=self.lses.device)
         lse = self.lses.new_empty(count, heads)
         own = torch.empty_like(lse) if weighted else lse
-        _join[count, heads](
+        join_parts[count, heads](
             self.outputs, self.lses, self.owns, output, lse, own, splits,
             SPLITS=triton.next_power_of_2(splits), DIM=head_dim,
             WIDTH=triton.next_power_of_2(head_dim), WEIGHTED=weighted, num_warps=4,
@@ -132,14 +132,15 @@ def _selected(
         there = seen[:, None] & (channel < DIM)[None]
         keys = tl.load(data, there, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, there, 0.0)
-        score = _scores(mine, keys, seen[None], scale)
+        score = score_keys(mine, keys, seen[None], scale)
         if WEIGHTED:
-            own_peak, own_total = _grow(score, own_peak, own_total)
+            own_peak, own_total = grow_scores(score, own_peak, own_total)
             score += tl.load(weights + pair * capacity + place, seen, 0.0)[None]
-        peak, total, sums = _add(score, values, peak, total, sums)
-    _leave(outputs, lses, line, split, channel, wide, head < GROUP, peak, total, sums, DIM)
+        peak, total, sums = add_scores(score, values, peak, total, sums)
+    splits = tl.num_programs(2)
+    leave(outputs, lses, line * splits + split, channel, wide, head < GROUP, peak, total, sums, DIM)
     if WEIGHTED:
-        tl.store(owns + line * tl.num_programs(2) + split, _lse(own_peak, own_total), head < GROUP)
+        tl.store(owns + line * splits + split, lse_of(own_peak, own_total), head < GROUP)
 
 
 @triton.jit(do_not_specialize=["queries", "table_stride", "cache_pages", "blocks"])
@@ -177,20 +178,21 @@ def _dense(
         keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, loaded, 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
-        score = _scores(mine, keys, seen, scale)
-        peak, total, sums = _add(score, values, peak, total, sums)
-    _leave(outputs, lses, line, split, channel, wide, there, peak, total, sums, DIM)
+        score = score_keys(mine, keys, seen, scale)
+        peak, total, sums = add_scores(score, values, peak, total, sums)
+    target = line * tl.num_programs(2) + split
+    leave(outputs, lses, target, channel, wide, there, peak, total, sums, DIM)
 
 
 @triton.jit
-def _scores(mine, keys, seen, scale):
+def score_keys(mine, keys, seen, scale):
     """[TILE, BLOCK], -inf where a key is not seen."""
     score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale
     return tl.where(seen, score, float("-inf"))
 
 
 @triton.jit
-def _add(score, values, peak, total, sums):
+def add_scores(score, values, peak, total, sums):
     """Some more scores and values into a running softmax (FlashAttention's recurrence)."""
     higher = tl.maximum(peak, tl.max(score, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -202,7 +204,7 @@ def _add(score, values, peak, total, sums):
 
 
 @triton.jit
-def _grow(score, peak, total):
+def grow_scores(score, peak, total):
     """Some more scores into a running log-sum-exp."""
     higher = tl.maximum(peak, tl.max(score, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -211,23 +213,23 @@ def _grow(score, peak, total):
 
 
 @triton.jit
-def _lse(peak, total):
+def lse_of(peak, total):
+    """A running log-sum-exp as it stands."""
     return tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total)
 
 
 @triton.jit
-def _leave(
-    outputs, lses, line, split, channel, wide, there, peak, total, sums, DIM: tl.constexpr
+def leave(
+    outputs, lses, target, channel, wide, there, peak, total, sums, DIM: tl.constexpr
 ):  # fmt: skip
     """Writes one split's part."""
     output = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-    target = line * tl.num_programs(2) + split
-    tl.store(lses + target, _lse(peak, total), there)
+    tl.store(lses + target, lse_of(peak, total), there)
     tl.store(outputs + target[:, None] * DIM + channel[None], output, wide)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _join(
+def join_parts(
     outputs, lses, owns, output, lse, own, splits,
     SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip

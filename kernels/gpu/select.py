@@ -6,27 +6,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.dynamic import Choice
-from kernels.gpu.budget import spend, varies
-from kernels.gpu.greatest import take
-from kernels.gpu.masses import estimate_masses
-from kernels.gpu.shares import rank, totals
-from kernels.gpu.spans import NEAR
-from kernels.selection import unselected
+from kernels.gpu.decode import choose, limits_of
+from kernels.gpu.layout import HELD, Layout, Scratch
+from kernels.gpu.prepare import prepare
+from kernels.gpu.probe import probe
+from kernels.gpu.scan import CERTAIN, PLACE_BITS, PLACES, scan
+from kernels.page import PAGE
+from kernels.sample import greatest
+from kernels.selection import Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows
     from kernels.policy import Dynamic
-    from kernels.selection import Selection
     from kernels.timing import Phases
 
 
 def select(
     query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float, phases: Phases
-) -> Choice:
-    """Choose keys; see `kernels.dynamic.select`.
+) -> Selection:
+    """Choose keys and lay them out: for audits and tests; `kernels.gpu.decode` reads them as found.
 
     Args:
         query: [rows, heads, head_dim], of the cache's dtype.
@@ -35,32 +35,70 @@ def select(
         policy: the budget.
         scale: factor on the scores.
         phases: notes the time of scoring and of selecting, where it is on.
-
-    Returns:
-        The choice; of its capacity, as much as the budget allows, no row may make full use.
     """
-    with phases.time("score", query.device):
-        found = estimate_masses(query, cache, rows, scale)
-    with phases.time("select", query.device):
-        whole = totals(found, policy)
-        ranked = rank(found, whole.norm, policy, listed=varies(policy))
-        wanted = spend(found, whole, ranked, policy) if varies(policy) else whole.most
-        selection, missing = take(found, whole.norm, ranked, wanted, policy)
-    return Choice(selection, missing, whole.norm.flatten(1))
+    query = query.contiguous()
+    if policy.sampled:
+        layout, scratch = choose(query, cache, rows, policy, scale, phases)
+        return _selection(rows, policy.sinks, layout, scratch)
+    return _greatest(query, cache, rows, policy, scale)
 
 
-def mass_left(
-    query: Tensor, cache: LayerCache, rows: Rows, selection: Selection, scale: float
-) -> Tensor:
-    """Log of the estimated mass that a selection made elsewhere leaves out; float32 [rows, heads].
+def _greatest(
+    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float
+) -> Selection:
+    """Plain top-k: the kernels tell the shares, torch takes the greatest."""
+    layout = Layout.of(query, cache, rows)
+    scratch = Scratch.of(layout, query.device)
+    prepare(query, cache, rows, policy.sinks, scale, layout, scratch)
+    limits = limits_of(policy, query.device)
+    probe(query, cache, rows, policy.sinks, scale, limits, layout, scratch, fewest=0)
+    share = torch.zeros(layout.lines, layout.pages * PAGE, device=query.device)
+    scan(cache, rows, policy.sinks, layout, scratch, shares=share)
+    share = share.view(len(rows.lengths), layout.kv_heads, -1)
+    position = torch.arange(share.shape[-1], device=share.device)
+    stop = rows.recent_page[:, None] * PAGE
+    free = (position < stop) & (position >= rows.starts[:, None]) & (position >= policy.sinks)
+    number = scratch.marks.view(share.shape[:2]).long()
+    number = torch.where(number < 0, free.sum(-1)[:, None], number)
+    held, seen = _held(rows, policy.sinks)
+    chosen = greatest(share, free, number)  # [rows, kv_heads, keys]
+    mask = torch.cat((chosen, seen[:, None].expand(-1, layout.kv_heads, -1)), dim=-1)
+    position = torch.cat((position.expand(len(held), -1), held), dim=-1)
+    return _ascending(mask, position[:, None].expand(mask.shape), None)
 
-    From the codes of the keys; the recent window is scored exactly.
-    """
-    found = estimate_masses(query, cache, rows, scale)
-    coded = unselected(selection.indices, found.keys, found.first)[:, :, None]
-    recent = unselected(selection.indices, NEAR, found.stops[:, None, None])[:, :, None]
-    left = (
-        scores.masked_fill_(~free, -torch.inf).logsumexp(-1)  # [rows, kv_heads, group]
-        for scores, free in ((found.scores, coded), (found.near, recent))
+
+def _selection(rows: Rows, sinks: int, layout: Layout, scratch: Scratch) -> Selection:
+    """The keys always read and those that marks fell on."""
+    counts = scratch.counts  # [lines, segments]
+    device = counts.device
+    number = torch.arange(int(counts.max()) if counts.numel() else 0, device=device)
+    there = number < counts[..., None]  # [lines, segments, most]
+    key = scratch.marked[..., : len(number)]
+    first = torch.arange(layout.segments, device=device)[:, None] * PLACES.value
+    position = (first + key % PLACES.value).flatten(1)  # [lines, places]
+    weight = -((key >> PLACE_BITS.value).double() / CERTAIN.value).log().float().flatten(1)
+    held, seen = (x.repeat_interleave(layout.kv_heads, dim=0) for x in _held(rows, sinks))
+    there = torch.cat((there.flatten(1), seen), dim=-1)
+    position = torch.cat((position, held), dim=-1)
+    # Where the mass is not finite nothing was drawn, and that shows.
+    plain = torch.where(scratch.marks == 0, torch.nan, 0.0)[:, None]
+    weight = torch.cat((weight, plain.expand(held.shape)), dim=-1)
+    shape = (len(rows.lengths), layout.kv_heads, -1)
+    return _ascending(there.view(shape), position.view(shape), weight.view(shape))
+
+
+def _held(rows: Rows, sinks: int) -> tuple[Tensor, Tensor]:
+    """Positions of the keys always read [rows, HELD], and which of them are there."""
+    stop = rows.recent_page[:, None] * PAGE  # [rows, 1]
+    place = torch.arange(HELD, device=stop.device)
+    position = torch.where(place < PAGE, place, stop + place - PAGE)
+    end = torch.where(place < PAGE, stop.clamp_max(sinks), rows.lengths[:, None])
+    return position, (position >= rows.starts[:, None]) & (position < end)
+
+
+def _ascending(there: Tensor, position: Tensor, weight: Tensor | None) -> Selection:
+    order = torch.where(there, position, 1 << 62).argsort(-1)
+    there, position = there.gather(-1, order), position.gather(-1, order)
+    return Selection.from_mask(
+        there, position, None if weight is None else weight.gather(-1, order)
     )
-    return torch.logaddexp(*left).flatten(1)

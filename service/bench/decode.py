@@ -1,26 +1,38 @@
-"""`saccade bench decode`: one decode step's attention, dynamic against dense, in one run."""
+"""`saccade bench decode`: one layer's attention of a decode step, dynamic against dense.
+
+On a GPU every way is captured into a CUDA graph and replayed; on a CPU it is called. Caches and
+queries change from one repeat to the next, so that nothing is found in a GPU's cache.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from kernels import dynamic
-from kernels.attention import Impl, dense_attention, selected_attention
+from kernels.attention import Impl, dense_attention, dense_decode
 from kernels.cache import LayerCache, Rows, Segment
+from kernels.codes import words
 from kernels.page import PAGE
 from kernels.policy import Dynamic
+from service.bench.record import Cell, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
+
+APART = 512 << 20
+"""Bytes that are read before the same are read again, on a GPU."""
+PEERS = ("sdpa-cudnn", "sdpa-flash", "sdpa", "flex")
+"""Other dense attention, over contiguous keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,124 +45,199 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """Medians of one context, microseconds a step."""
+class Options:
+    """How to measure.
 
-    context: int  # keys in the cache
-    keys: int  # keys kept a KV head
-    dynamic_us: float  # scoring, selection and attention
-    dense_us: float  # dense attention over the paged cache
-    sdpa_us: float  # torch's attention over contiguous keys
-    ratio: float  # dense over dynamic, median of the paired ratios
-    dense_over_sdpa: float  # likewise
+    Attributes:
+        keys: that dynamic keeps a row and KV head, about.
+        repeats: turns; medians are taken over them.
+        bandwidth: terabytes a second that reading reaches; None where it is not known.
+        flex: whether FlexAttention, which is compiled first, is among the peers.
+    """
+
+    keys: int
+    repeats: int
+    bandwidth: float | None
+    flex: bool = False
 
 
 def measure(
-    contexts: Sequence[int],
-    *,
-    keys: int,
-    device: str,
-    dtype: torch.dtype,
-    shape: Shape,
-    repeats: int,
+    cells: Sequence[Cell], device: torch.device, dtype: torch.dtype, shape: Shape, options: Options
 ) -> list[Record]:
-    """Time the three at each context, turn by turn, so that the machine's mood hits all alike."""
+    """Time every way at each cell, turn by turn, so that the machine's mood hits all alike."""
     records = []
-    with torch.inference_mode(), tqdm(total=len(contexts) * repeats, unit="turn") as progress:
-        for context in contexts:
-            ways = _ways(context, keys, torch.device(device), dtype, shape)
-            for way in ways:
-                way()
-            turns = []
-            for _ in range(repeats):
-                turns.append([_seconds(way, device) * 1e6 for way in ways])
-                progress.update()
-            fast, dense, sdpa = (statistics.median(column) for column in zip(*turns, strict=True))
-            records.append(
-                Record(
-                    context=context,
-                    keys=keys,
-                    dynamic_us=fast,
-                    dense_us=dense,
-                    sdpa_us=sdpa,
-                    ratio=statistics.median(turn[1] / turn[0] for turn in turns),
-                    dense_over_sdpa=statistics.median(turn[1] / turn[2] for turn in turns),
-                )
-            )
+    with torch.inference_mode(), tqdm(total=len(cells) * options.repeats, unit="turn") as progress:
+        for cell in cells:
+            progress.set_description(f"{cell.batch} x {cell.context}")
+            records += _Bench(cell, device, dtype, shape, options).run(progress.update)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return records
 
 
-def table(records: Sequence[Record]) -> str:
-    """The records as text, with the growth of the times from the first context to the last."""
-    lines = [
-        f"{'context':>9} {'keys':>6} {'dynamic':>11} {'dense':>11} {'SDPA':>11} "
-        f"{'dense/dynamic':>14} {'dense/SDPA':>11}"
-    ]
-    lines += [
-        f"{r.context:>9} {r.keys:>6} {r.dynamic_us:>8.0f} us {r.dense_us:>8.0f} us "
-        f"{r.sdpa_us:>8.0f} us {r.ratio:>14.2f} {r.dense_over_sdpa:>11.2f}"
-        for r in records
-    ]
-    if len(records) > 1:
-        first, last = records[0], records[-1]
-        lines.append(
-            f"time at {last.context} over time at {first.context}: "
-            f"dynamic {last.dynamic_us / first.dynamic_us:.2f}, "
-            f"dense {last.dense_us / first.dense_us:.2f}"
+class _Bench:
+    """One cell: sets of random keys and queries, and the ways over them."""
+
+    def __init__(
+        self, cell: Cell, device: torch.device, dtype: torch.dtype, shape: Shape, options: Options
+    ) -> None:
+        self.cell, self.device, self.dtype, self.shape = cell, device, dtype, shape
+        self.options = options
+        self.impl = Impl.of(device, dtype)
+        self.scale = shape.head_dim**-0.5
+        self.policy = Dynamic(coverage=1.0, min_keys=options.keys, max_keys=options.keys)
+        self.pages = -(-cell.context // PAGE)
+        read = self._bytes("dynamic", options.keys)
+        self.sets = max(1, -(-APART // read)) if device.type == "cuda" else 1
+        generator = torch.Generator(device).manual_seed(0)
+        total = self.pages * cell.batch * self.sets
+        self.cache = LayerCache.allocate(total, shape.kv_heads, shape.head_dim, dtype, device)
+        for some in torch.split(torch.arange(total, device=device), 1024):
+            part = self.cache.kv[:, some[0] : some[-1] + 1]
+            part.normal_(generator=generator)
+            self.cache.code(some)
+        order = torch.arange(total, device=device)
+        if device.type == "cuda":  # pages lie anywhere, as an engine's do
+            order = torch.randperm(total, device=device, generator=generator)
+        lengths = torch.full((cell.batch,), cell.context, device=device)
+        self.rows = [
+            Rows(table, lengths, torch.zeros_like(lengths))
+            for table in order.view(self.sets, cell.batch, self.pages)
+        ]
+        self.queries = torch.randn(
+            self.sets, cell.batch, shape.heads, shape.head_dim, generator=generator, device=device
+        ).to(dtype)
+
+    def run(self, done: Callable[[], object]) -> list[Record]:
+        """Records of all ways."""
+        ways = dict(self._ways())
+        turns: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(self.options.repeats):
+            for name, way in ways.items():
+                turns[name].append(way())
+            done()
+        peers = [name for name in ways if name in PEERS]
+        peer = min(peers, key=lambda name: statistics.median(turns[name]))
+        return [self._record(name, turns[name], peer, turns[peer]) for name in ways]
+
+    def _record(self, name: str, turns: list[float], peer: str, dense: list[float]) -> Record:
+        keys = float(self.cell.context)
+        if name == "dynamic":
+            keys = float(self._dynamic(0).keys.float().mean())
+        size, us = self._bytes(name, keys), statistics.median(turns)
+        bandwidth = self.options.bandwidth
+        return Record(
+            batch=self.cell.batch,
+            context=self.cell.context,
+            policy=name,
+            keys=keys,
+            us=us,
+            bytes=size,
+            dense_us=statistics.median(dense),
+            dense_peer=peer,
+            ratio=statistics.median(one / two for one, two in zip(dense, turns, strict=True)),
+            limit_share=None if bandwidth is None else size / (bandwidth * 1e6) / us,
         )
-    return "\n".join(lines)
 
+    def _bytes(self, name: str, keys: float) -> int:
+        """Bytes that a way reads at least."""
+        shape, context = self.shape, self.cell.context
+        lines = self.cell.batch * shape.kv_heads
+        if name == "topk":  # a float32 score of every key
+            return lines * context * 4
+        line = keys * 2 * shape.head_dim * self.dtype.itemsize
+        if name == "dynamic":  # a code, a scale, and a share of the page's mean
+            line += context * (
+                8 * words(shape.head_dim) + 2 + shape.head_dim * self.dtype.itemsize / PAGE
+            )
+        return round(lines * line)
 
-def as_json(records: Sequence[Record]) -> list[dict[str, float]]:
-    """The records as plain values."""
-    return [asdict(record) for record in records]
+    def _dynamic(self, number: int) -> dynamic.Attended:
+        return dynamic.attend(
+            self.queries[number], self.cache, self.rows[number], self.policy, self.scale,
+            impl=self.impl,
+        )  # fmt: skip
 
+    def _dense(self, number: int) -> Tensor:
+        query, rows = self.queries[number], self.rows[number]
+        if self.device.type == "cuda":
+            return dense_decode(query, self.cache, rows, self.scale, self.impl)[0]
+        table = rows.block_tables[0].tolist()
+        segment = Segment.of(table, self.cell.context - 1, 1, self.device)
+        return dense_attention(query, self.cache, segment, self.scale)
 
-def _ways(
-    context: int, keys: int, device: torch.device, dtype: torch.dtype, shape: Shape
-) -> list[Callable[[], object]]:
-    """Dynamic, dense and SDPA over the same random keys."""
-    generator = torch.Generator(device).manual_seed(0)
+    def _ways(self) -> Iterator[tuple[str, Callable[[], float]]]:
+        """Every way's name, and what times it once: microseconds."""
+        yield "dynamic", self._timed(self._dynamic, self.sets)
+        yield "dense", self._timed(self._dense, self.sets)
+        yield from self._peers()
 
-    def noise(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float32, device=device).to(dtype)
+    def _peers(self) -> Iterator[tuple[str, Callable[[], float]]]:
+        shape, cell = self.shape, self.cell
+        dense = self._bytes("dense", cell.context)
+        sets = min(self.sets, max(2, -(-APART // dense))) if self.device.type == "cuda" else 1
+        size = (sets, 2, cell.batch, shape.kv_heads, cell.context, shape.head_dim)
+        pairs = torch.empty(size, dtype=self.dtype, device=self.device).normal_()
+        scale = self.scale
+        if self.device.type != "cuda":
+            # The group's heads as rows of a query: several times faster there than `enable_gqa`.
+            query = self.queries[0].view(cell.batch, shape.kv_heads, -1, shape.head_dim)
+            yield "sdpa", self._timed(
+                lambda n: F.scaled_dot_product_attention(query, *pairs[n], scale=scale), 1
+            )
+            return
 
-    pages = -(-context // PAGE)
-    cache = LayerCache.allocate(pages, shape.kv_heads, shape.head_dim, dtype, device)
-    cache.kv.copy_(noise(*cache.kv.shape))
-    cache.code(torch.arange(context // PAGE, device=device))
-    table = list(range(pages))
-    rows = Rows(
-        torch.tensor([table], device=device),
-        torch.tensor([context], device=device),
-        torch.zeros(1, dtype=torch.int64, device=device),
-    )
-    segment = Segment.of(table, context - 1, 1, device)
-    query = noise(1, shape.heads, shape.head_dim)
-    flat = cache.kv.view(shape.kv_heads, -1, 2, shape.head_dim)[:, :context]
-    contiguous = flat.permute(2, 0, 1, 3).contiguous()  # [2, kv_heads, context, head_dim]
-    group = query.view(1, shape.kv_heads, -1, shape.head_dim)
-    scale = shape.head_dim**-0.5
-    policy = Dynamic(coverage=1.0, min_keys=keys, max_keys=keys)
-    impl = Impl.of(device, dtype)
+        def sdpa(number: int) -> Tensor:
+            return F.scaled_dot_product_attention(
+                self.queries[number][:, :, None], *pairs[number], scale=scale, enable_gqa=True
+            )
 
-    def selected() -> tuple[Tensor, Tensor]:
-        choice = dynamic.select(query, cache, rows, policy, scale, impl=impl)
-        output, lse, own = selected_attention(query, cache, rows, choice.selection, scale, impl)
-        return output, choice.coverage(lse, own)
+        for name, backend in (
+            ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("sdpa-flash", SDPBackend.FLASH_ATTENTION),
+        ):
+            with sdpa_kernel(backend):
+                yield name, self._timed(sdpa, sets)
+        if self.options.flex:
+            from torch.nn.attention.flex_attention import flex_attention
 
-    return [
-        selected,
-        lambda: dense_attention(query, cache, segment, scale),
-        lambda: F.scaled_dot_product_attention(group, contiguous[:1], contiguous[1:], scale=scale),
-    ]
+            flex = torch.compile(flex_attention)
+            yield "flex", self._timed(
+                lambda n: flex(
+                    self.queries[n][:, :, None], *pairs[n], scale=scale, enable_gqa=True
+                ),
+                sets,
+            )
+        scores = torch.randn(sets, cell.batch * shape.kv_heads, cell.context, device=self.device)
+        kept = min(self.options.keys, cell.context)
+        yield "topk", self._timed(lambda n: scores[n].topk(kept).values, sets)
 
-
-def _seconds(way: Callable[[], object], device: str) -> float:
-    if device.startswith("cuda"):
+    def _timed(self, way: Callable[[int], object], sets: int) -> Callable[[], float]:
+        """What runs a way over all sets once: microseconds of each."""
+        if self.device.type != "cuda":
+            way(0)
+            return lambda: _seconds(lambda: way(0)) * 1e6
+        for _ in range(2):
+            way(0)
         torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for number in range(sets):
+                way(number)
+        graph.replay()
+        return lambda: _device_us(graph.replay) / sets
+
+
+def _seconds(way: Callable[[], object]) -> float:
     start = time.perf_counter()
     way()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _device_us(way: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    way()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * start.elapsed_time(stop)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import sys
 from pathlib import Path  # noqa: TC003  typer reads the annotations
 from typing import Annotated
 
@@ -11,7 +15,13 @@ import typer
 
 from models.loader import usable_device
 from service.bench import decode as decode_bench
+from service.bench import engine as engine_bench
+from service.bench.shapes import SHAPES, shape_of
+from service.engine.build import machine_name
+from service.envelope import current_commit, envelope
 from service.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def decode(
@@ -23,9 +33,7 @@ def decode(
     output: Annotated[Path | None, typer.Option(help="Also write the records as JSON.")] = None,
 ) -> None:
     """Time one decode step's attention: dynamic, dense, and torch's over contiguous keys."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ConfigError(f"--dtype must be one of {', '.join(dtypes)}, not {dtype}")
+    _check_dtype(dtype)
     sizes = [one.strip() for one in contexts.split(",")]
     if not all(one.isascii() and one.isdigit() and int(one) > 0 for one in sizes):
         raise ConfigError(f"--contexts must be numbers such as 8192,65536, not {contexts}")
@@ -34,10 +42,70 @@ def decode(
         [int(one) for one in sizes],
         keys=keys,
         device=device,
-        dtype=dtypes[dtype],
+        dtype=DTYPES[dtype],
         shape=decode_bench.Shape(),
         repeats=repeats,
     )
     print(decode_bench.table(records))
     if output is not None:
         output.write_text(json.dumps(decode_bench.as_json(records), indent=2) + "\n")
+
+
+def engine(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
+    cells: Annotated[
+        str, typer.Option(help="Batch x keys in the cache, a list.")
+    ] = "1x1024,1x131072,4x131072,6x131072",
+    device: Annotated[str, typer.Option(help="cuda, or a CPU for a trial.")] = "cuda",
+    keys: Annotated[int, typer.Option(min=1, help="Keys that dynamic keeps.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers; the shape's own.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a row that make a turn.")] = 8,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="TB/s that reading reaches; by the device's name.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the records as JSON.")] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to note where there is no repository.")
+    ] = None,
+) -> None:
+    """Time whole decode steps of a model of random weights: dynamic and dense, as CUDA graphs."""
+    _check_dtype(dtype)
+    config, wanted = shape_of(shape, layers), _cells(cells)
+    place = usable_device(device)
+    if place.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "saccade bench engine needs a GPU; for a trial without one set TRITON_INTERPRET=1"
+        )
+    machine = machine_name(place)
+    bandwidth = bandwidth or engine_bench.bandwidth_of(machine)
+    options = engine_bench.Options(keys, repeats, steps, bandwidth)
+    records, skipped = engine_bench.measure(config, wanted, place, DTYPES[dtype], options)
+    print(engine_bench.table(records, skipped))
+    if output is None:
+        return
+    settings = {
+        "shape": shape,
+        "layers": config.layers,
+        "dtype": dtype,
+        "keys": keys,
+        "repeats": repeats,
+        "steps": steps,
+        "bandwidth_tb_s": bandwidth,
+    }
+    command = shlex.join(["saccade", "bench", "engine", *sys.argv[3:]])
+    head = envelope(command, commit or current_commit(), machine, settings)
+    output.write_text(engine_bench.as_json(head, records, skipped))
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}")
+
+
+def _cells(text: str) -> list[engine_bench.Cell]:
+    cells = [re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", one.strip()) for one in text.split(",")]
+    if not all(cells):
+        raise ConfigError(f"--cells must be batch x context, such as 1x1024,4x131072, not {text}")
+    return [engine_bench.Cell(int(cell[1]), int(cell[2])) for cell in cells if cell]

@@ -112,9 +112,9 @@ def warm_up(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Non
     rows = Rows(pages[None], lengths, lengths - lengths)
     query = torch.ones(1, model.heads, model.head_dim, dtype=dtype, device=device)
     for policy in (Dynamic(), Dynamic(sampled=False)):
-        choice = dynamic.select(query, cache, rows, policy, 1.0, impl=impl)
-        selected_attention(query, cache, rows, choice.selection, 1.0, impl)
-        judge.rest_of(query, cache, rows, choice.selection, 1.0, impl)
+        selection = dynamic.select(query, cache, rows, policy, 1.0, impl=impl)
+        _, lse, own = selected_attention(query, cache, rows, selection, 1.0, impl)
+        judge.estimated_coverage(query, cache, rows, selection, lse, own, 1.0, impl)
     dense_decode(query, cache, rows, 1.0, impl)
 
 

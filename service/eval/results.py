@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from service.envelope import current_commit, envelope
 from service.errors import ConfigError
 from service.eval.record import SOLVED, Pooled, Record, pooled, solved
 from service.eval.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from service.eval.cell import Cell
 
@@ -47,7 +43,7 @@ class Results:
         Raises:
             ConfigError: the file holds something else, or records made with other settings.
         """
-        results = Results(command, settings, commit or _commit(), machine)
+        results = Results(command, settings, commit or current_commit(), machine)
         if file is None or not file.exists():
             return results
         try:
@@ -99,16 +95,9 @@ class Results:
 
     def save(self, file: Path) -> None:
         """Write the file, whole or not at all."""
-        envelope = {
-            "command": self.command,
-            "commit": self.commit,
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": self.machine,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "settings": self.settings,
-        }
+        head = envelope(self.command, self.commit, self.machine, self.settings)
         # A row a line, so that scores do not take thousands of them.
-        text = json.dumps(envelope, indent=1).removesuffix("\n}")
+        text = json.dumps(head, indent=1).removesuffix("\n}")
         for name, rows in (("pooled", pooled(self.records)), ("records", self.records)):
             lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
             text += f',\n "{name}": [\n{lines}\n ]'
@@ -179,15 +168,3 @@ def _pooled_line(row: Pooled) -> str:
 
 def _span(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-
-
-def _commit() -> str:
-    """The commit that the sources stand at; "unknown" outside a repository."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"

@@ -21,17 +21,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from kernels import dynamic, judge
 from kernels.attention import Impl, selected_attention
 from kernels.cache import LayerCache, Rows
+from kernels.gpu import overlap
+from kernels.gpu.decode import attend
+from kernels.gpu.layer import add_norm, silu_mul
+from kernels.gpu.linear import gated_linear, linear
+from kernels.gpu.rotate import rotate_and_write
 from kernels.page import PAGE
 from kernels.policy import Dynamic
+from kernels.timing import Phases
 
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 done: set[tuple[object, ...]] = set()
 
 
@@ -64,20 +71,37 @@ def run(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, queries: i
     lengths = context - torch.arange(queries - 1, -1, -1)
     rows = Rows(torch.arange(pages)[None], lengths, torch.zeros_like(lengths))
     query = torch.randn(queries, kv_heads * group, head_dim).to(dtype)
-    for policy in (
-        Dynamic(min_keys=0, max_keys=150),  # a budget that varies, a sample
-        Dynamic(min_keys=150, max_keys=150, sampled=False),
-    ):
-        choice = dynamic.select(query, cache, rows, policy, 0.1, impl=Impl.TRITON)
-        selection = choice.selection
-        _, _, own = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)
-        judge.rest_of(query, cache, rows, selection, 0.1, Impl.TRITON)
-        judge.true_coverage(query, cache, rows, selection, own, 0.1, Impl.TRITON)
+    attend(query, cache, rows, Dynamic(), 0.1, Phases())
+    selection = dynamic.select(query, cache, rows, Dynamic(sampled=False), 0.1)
+    _, _, own = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)
+    judge.true_coverage(query, cache, rows, selection, own, 0.1, Impl.TRITON)
+
+
+def layer(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, *, normed: bool) -> None:
+    """What a captured step launches around attention."""
+    hidden = torch.zeros(3, 640, dtype=dtype)
+    weight = torch.ones(640, dtype=dtype)
+    add_norm(hidden, hidden, weight, 1e-5)
+    add_norm(hidden, None, weight, 1e-5)
+    silu_mul(hidden)
+    matrix = torch.zeros(320, 640, dtype=dtype)
+    linear(hidden, matrix, matrix[0, :320])
+    gated_linear(hidden, matrix)
+    cache = LayerCache.allocate(2, kv_heads, head_dim, dtype, "cpu")
+    qkv = torch.zeros(3, kv_heads * (group + 2) * head_dim, dtype=dtype)
+    cosines = torch.ones(3, 1, head_dim // 2)
+    norms = (torch.ones(head_dim, dtype=dtype),) * 2 if normed else None
+    slots = torch.tensor([-1, 63, 64])
+    rotate_and_write(qkv, (cosines, cosines), slots, cache, norms, 1e-5)
 
 
 if __name__ == "__main__":
     JITFunction.run = compile_only
+    overlap.possible = lambda device: True
     assert PAGE == 64
     run(2, 2, 128, torch.bfloat16, 1)
     run(1, 7, 96, torch.float16, 3)
     run(1, 1, 64, torch.float32, 1)
+    layer(8, 4, 128, torch.bfloat16, normed=False)
+    layer(2, 16, 256, torch.float16, normed=True)
+    layer(3, 1, 80, torch.float32, normed=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -10,10 +9,6 @@ import torch
 
 from kernels.cache import LayerCache, Rows
 from kernels.page import PAGE
-
-if not torch.cuda.is_available():
-    # Triton's kernels then run in its interpreter; read where they are defined.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class Paged:

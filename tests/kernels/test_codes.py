@@ -50,7 +50,7 @@ def test_estimates_err_as_much_as_they_say(paged, dtype, lengths):
     scores = estimate(query, case.cache, case.rows, 0, 10)
     assert scores.shape == (4 * len(lengths), 2, 3, 640)
     tables = case.rows.block_tables[:, :10]
-    noise = NOISE * case.cache.scale[:, tables].square().flatten(2).transpose(0, 1)
+    noise = NOISE * case.cache.scale[:, tables].float().square().flatten(2).transpose(0, 1)
     noise = noise.repeat_interleave(4, 0)  # [rows, kv_heads, keys]
     grouped = query.view(-1, 2, 3, 128)
     variance = noise[:, :, None] * grouped.square().sum(-1)[..., None]
@@ -70,5 +70,10 @@ def test_a_key_along_its_query_is_estimated_without_error(paged):
     keys = case.cache.kv[0, page, :, 0]
     query = keys[5] - keys.mean(0)
     score = estimate(query[None, None], case.cache, case.rows, 0, 1)[0, 0, 0, 5]
-    score += query @ query * NOISE * case.cache.scale[0, page, 5].square() / 2
-    torch.testing.assert_close(score, query @ keys[5], rtol=1e-5, atol=0)
+    stored = case.cache.scale[0, page, 5].double()
+    score += query @ query * NOISE * stored.square() / 2
+    # But for what the stored scale has lost in bfloat16.
+    _, scale = encode(keys, keys.mean(0))
+    assert abs(stored / scale[5] - 1) < 2**-8
+    expected = query @ keys.mean(0) + query @ query * stored / scale[5]
+    torch.testing.assert_close(score, expected, rtol=1e-5, atol=0)

@@ -16,6 +16,11 @@ KERNELS = {
     "_write",
     "_selected",
     "_dense",
+    "_add_norm",
+    "_silu_mul",
+    "_rotate_and_write",
+    "_linear",
+    "_gated_linear",
     "_join",
 }
 

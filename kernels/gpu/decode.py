@@ -1,0 +1,213 @@
+"""Dynamic selection and attention of single query rows: six launches, and no wait.
+
+What is launched depends on the policy and the block table's width alone, and lengths are read on
+the device, so that a CUDA graph can hold it. No sum depends on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.dynamic import Attended
+from kernels.gpu.attend import add_scores, grow_scores, leave, lse_of, score_keys
+from kernels.gpu.launch import tile_of
+from kernels.gpu.layout import HELD, Layout, Scratch
+from kernels.gpu.prepare import prepare
+from kernels.gpu.probe import probe
+from kernels.gpu.scan import CERTAIN, PLACE_BITS, PLACES, scan
+from kernels.page import PAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows
+    from kernels.policy import Dynamic
+    from kernels.timing import Phases
+
+BLOCK = 32
+"""Keys that a program reads at once."""
+SPLITS = 64
+"""Most programs of a line."""
+
+
+def choose(
+    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float, phases: Phases
+) -> tuple[Layout, Scratch]:
+    """Find each line's keys; what they are is in the scratch memory."""
+    layout = Layout.of(query, cache, rows)
+    scratch = Scratch.of(layout, query.device)
+    with phases.time("score", query.device):
+        prepare(query, cache, rows, policy.sinks, scale, layout, scratch)
+        limits = limits_of(policy, query.device)
+        probe(query, cache, rows, policy.sinks, scale, limits, layout, scratch)
+    with phases.time("select", query.device):
+        scan(cache, rows, policy.sinks, layout, scratch)
+    return layout, scratch
+
+
+def attend(
+    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float, phases: Phases
+) -> Attended:
+    """Select by content, and attend to what is selected; see `kernels.dynamic.attend`."""
+    query = query.contiguous()
+    layout, scratch = choose(query, cache, rows, policy, scale, phases)
+    with phases.time("attend", query.device):
+        return _look(query, cache, rows, policy.sinks, scale, layout, scratch)
+
+
+@lru_cache
+def limits_of(policy: Dynamic, device: torch.device) -> Tensor:
+    """A policy as `probe` reads it."""
+    numbers = [policy.coverage, policy.worth, float(policy.min_keys), float(policy.max_keys)]
+    return torch.tensor([numbers], device=device)
+
+
+def _look(
+    query: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    sinks: int,
+    scale: float,
+    layout: Layout,
+    scratch: Scratch,
+) -> Attended:
+    count, heads, head_dim = query.shape
+    # A program has some segments, or a page of the keys always read.
+    span = int(triton.next_power_of_2(-(-layout.segments // SPLITS)))
+    splits = HELD // PAGE + -(-layout.segments // span)
+    outputs = torch.empty(count, heads, splits, head_dim, device=query.device)
+    lses = outputs.new_empty(2, count, heads, splits)
+    width = triton.next_power_of_2(head_dim)
+    _attend[layout.lines, splits](
+        query, cache.kv, rows.block_tables, rows.starts, rows.lengths, scratch.marked,
+        scratch.counts, scratch.marks, outputs, lses[0], lses[1],
+        scale, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
+        cache.kv.shape[1], layout.segments,
+        GROUP=layout.group, TILE=tile_of(layout.group), DIM=head_dim, WIDTH=width, SPAN=span,
+        HELD=HELD, BLOCK=BLOCK, PAGE=PAGE, num_warps=2, num_stages=1,
+    )  # fmt: skip
+    found = Attended(
+        selection=None,
+        output=torch.empty_like(query),
+        lse=lses.new_empty(count, heads),
+        own=lses.new_empty(count, heads),
+        coverage=lses.new_empty(count, heads),
+        keys=torch.empty(count, layout.kv_heads, dtype=torch.int32, device=query.device),
+    )
+    _unite[count, heads](
+        outputs, lses[0], lses[1], rows.starts, rows.lengths, scratch.counts,
+        found.output, found.lse, found.own, found.coverage, found.keys,
+        sinks, splits, layout.kv_heads, layout.segments,
+        GROUP=layout.group, SPLITS=triton.next_power_of_2(splits), DIM=head_dim, WIDTH=width,
+        SEGMENTS=triton.next_power_of_2(layout.segments), PAGE=PAGE, num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+@triton.jit(
+    do_not_specialize=["sinks", "queries", "kv_heads", "table_stride", "cache_pages", "segments"]
+)
+def _attend(
+    query, kv, tables, starts, lengths, marked, counts, marks, outputs, lses, owns,
+    scale, sinks, queries, kv_heads, table_stride, cache_pages, segments,
+    GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SPAN: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """One line over a page of the keys always read, or the keys met in some segments."""
+    line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, kv_head = line // kv_heads, line % kv_heads
+    head, channel, member = tl.arange(0, TILE), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    inside, there = channel < DIM, head < GROUP
+    wide = there[:, None] & inside[None]
+    mine = tl.load(query + (line * GROUP + head)[:, None] * DIM + channel[None], wide, 0.0)
+    table, base = tables + (row // queries) * table_stride, kv_head * cache_pages * PAGE
+    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+    stop = tl.maximum(length // PAGE - 1, 0) * PAGE
+    # Sinks, the recent window's two pages, or segments.
+    drawn = split >= HELD // PAGE
+    always = tl.where(split == 0, 0, stop + (split - 1) * PAGE)
+    end = tl.where(split == 0, tl.minimum(stop, sinks), tl.where(drawn, 0, length))
+    first = (split - HELD // PAGE) * SPAN
+    segment = first + tl.arange(0, SPAN)
+    amount = tl.load(
+        counts + line * segments + segment, (segment >= 0) & (segment < segments), 0
+    )  # [SPAN]
+    ends = tl.cumsum(amount, 0)
+    met_here = tl.sum(amount, 0)
+    total = tl.where(drawn, met_here, PAGE)
+    marked += (line * segments + first) * PLACES
+    # Where the mass is not finite nothing was drawn, and that shows.
+    plain = tl.where(tl.load(marks + line) == 0, float("nan"), 0.0)
+    peak = tl.full((TILE,), float("-inf"), tl.float32)
+    mass = tl.zeros((TILE,), tl.float32)
+    sums = tl.zeros((TILE, WIDTH), tl.float32)
+    own_peak = tl.full((TILE,), float("-inf"), tl.float32)
+    own_mass = tl.zeros((TILE,), tl.float32)
+    for block in range(0, total, BLOCK):
+        number = block + member
+        before = ends[None] <= number[:, None]  # [BLOCK, SPAN]
+        own = tl.sum(before.to(tl.int32), 1)
+        slot = own * PLACES + number - tl.sum(tl.where(before, amount[None], 0), 1)
+        met = tl.load(marked + slot, number < met_here, PLACES)
+        position = tl.where(drawn, (first + own) * PLACES + met % PLACES, always + number)
+        weight = tl.where(drawn, -tl.log((met >> PLACE_BITS).to(tl.float32) / CERTAIN), plain)
+        seen = (number < met_here) | ((position >= start) & (position < end) & (number >= met_here))
+        page = tl.load(table + position // PAGE, seen, 0)
+        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
+        loaded = seen[:, None] & inside[None]
+        keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
+        values = tl.load(data + DIM, loaded, 0.0)
+        score = score_keys(mine, keys, seen[None], scale)
+        own_peak, own_mass = grow_scores(score, own_peak, own_mass)
+        peak, mass, sums = add_scores(score + weight[None], values, peak, mass, sums)
+    place = (line * GROUP + head) * tl.num_programs(1) + split
+    leave(outputs, lses, place, channel, wide, there, peak, mass, sums, DIM)
+    tl.store(owns + place, lse_of(own_peak, own_mass), there)
+
+
+@triton.jit(do_not_specialize=["sinks", "splits", "kv_heads", "segments"])
+def _unite(
+    outputs, lses, owns, starts, lengths, counts, output, lse, own, coverage, keys,
+    sinks, splits, kv_heads, segments,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SEGMENTS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """The splits of one row and head, and what share of the mass their keys carry."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = row * tl.num_programs(1) + head
+    line = row * kv_heads + head // GROUP
+    split, channel, segment = tl.arange(0, SPLITS), tl.arange(0, WIDTH), tl.arange(0, SEGMENTS)
+    part = tl.load(lses + place * splits + split, split < splits, float("-inf"))
+    peak, mass = _combined(part)
+    share = tl.exp(part - peak) / tl.where(mass == 0.0, 1.0, mass)
+    data = tl.load(
+        outputs + (place * splits + split)[:, None] * DIM + channel[None],
+        (split < splits)[:, None] & (channel < DIM)[None] & (share > 0)[:, None],
+        0.0,
+    )  # [SPLITS, WIDTH]
+    mean = tl.sum(data * share[:, None], 0)
+    tl.store(output + place * DIM + channel, mean.to(output.dtype.element_ty), channel < DIM)
+    whole = peak + tl.log(mass)
+    tl.store(lse + place, whole)
+    peak, mass = _combined(tl.load(owns + place * splits + split, split < splits, float("-inf")))
+    carried = peak + tl.log(mass)
+    tl.store(own + place, carried)
+    tl.store(coverage + place, tl.exp(carried - whole))
+    amount = tl.load(counts + line * segments + segment, segment < segments, 0)
+    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+    stop = tl.maximum(length // PAGE - 1, 0) * PAGE
+    certain = tl.maximum(tl.minimum(stop, sinks) - start, 0) + length - tl.maximum(start, stop)
+    tl.store(keys + line, certain + tl.sum(amount, 0), head % GROUP == 0)
+
+
+@triton.jit
+def _combined(part):
+    """Peak and mass above it of the splits' log-sum-exps."""
+    peak = tl.max(part, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    return peak, tl.sum(tl.exp(part - peak), 0)

@@ -1,0 +1,46 @@
+"""The whole attention mass, estimated from the codes of all keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.gpu.decode import limits_of
+from kernels.gpu.layout import Layout, Scratch
+from kernels.gpu.prepare import LOG2E, prepare
+from kernels.gpu.probe import probe
+from kernels.gpu.scan import scan
+from kernels.page import PAGE
+from kernels.policy import Dynamic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows
+
+
+def log_mass(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> Tensor:
+    """Log of each row's attention mass: the recent window's exactly, the rest by the codes.
+
+    Args:
+        query: [rows, heads, head_dim], of the cache's dtype.
+        cache: the layer's paged cache, complete pages coded.
+        rows: where each row's keys lie.
+        scale: factor on the scores.
+
+    Returns:
+        float32 [rows, heads].
+    """
+    query = query.contiguous()
+    layout = Layout.of(query, cache, rows)
+    scratch = Scratch.of(layout, query.device)
+    prepare(query, cache, rows, PAGE, scale, layout, scratch)
+    probe(query, cache, rows, PAGE, scale, limits_of(Dynamic(), query.device), layout, scratch)
+    coded = torch.empty(layout.lines, layout.segments, layout.padded, device=query.device)
+    scan(cache, rows, PAGE, layout, scratch, masses=coded)
+    heads = slice(0, layout.group)
+    free = coded[..., heads].sum(1).log2() + scratch.norm[:, heads]  # [lines, group]
+    held = scratch.held[:, heads] / LOG2E.value  # [lines, group, HELD]
+    mass = torch.logaddexp(free / LOG2E.value, held.logsumexp(-1))
+    return mass.view(query.shape[:2])

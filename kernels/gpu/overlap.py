@@ -1,0 +1,47 @@
+"""Kernels that begin while the one before them ends: programmatic dependent launch, from Hopper on.
+
+A kernel launched so has its programs on the device, and its weights on their way, when its input is
+complete; a step's many short kernels otherwise spend a good part of their time in beginning.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def possible(device: torch.device) -> bool:
+    """Whether kernels on this device can overlap: what their `launch_pdl` and OVERLAP say."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def begin(OVERLAP: tl.constexpr):
+    """Let the next kernel be launched; to be called first of all."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """Wait for all kernels before this one: nothing they write may be read, nothing be written,
+    before this has been called. Every kernel that is launched so must call it, since the next one
+    waits for this one alone.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers, OVERLAP: tl.constexpr):
+    """Bring the 128 bytes around each pointer into the L2 cache."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -1,0 +1,201 @@
+"""From a step's projections to queries, and to keys and values in the cache: one launch a layer.
+
+A key that completes its page has the page coded in the same launch, by programs that compute the
+key for themselves: nothing waits for what another program writes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.codes import WORD, rotation, words
+from kernels.gpu import overlap
+from kernels.page import PAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache
+
+CODED = 16
+"""Keys that a program codes: a quarter of a page."""
+CHUNK = 32
+"""Channels that it rotates at once."""
+
+
+def rotate_and_write(
+    qkv: Tensor,
+    angles: tuple[Tensor, Tensor],
+    slots: Tensor,
+    cache: LayerCache,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values, and code the pages that this completes.
+
+    Args:
+        qkv: [rows, (heads + 2 * kv_heads) * head_dim], contiguous: queries, keys, values.
+        angles: cosines and sines of the rows' positions, float32 [rows, 1, head_dim / 2];
+            channel i turns with channel i + head_dim / 2.
+        slots: int64 [rows], physical page * 64 + offset of each row's key, at most one a page; -1
+            for a row that leaves the cache alone.
+        cache: the layer's paged cache, in the dtype of `qkv`.
+        norms: weights [head_dim] of the queries' and the keys' norms before the rotation, if any.
+        eps: of these norms.
+
+    Returns:
+        The rotated queries [rows, heads, head_dim].
+    """
+    rows, kv_heads, head_dim = qkv.shape[0], cache.kv_heads, cache.head_dim
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    query = qkv.new_empty(rows, heads, head_dim)
+    query_norm, key_norm = norms or (qkv, qkv)  # not read where there are none
+    overlaps = overlap.possible(qkv.device)
+    _rotate_and_write[rows, heads + 2 * kv_heads + kv_heads * (PAGE // CODED)](
+        qkv, *angles, slots, query_norm, key_norm, rotation(head_dim, torch.float32, qkv.device),
+        query, cache.kv, cache.key_mean, cache.codes, cache.scale, eps, cache.kv.shape[1],
+        HEADS=heads, KV_HEADS=kv_heads, DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
+        NORMED=norms is not None, CODED=CODED, CHUNK=CHUNK, WORDS=words(head_dim), WORD=WORD,
+        PAGE=PAGE, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return query
+
+
+@triton.jit(do_not_specialize=["cache_pages"])
+def _rotate_and_write(
+    qkv, cosines, sines, slots, query_norm, key_norm, rotated, query, kv, means, codes, scales,
+    eps, cache_pages,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    NORMED: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr, WORDS: tl.constexpr,
+    WORD: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One row's query, key or value of one head, or a part of a page that the row completes."""
+    overlap.begin(OVERLAP)
+    overlap.wait(OVERLAP)
+    row, job = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    line = qkv + row * ((HEADS + 2 * KV_HEADS) * DIM)
+    cosines += row * (DIM // 2)
+    sines += row * (DIM // 2)
+    channel = tl.arange(0, WIDTH)
+    inside = channel < DIM
+    if job < HEADS:
+        head = line + job * DIM
+        size = _size(head, channel, eps, DIM, NORMED)
+        turned = _turned(head, query_norm, size, cosines, sines, channel, DIM, NORMED)
+        tl.store(query + (row * HEADS + job) * DIM + channel, turned, inside)
+    elif job < HEADS + 2 * KV_HEADS:
+        own = job - HEADS  # its key's or its value's number
+        head = line + job * DIM
+        place = (own % KV_HEADS).to(tl.int64) * cache_pages * PAGE + slot
+        there = channel < tl.where(slot < 0, 0, DIM)  # a row of padding writes nothing
+        if own < KV_HEADS:
+            size = _size(head, channel, eps, DIM, NORMED)
+            turned = _turned(head, key_norm, size, cosines, sines, channel, DIM, NORMED)
+            tl.store(kv + place * (2 * DIM) + channel, turned, there)
+        else:
+            value = tl.load(head + channel, inside, 0.0)
+            tl.store(kv + place * (2 * DIM) + DIM + channel, value, there)
+    elif (slot >= 0) & (slot % PAGE == PAGE - 1):
+        part = job - (HEADS + 2 * KV_HEADS)
+        kv_head = part // (PAGE // CODED)
+        head = line + (HEADS + kv_head) * DIM
+        size = _size(head, channel, eps, DIM, NORMED)
+        page = kv_head.to(tl.int64) * cache_pages + slot // PAGE
+        _code(
+            head, key_norm, size, cosines, sines, rotated, kv + page * (PAGE * 2 * DIM),
+            means + page * DIM, codes + page * (WORDS * PAGE), scales + page * PAGE,
+            part % (PAGE // CODED) * CODED,
+            DIM, NORMED, CODED, CHUNK, WORDS, WORD, PAGE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _size(head, channel, eps, DIM: tl.constexpr, NORMED: tl.constexpr):
+    """What normalises a head: its root mean square, inverted; 1 where there is no norm."""
+    size = 1.0
+    if NORMED:
+        wide = tl.load(head + channel, channel < DIM, 0.0).to(tl.float32)
+        size = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
+    return size
+
+
+@triton.jit
+def _turned(
+    head, norm, size, cosines, sines, channel, DIM: tl.constexpr, NORMED: tl.constexpr
+):  # fmt: skip
+    """Some channels of a head, normalised and rotated, in the dtype of the head."""
+    first = channel < DIM // 2
+    other = tl.where(first, channel + DIM // 2, channel - DIM // 2)
+    angle = tl.where(first, channel, other)
+    inside = channel < DIM
+    cosine = tl.load(cosines + angle, inside, 0.0)
+    sine = tl.load(sines + angle, inside, 0.0)
+    mine = _normed(head, norm, size, channel, inside, NORMED)
+    partner = _normed(head, norm, size, other, inside, NORMED)
+    turned = mine * cosine + partner * tl.where(first, -sine, sine)
+    return turned.to(head.dtype.element_ty)
+
+
+@triton.jit
+def _normed(head, norm, size, channel, inside, NORMED: tl.constexpr):
+    """Some channels in float32, normalised as `models.decoder.RMSNorm` does and rounds."""
+    x = tl.load(head + channel, inside, 0.0).to(tl.float32)
+    if NORMED:
+        dtype = head.dtype.element_ty
+        factor = tl.load(norm + channel, inside, 0.0).to(tl.float32)
+        x = (factor * (x * size).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _code(
+    head, norm, size, cosines, sines, rotated, kv, means, codes, scales, low,
+    DIM: tl.constexpr, NORMED: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr,
+    WORDS: tl.constexpr, WORD: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Codes of a page's keys `low` to `low + CODED`; see `kernels.codes.encode`.
+
+    The page's last key comes from `head`: the cache may not have it yet.
+    """
+    every, mine, bit = tl.arange(0, PAGE), low + tl.arange(0, CODED), tl.arange(0, WORD)
+    squares = tl.zeros((CODED,), tl.float32)
+    lengths = tl.zeros((CODED,), tl.float32)
+    for word in tl.static_range(WORDS):
+        across = word * WORD + bit
+        turned = tl.zeros((CODED, WORD), tl.float32)
+        for start in range(0, DIM, CHUNK):
+            channel = start + tl.arange(0, CHUNK)
+            last = _turned(head, norm, size, cosines, sines, channel, DIM, NORMED)
+            keys = _keys(kv, every, channel, last, DIM, PAGE)
+            mean = (tl.sum(keys, 0) / PAGE).to(head.dtype.element_ty)
+            if word == 0:  # all of the page's programs write the same
+                tl.store(means + channel, mean, channel < DIM)
+            rest = _keys(kv, mine, channel, last, DIM, PAGE) - mean.to(tl.float32)[None]
+            matrix = tl.load(
+                rotated + channel[:, None] * DIM + across[None],
+                (channel < DIM)[:, None] & (across < DIM)[None],
+                0.0,
+            )  # [CHUNK, WORD]
+            turned = tl.dot(rest, matrix, turned, input_precision="ieee")
+        signs = ((turned >= 0) & (across < DIM)[None]).to(tl.int64)
+        tl.store(codes + word * PAGE + mine, tl.sum(signs << bit[None].to(tl.int64), 1))
+        squares += tl.sum(turned * turned, 1)
+        lengths += tl.sum(tl.abs(turned), 1)
+    tl.store(scales + mine, (squares / tl.maximum(lengths, 1e-30)).to(tl.bfloat16))
+
+
+@triton.jit
+def _keys(kv, key, channel, last, DIM: tl.constexpr, PAGE: tl.constexpr):
+    """Some channels of a page's keys, the last of them given: float32 [keys, channels]."""
+    stored = tl.load(
+        kv + key[:, None] * (2 * DIM) + channel[None],
+        (key < PAGE - 1)[:, None] & (channel < DIM)[None],
+        0.0,
+    )
+    whole = tl.where((key == PAGE - 1)[:, None] & (channel < DIM)[None], last[None], stored)
+    return whole.to(tl.float32)

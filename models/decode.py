@@ -1,0 +1,100 @@
+"""One decode step of a fixed size: a token of each sequence, in few launches and without a wait.
+
+Computes what `models.decoder.Decoder.forward` computes for single tokens, in the kernels of Triton,
+which a CPU does not have. Sizes depend on the bucket alone, and everything else is read on the
+device, so that a CUDA graph can hold the step (`models.graph`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from kernels.gpu.attend import dense_decode
+from kernels.gpu.decode import attend
+from kernels.gpu.layer import add_norm
+from kernels.gpu.linear import gated_linear, linear
+from kernels.gpu.rotate import rotate_and_write
+from kernels.policy import Dynamic
+from kernels.timing import Phases
+from models.decode_step import Decoded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Rows
+    from models.decode_step import Bucket, DecodeStep
+    from models.decoder import Attention, Decoder, DecoderLayer
+
+
+def decode(
+    decoder: Decoder, caches: Sequence[LayerCache], step: DecodeStep, bucket: Bucket
+) -> Decoded:
+    """Run a step, writing its keys and values, and the codes of pages that it completes.
+
+    Args:
+        decoder: in bfloat16, float16 or float32, on a GPU (or under Triton's interpreter).
+        caches: one a layer.
+        step: the input, padded to the bucket's size.
+        bucket: how the rows attend.
+    """
+    body, update = decoder.model, None
+    hidden: Tensor = body.embed_tokens(step.token_ids)  # [batch, hidden_size]
+    rows = {window: step.rows.within(window) for window in set(decoder.config.windows)}
+    attention = _Attention(decoder.rotary.angles(step.positions), step.slots, rows, bucket)
+    for module, cache in zip(body.layers, caches, strict=True):
+        layer = cast("DecoderLayer", module)
+        norm = layer.input_layernorm
+        hidden, normed = add_norm(hidden, update, norm.weight, norm.eps)
+        update = attention(layer.self_attn, normed, cache)
+        norm = layer.post_attention_layernorm
+        hidden, normed = add_norm(hidden, update, norm.weight, norm.eps)
+        gate_up, down = layer.mlp.gate_up, layer.mlp.down_proj
+        update = linear(gated_linear(normed, gate_up.weight, gate_up.bias), down.weight, down.bias)
+    _, normed = add_norm(hidden, update, body.norm.weight, body.norm.eps)
+    logits = linear(normed, decoder.head).float()
+    if not attention.keys:
+        return Decoded(normed, logits, None, None)
+    return Decoded(normed, logits, torch.stack(attention.keys), torch.stack(attention.coverage))
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """Attention of a step's layers, and note of what they looked at."""
+
+    angles: tuple[Tensor, Tensor]  # [batch, 1, head_dim / 2]
+    slots: Tensor  # int64 [batch]
+    rows: Mapping[int | None, Rows]  # by sliding window
+    bucket: Bucket
+    keys: list[Tensor] = field(default_factory=list)  # of a layer, as in `Decoded`
+    coverage: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, module: Attention, normed: Tensor, cache: LayerCache) -> Tensor:
+        """What a layer's attention adds to the residual stream, [batch, hidden_size]."""
+        query = self._project(module, normed, cache)
+        rows, scale = self.rows[module.attend.window], module.attend.scale
+        policy = self.bucket.policy
+        if isinstance(policy, Dynamic) and module.attend.layer >= self.bucket.dense_layers:
+            found = attend(query, cache, rows, policy, scale, Phases())
+            output = found.output
+            self.keys.append(found.keys)
+            self.coverage.append(found.coverage)
+        else:
+            output, lse = dense_decode(query, cache, rows, scale)
+            if isinstance(policy, Dynamic):
+                self.keys.append(rows.visible.int()[:, None].expand(-1, cache.kv_heads))
+                self.coverage.append(torch.ones_like(lse).where(lse.isfinite(), torch.nan))
+        return linear(output.flatten(1), module.o_proj.weight, module.o_proj.bias)
+
+    def _project(self, module: Attention, normed: Tensor, cache: LayerCache) -> Tensor:
+        """A layer's queries [batch, heads, head_dim]; its keys and values go into the cache."""
+        # [batch, (heads + 2 * kv_heads) * head_dim]
+        qkv = linear(normed, module.qkv.weight, module.qkv.bias)
+        if module.q_norm is None or module.k_norm is None:
+            return rotate_and_write(qkv, self.angles, self.slots, cache)
+        norms = module.q_norm.weight, module.k_norm.weight
+        return rotate_and_write(qkv, self.angles, self.slots, cache, norms, module.q_norm.eps)

@@ -1,0 +1,89 @@
+"""Input and output of a decode step of a fixed size (`models.decode`, `models.graph`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.cache import Rows
+from kernels.policy import Dense
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.policy import Dynamic
+
+COLUMNS = 5
+"""Numbers of a row besides its block table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Size and kind of a step. Steps of fewer rows, or of shorter block tables, are padded."""
+
+    batch: int  # rows
+    pages: int  # width of the block tables
+    policy: Dense | Dynamic = Dense()  # noqa: RUF009  frozen
+    dense_layers: int = 0  # the model's first layers, which attend densely nevertheless
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """A step's input, one piece of memory.
+
+    A row of padding has length 0, slot -1 and table 0: it writes no key, and what is computed for
+    it has no meaning.
+    """
+
+    packed: Tensor  # int64 [batch * (5 + pages)]  everything below
+    token_ids: Tensor  # int64 [batch]
+    positions: Tensor  # int64 [batch]
+    slots: Tensor  # int64 [batch]  where each row's key goes: physical page * 64 + offset
+    rows: Rows  # where the keys lie, the token's own included
+
+    @staticmethod
+    def padding(
+        bucket: Bucket, device: torch.device | str = "cpu", *, pinned: bool = False
+    ) -> DecodeStep:
+        """A step of nothing but padding; pinned memory is copied to a GPU without a wait."""
+        batch, pages = bucket.batch, bucket.pages
+        packed = torch.zeros(
+            batch * (COLUMNS + pages), dtype=torch.int64, device=device, pin_memory=pinned
+        )
+        columns = packed[: COLUMNS * batch].view(COLUMNS, batch)
+        token_ids, positions, slots, lengths, starts = columns.unbind(0)
+        slots.fill_(-1)
+        tables = packed[COLUMNS * batch :].view(batch, pages)
+        return DecodeStep(packed, token_ids, positions, slots, Rows(tables, lengths, starts))
+
+    def fill(self, token_ids: Tensor, positions: Tensor, slots: Tensor, rows: Rows) -> None:
+        """Take over a step of as many rows or fewer; the rest becomes padding.
+
+        Args:
+            token_ids: int64 [rows].
+            positions: int64 [rows].
+            slots: int64 [rows].
+            rows: one a sequence, with block tables as wide or narrower.
+        """
+        count, pages = rows.block_tables.shape
+        self.packed.zero_()
+        self.slots[count:] = -1
+        self.token_ids[:count] = token_ids
+        self.positions[:count] = positions
+        self.slots[:count] = slots
+        self.rows.lengths[:count] = rows.lengths
+        self.rows.starts[:count] = rows.starts
+        self.rows.block_tables[:count, :pages] = rows.block_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a step computed."""
+
+    hidden: Tensor  # [batch, hidden_size]  behind the final norm
+    logits: Tensor  # float32 [batch, vocab_size]
+    # Of each layer, under a dynamic policy; None where every key is read.
+    keys: Tensor | None  # int32 [layers, batch, kv_heads]  keys read
+    coverage: Tensor | None  # float32 [layers, batch, heads]  estimated share of the mass on them
