@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from kernels.budget import SAMPLE
 from kernels.errors import PatternError
 from kernels.patterns import Pattern
 from kernels.policy import Dynamic
@@ -18,12 +19,23 @@ class SparsityConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     policy: Literal["dynamic", "fixed", "dense", "auto"] = "dynamic"
-    coverage: float = Field(default=0.98, gt=0, le=1, description="attention mass to keep, 0 to 1")
-    min_keys: int = Field(default=384, ge=0, description="fewest keys a query and KV head")
+    coverage: float = Field(
+        default=0.98,
+        gt=0,
+        le=1,
+        description="attention mass that the keys read should carry, as estimated, 0 to 1",
+    )
+    min_keys: int = Field(
+        default=384,
+        ge=0,
+        description="a key with about 1 / min_keys of the attention mass is read for certain; "
+        "where few carry the mass fewer are read",
+    )
     max_keys: int = Field(
         default=1024,
         ge=1,
-        description="most keys a query and KV head; a sample has 240 beside those always kept",
+        description="about the most keys a query and KV head; where attention is spread at "
+        f"least {SAMPLE} are drawn",
     )
     sampled: bool = Field(
         default=True, description="keys are drawn and stand for the others; false: plain top-k"

@@ -50,9 +50,8 @@ def test_the_kernels_run_without_the_rest():
     run(
         """
 import torch
-from kernels.attention import selected_attention
 from kernels.cache import LayerCache, Rows
-from kernels.dynamic import select
+from kernels.dynamic import attend
 from kernels.policy import Dynamic
 cache = LayerCache.allocate(4, 2, 16, torch.float32, "cpu")
 slots = torch.arange(200)
@@ -60,9 +59,8 @@ cache.write(slots, torch.randn(200, 2, 16), torch.randn(200, 2, 16))
 cache.code(torch.arange(3))
 rows = Rows(torch.arange(4)[None], torch.tensor([200]), torch.tensor([0]))
 query = torch.randn(1, 4, 16)
-choice = select(query, cache, rows, Dynamic(max_keys=150, min_keys=0), 0.25)
-output, lse, own = selected_attention(query, cache, rows, choice.selection, 0.25)
-assert output.shape == (1, 4, 16) and (choice.coverage(lse, own) > 0).all()
+found = attend(query, cache, rows, Dynamic(max_keys=150, min_keys=0), 0.25)
+assert found.output.shape == (1, 4, 16) and (found.coverage > 0).all()
 import kernels.patterns, kernels.reference
 """,
         *("models", "service", "ray", "fastapi", "pydantic", "tokenizers", "transformers"),

@@ -31,7 +31,7 @@ def sources() -> int:
     there does: a kernel that closes over this number is compiled anew.
     """
     here = Path(__file__).parent
-    names = ("budget.py", "codes.py", "masses.py", "page.py", "sample.py")
+    names = ("budget.py", "codes.py", "page.py", "sample.py")
     others = [here.with_name(name) for name in names]
     files = sorted([*here.glob("*.py"), *others])
     return crc32(b"".join(file.read_bytes() for file in files))
@@ -72,12 +72,12 @@ def in_threads(
 ) -> None:
     """Run `work(*arguments, part, start, stop)` on parts of `units`, a thread each.
 
-    The calling thread takes the first part: a step of one thread wakes no other, nor does one of
-    fewer units than are worth it, `least` for each thread.
+    The calling thread takes the first part: a step of one thread wakes no other, nor do fewer
+    units than `least`.
     """
-    if units == 0:
+    parts = min(torch.get_num_threads() if units >= least else 1, units)
+    if parts == 0:
         return
-    parts = min(torch.get_num_threads(), max(units // least, 1))
     edges = [units * part // parts for part in range(parts + 1)]
     waiting = [
         _pool(parts - 1).submit(work, *arguments, part, start, stop)

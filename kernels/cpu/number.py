@@ -148,7 +148,7 @@ _scaled: Any = intrinsic(_times_power)
 
 @exact
 def exp(x: Any) -> Any:
-    """e ** x, float32, by operations that vectors have; nothing below 1e-38."""
+    """e ** x, float32, by operations that vectors have: 0 below 1e-38, finite above."""
     power = x * _LOG2E
     inside = power if power < _HIGHEST else _HIGHEST
     shifted = inside + _SHIFT  # rounds: the last bits are whole

@@ -10,14 +10,13 @@ from kernels.cpu.keys import pages_of
 from kernels.cpu.launch import inlined, jit
 from kernels.cpu.number import add_columns, exp, long_vectors, popcount
 from kernels.cpu.scan import estimate_page
-from kernels.masses import MOST
 from kernels.sample import BITS, SEGMENT, STEP, STRIDE, TURN
 
 if TYPE_CHECKING:
     from kernels.cpu.keys import Keys, Place
     from kernels.cpu.work import Work
 
-_ZERO, _ONE, _MOST = np.float32(0), np.float32(1), np.float32(MOST)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 _WHOLE = np.int32(1 << BITS)
 _UNITS, _UNIT = np.float32(1 << BITS), np.float32(2.0**-BITS)
 _SHIFT, _COLUMN = 32 - BITS, 64 // STRIDE
@@ -93,11 +92,10 @@ def _measure(
     for head in range(scores.shape[0]):
         shift = centre[head, page] - norm[head]
         for key in range(64):
-            score = scores[head, key] + shift
-            share[key] += exp(score if not score > _MOST else _MOST)
+            share[key] += exp(scores[head, key] + shift)
     for key in range(64):
         part = share[key] * factor
-        part = part if part < _ONE else _ONE  # a nan, too
+        part = part if part < _ONE else _ONE  # of what is no number, too
         length[key] = np.int32(np.rint(part * _UNITS))
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from kernels.policy import Dynamic
     from kernels.timing import Phases
 
-TO_PACK = 32
-"""Rows and KV heads whose keys are worth a thread to lay out."""
+TO_PACK = 64
+"""Fewest rows and KV heads whose keys are laid out in threads: to wake one takes as long."""
 
 
 def select(

@@ -77,9 +77,11 @@ def _look(
     scratch: Scratch,
 ) -> Attended:
     count, heads, head_dim = query.shape
-    # A program has some segments, or a page of the keys always read.
+    # A program has a page of the keys always read; or the keys of some segments, or a part of them.
     span = int(triton.next_power_of_2(-(-layout.segments // SPLITS)))
-    splits = HELD // PAGE + -(-layout.segments // span)
+    spans = -(-layout.segments // span)
+    parts = max(1, SPLITS // spans)
+    splits = HELD // PAGE + spans * parts
     outputs = torch.empty(count, heads, splits, head_dim, device=query.device)
     lses = outputs.new_empty(2, count, heads, splits)
     width = triton.next_power_of_2(head_dim)
@@ -87,7 +89,7 @@ def _look(
         query, cache.kv, rows.block_tables, rows.starts, rows.lengths, scratch.marked,
         scratch.counts, scratch.marks, outputs, lses[0], lses[1],
         scale, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
-        cache.kv.shape[1], layout.segments,
+        cache.kv.shape[1], layout.segments, parts,
         GROUP=layout.group, TILE=tile_of(layout.group), DIM=head_dim, WIDTH=width, SPAN=span,
         HELD=HELD, BLOCK=BLOCK, PAGE=PAGE, num_warps=2, num_stages=1,
     )  # fmt: skip
@@ -110,11 +112,19 @@ def _look(
 
 
 @triton.jit(
-    do_not_specialize=["sinks", "queries", "kv_heads", "table_stride", "cache_pages", "segments"]
+    do_not_specialize=[
+        "sinks",
+        "queries",
+        "kv_heads",
+        "table_stride",
+        "cache_pages",
+        "segments",
+        "parts",
+    ]
 )
 def _attend(
     query, kv, tables, starts, lengths, marked, counts, marks, outputs, lses, owns,
-    scale, sinks, queries, kv_heads, table_stride, cache_pages, segments,
+    scale, sinks, queries, kv_heads, table_stride, cache_pages, segments, parts,
     GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     SPAN: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +142,8 @@ def _attend(
     drawn = split >= HELD // PAGE
     always = tl.where(split == 0, 0, stop + (split - 1) * PAGE)
     end = tl.where(split == 0, tl.minimum(stop, sinks), tl.where(drawn, 0, length))
-    first = (split - HELD // PAGE) * SPAN
+    nth = tl.maximum(split - HELD // PAGE, 0)
+    first = tl.where(drawn, nth // parts, -1) * SPAN
     segment = first + tl.arange(0, SPAN)
     amount = tl.load(
         counts + line * segments + segment, (segment >= 0) & (segment < segments), 0
@@ -148,7 +159,8 @@ def _attend(
     sums = tl.zeros((TILE, WIDTH), tl.float32)
     own_peak = tl.full((TILE,), float("-inf"), tl.float32)
     own_mass = tl.zeros((TILE,), tl.float32)
-    for block in range(0, total, BLOCK):
+    each = tl.where(drawn, parts, 1) * BLOCK
+    for block in range(nth % parts * BLOCK, total, each):
         number = block + member
         before = ends[None] <= number[:, None]  # [BLOCK, SPAN]
         own = tl.sum(before.to(tl.int32), 1)

@@ -22,12 +22,16 @@ from kernels.cache import LayerCache, Rows, Segment
 from kernels.codes import words
 from kernels.page import PAGE
 from kernels.policy import Dynamic
-from service.bench.record import Cell, Record
+from service.bench.record import Record, as_json, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
+
+    from service.bench.cell import Cell
+
+__all__ = ["Options", "Shape", "as_json", "measure", "table"]
 
 APART = 512 << 20
 """Bytes that are read before the same are read again, on a GPU."""
@@ -182,15 +186,16 @@ class _Bench:
         if self.device.type != "cuda":
             # The group's heads as rows of a query: several times faster there than `enable_gqa`.
             query = self.queries[0].view(cell.batch, shape.kv_heads, -1, shape.head_dim)
-            yield "sdpa", self._timed(
-                lambda n: F.scaled_dot_product_attention(query, *pairs[n], scale=scale), 1
+            keys, values = pairs[0]
+            way = self._timed(
+                lambda _: F.scaled_dot_product_attention(query, keys, values, scale=scale), 1
             )
+            yield "sdpa", way
             return
 
         def sdpa(number: int) -> Tensor:
-            return F.scaled_dot_product_attention(
-                self.queries[number][:, :, None], *pairs[number], scale=scale, enable_gqa=True
-            )
+            query, (keys, values) = self.queries[number][:, :, None], pairs[number]
+            return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
 
         for name, backend in (
             ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -201,13 +206,13 @@ class _Bench:
         if self.options.flex:
             from torch.nn.attention.flex_attention import flex_attention
 
-            flex = torch.compile(flex_attention)
-            yield "flex", self._timed(
-                lambda n: flex(
-                    self.queries[n][:, :, None], *pairs[n], scale=scale, enable_gqa=True
-                ),
-                sets,
-            )
+            compiled = torch.compile(flex_attention)
+
+            def flex(number: int) -> object:
+                query, (keys, values) = self.queries[number][:, :, None], pairs[number]
+                return compiled(query, keys, values, scale=scale, enable_gqa=True)
+
+            yield "flex", self._timed(flex, sets)
         scores = torch.randn(sets, cell.batch * shape.kv_heads, cell.context, device=self.device)
         kept = min(self.options.keys, cell.context)
         yield "topk", self._timed(lambda n: scores[n].topk(kept).values, sets)
@@ -235,9 +240,9 @@ def _seconds(way: Callable[[], object]) -> float:
 
 
 def _device_us(way: Callable[[], object]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     way()
     stop.record()
     stop.synchronize()
-    return 1e3 * start.elapsed_time(stop)
+    return 1e3 * float(start.elapsed_time(stop))

@@ -24,26 +24,12 @@ if TYPE_CHECKING:
 
     from models.config import ModelConfig
     from models.decoder import Decoder
+    from service.bench.cell import Cell
 
-BANDWIDTHS = {"H200": 4.55, "H100": 3.2}
-"""Terabytes a second that reading reaches, by what a device's name contains."""
 SLACK = 3 << 30
 """Bytes that a step and the coding of the cache take besides weights and cache, at most."""
 CODED_AT_ONCE = 512
 """Pages: coding them takes a few hundred megabytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Sequences of the same length that decode together."""
-
-    batch: int
-    context: int  # keys in the cache before the step, which adds one
-
-    @property
-    def pages(self) -> int:
-        """Pages of a sequence."""
-        return self.context // PAGE + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +63,6 @@ class Options:
     repeats: int
     steps: int
     bandwidth: float | None
-
-
-def bandwidth_of(machine: str) -> float | None:
-    """Terabytes a second that a device of this name reads at best, where that is known."""
-    return next((rate for name, rate in BANDWIDTHS.items() if name in machine), None)
 
 
 def measure(

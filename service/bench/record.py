@@ -11,14 +11,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """Sequences of the same length that decode together."""
-
-    batch: int
-    context: int  # keys in the cache
-
-
-@dataclass(frozen=True, slots=True)
 class Record:
     """Medians of one way at one cell."""
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path  # noqa: TC003  typer reads the annotations
 from typing import Annotated
 
@@ -16,6 +16,8 @@ import typer
 from models.loader import usable_device
 from service.bench import decode as decode_bench
 from service.bench import engine as engine_bench
+from service.bench import plot as decode_plot
+from service.bench.cell import Cell, bandwidth_of
 from service.bench.shapes import SHAPES, shape_of
 from service.engine.build import machine_name
 from service.envelope import current_commit, envelope
@@ -26,29 +28,39 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def decode(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    contexts: Annotated[str, typer.Option(help="Keys in the cache, a list.")] = "8192,65536",
+    cells: Annotated[
+        str, typer.Option(help="Batch x keys in the cache, a list.")
+    ] = "1x8192,1x65536",
     keys: Annotated[int, typer.Option(min=1, help="Keys that dynamic keeps.")] = 1024,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 60,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="On a GPU, also FlexAttention, compiled first.")
+    ] = False,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="TB/s that reading reaches; by the device's name.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the records as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw them, an .svg or .png file.")] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to note where there is no repository.")
+    ] = None,
 ) -> None:
     """Time one decode step's attention: dynamic, dense, and torch's over contiguous keys."""
     _check_dtype(dtype)
-    sizes = [one.strip() for one in contexts.split(",")]
-    if not all(one.isascii() and one.isdigit() and int(one) > 0 for one in sizes):
-        raise ConfigError(f"--contexts must be numbers such as 8192,65536, not {contexts}")
-    usable_device(device)
-    records = decode_bench.measure(
-        [int(one) for one in sizes],
-        keys=keys,
-        device=device,
-        dtype=DTYPES[dtype],
-        shape=decode_bench.Shape(),
-        repeats=repeats,
-    )
+    wanted, place = _cells(cells), usable_device(device)
+    machine = machine_name(place)
+    bandwidth = bandwidth or bandwidth_of(machine)
+    shape, options = decode_bench.Shape(), decode_bench.Options(keys, repeats, bandwidth, flex)
+    records = decode_bench.measure(wanted, place, DTYPES[dtype], shape, options)
     print(decode_bench.table(records))
+    if plot is not None:
+        decode_plot.draw(records, plot)
     if output is not None:
-        output.write_text(json.dumps(decode_bench.as_json(records), indent=2) + "\n")
+        settings = asdict(shape) | {"dtype": dtype} | asdict(options)
+        command = shlex.join(["saccade", "bench", "decode", *sys.argv[3:]])
+        head = envelope(command, commit or current_commit(), machine, settings)
+        output.write_text(decode_bench.as_json(head, records))
 
 
 def engine(
@@ -79,7 +91,7 @@ def engine(
             "saccade bench engine needs a GPU; for a trial without one set TRITON_INTERPRET=1"
         )
     machine = machine_name(place)
-    bandwidth = bandwidth or engine_bench.bandwidth_of(machine)
+    bandwidth = bandwidth or bandwidth_of(machine)
     options = engine_bench.Options(keys, repeats, steps, bandwidth)
     records, skipped = engine_bench.measure(config, wanted, place, DTYPES[dtype], options)
     print(engine_bench.table(records, skipped))
@@ -104,8 +116,8 @@ def _check_dtype(dtype: str) -> None:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}")
 
 
-def _cells(text: str) -> list[engine_bench.Cell]:
+def _cells(text: str) -> list[Cell]:
     cells = [re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", one.strip()) for one in text.split(",")]
     if not all(cells):
         raise ConfigError(f"--cells must be batch x context, such as 1x1024,4x131072, not {text}")
-    return [engine_bench.Cell(int(cell[1]), int(cell[2])) for cell in cells if cell]
+    return [Cell(int(cell[1]), int(cell[2])) for cell in cells if cell]

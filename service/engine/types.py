@@ -54,8 +54,8 @@ class SparsityParams:
 
     Attributes:
         coverage: share of the attention mass that the selected keys should carry, 0 to 1.
-        min_keys: fewest keys a query row and KV head.
-        max_keys: most keys a query row and KV head.
+        min_keys: how fine a sample is at the least, see `kernels.policy.Dynamic`.
+        max_keys: about the most keys a query row and KV head.
         sampled: whether keys are drawn, so that they stand for the others; else plain top-k.
         dense_layers: so many of the model's first layers attend densely.
         min_coverage: estimated coverage under which the request falls back to dense; 0 is never.

@@ -17,13 +17,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from service.bench import decode, record  # noqa: E402  (the script also runs uninstalled)
-from service.bench.engine import bandwidth_of  # noqa: E402
+from service.bench import decode  # noqa: E402  (the script also runs uninstalled)
+from service.bench.cell import Cell, bandwidth_of  # noqa: E402
 from service.envelope import current_commit, envelope  # noqa: E402
 
-CELLS = (
-    "1x128,1x1024,1x4096,1x8192,1x16384,1x32768,1x131072,1x1048576,8x32768,8x131072,32x32768"
-)
+CELLS = "1x128,1x1024,1x4096,1x8192,1x16384,1x32768,1x131072,1x1048576,8x32768,8x131072,32x32768"
 
 
 def main() -> None:
@@ -40,12 +38,10 @@ def main() -> None:
     device = torch.device(given.device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     bandwidth = bandwidth_of(machine)
-    cells = [
-        record.Cell(*(int(part) for part in cell.split("x"))) for cell in given.cells.split(",")
-    ]
+    cells = [Cell(*(int(part) for part in cell.split("x"))) for cell in given.cells.split(",")]
     options = decode.Options(given.keys, given.repeats, bandwidth, given.flex)
     records = decode.measure(cells, device, torch.bfloat16, decode.Shape(), options)
-    print(record.table(records))
+    print(decode.table(records))
     if given.output is None:
         return
     settings = {
@@ -59,7 +55,7 @@ def main() -> None:
     }
     command = shlex.join(["python", *sys.argv])
     head = envelope(command, given.commit or current_commit(), machine, settings)
-    given.output.write_text(record.as_json(head, records))
+    given.output.write_text(decode.as_json(head, records))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kernels.budget import SAMPLE
 from service.eval.plot import expectation, plain_keys
 from service.eval.record import SOLVED, Record, pooled, solved
 from service.eval.statistics import differences, interval, ratio
@@ -231,9 +232,9 @@ def _coverage(records: Sequence[Record]) -> str:
     return _table(
         "What a fixed number of keys answers, over all tasks, and how well the estimated coverage "
         "is known: mean over\nlayers, tokens and heads of every fourth step (the first is a "
-        "prompt's last 128 tokens), which also read all\nkeys. A sample has 240 keys beside those "
-        "that are always read, so the smallest budgets are one. The best\nconstant is each task's "
-        "own; in brackets is the worst task:",
+        f"prompt's last 128 tokens), which also read all\nkeys. A sample has {SAMPLE} marks at the "
+        "least, so the smallest budgets are one. The best\nconstant is each task's own; in "
+        "brackets is the worst task:",
         ("context", "policy", "answers", "accuracy", *names, "too high by 0.05"),
         rows,
     )

@@ -6,22 +6,20 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "_score",
+    "_prepare",
+    "_probe",
+    "_settle",
     "_scan",
-    "_total",
-    "_rank",
-    "_spend",
-    "_count",
-    "_tell",
-    "_write",
+    "_attend",
+    "_unite",
     "_selected",
+    "join_parts",
     "_dense",
     "_add_norm",
     "_silu_mul",
-    "_rotate_and_write",
     "_linear",
     "_gated_linear",
-    "_join",
+    "_rotate_and_write",
 }
 
 

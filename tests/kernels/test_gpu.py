@@ -36,6 +36,13 @@ POLICIES = {
 PLAIN = Dynamic(coverage=1.0, min_keys=600, max_keys=600, sampled=False)
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter takes one after the other."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr("kernels.gpu.decode.SPLITS", 4)
+
+
 @dataclass
 class Case:
     """Rows on the device under test."""
@@ -158,10 +165,10 @@ def test_the_budget_is_torchs_on_the_same_probes(make, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["mass", "a fixed number", "all keys"])
+@pytest.mark.parametrize("name", ["a fixed number", "all keys"])
 @pytest.mark.parametrize(("kv_heads", "group", "head_dim"), SHAPES)
 def test_attention_reads_what_is_selected(make, name, kv_heads, group, head_dim, dtype):
-    case, policy = make(kv_heads, group, head_dim, dtype=dtype), POLICIES[name]
+    case, policy = make(kv_heads, group, head_dim, (40, 1500), dtype=dtype), POLICIES[name]
     selection, found = select(case, policy), attend(case, policy)
     output, lse, own = selected_attention(*case.layout, selection, SCALE)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
@@ -185,7 +192,7 @@ def test_a_budget_of_every_key_is_dense_attention(make):
 @pytest.mark.parametrize("name", ["mass", "a fixed number"])
 def test_rows_of_a_sequence_and_windows(make, name):
     starts = torch.tensor([0, 0, 0, 5, 301, 302, 500, 1200, 2100])
-    case = make(2, 2, 64, lengths=(200, 700, 2500), queries=3, starts=starts)
+    case = make(2, 2, 64, lengths=(200, 700, 2300), queries=3, starts=starts)
     selection, found = select(case, POLICIES[name]), attend(case, POLICIES[name])
     selection.validate(case.rows.lengths)
     taken = selection.indices
@@ -228,7 +235,7 @@ def test_short_rows_are_read_whole(make, lengths):
 
 def test_a_sample_tells_about_the_whole(make):
     """Estimates of the mass and of the output are near dense attention's, over many heads."""
-    case = make(4, 4, 64, lengths=(6000, 5000, 5500), gain=0.5)
+    case = make(3, 4, 64, lengths=(5000, 4000), gain=0.5)
     found = attend(case, POLICIES["a fixed number"])
     output, dense = dense_decode(*case.layout, SCALE)
     assert float((found.lse - dense).mean().abs()) < 0.02

