@@ -97,7 +97,7 @@ def attend(
 ) -> Attended:
     """Select by content and attend to what is selected; arguments as in `select`.
 
-    A nan anywhere in the scores, and more keys than there is room for, show as nan in the coverage.
+    A nan in the scores shows as nan in the coverage.
     """
     phases = phases or Phases()
     if impl is Impl.TRITON and policy.sampled:

@@ -1,7 +1,8 @@
 """Dynamic selection and attention of single query rows: six launches, and no wait.
 
 What is launched depends on the policy and the block table's width alone, and lengths are read on
-the device, so that a CUDA graph can hold it. No sum depends on what else is in the batch.
+the device, so that a CUDA graph can hold it. Of other rows a result depends on the table's width
+alone, and that in rounding only.
 """
 
 from __future__ import annotations
