@@ -60,7 +60,7 @@ def test_two_ranks_stay_equal_and_any_number_goes_on(tmp_path):
     assert last["clock"] >= PLANS["tiny"].seconds
     assert last["tokens_seen"] == last["batch"] * tokens
     differences = [x["rank_difference"] for x in _log(tmp_path) if "rank_difference" in x]
-    assert differences == [0.0, 0.0]
+    assert set(differences) == {0.0}  # on a busy machine the last run may have no time left
     assert "retrieval" in _log(tmp_path)[-1]
     assert "on 2 x CPU" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
