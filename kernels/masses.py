@@ -40,16 +40,13 @@ class Masses:
     kept: Tensor  # int64 [rows, sinks + 2 * 64]  positions of the keys that are always read
     seen: Tensor  # bool [rows, sinks + 2 * 64]  which of them are there
 
-    def free_masses(self) -> Tensor:
-        """Masses of the free keys, in units of e ** norm: [rows, kv_heads, group, keys]."""
-        return (self.scores - self.norm[..., None]).clamp_max_(MOST).exp_()
-
     def shares(self) -> Tensor:
         """Shares of the free keys, mean over a group's heads: [rows, kv_heads, keys].
 
         They sum to about 1 with those that are held. A row whose mass is not finite has none.
         """
-        return self.free_masses().mean(2).masked_fill_(self.lost()[..., None], 0.0)
+        masses = (self.scores - self.norm[..., None]).clamp_max_(MOST).exp_()
+        return masses.mean(2).masked_fill_(self.lost()[..., None], 0.0)
 
     def lost(self) -> Tensor:
         """Where a group's mass is not finite: bool [rows, kv_heads]."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from _typeshed import DataclassInstance
 
 
 def envelope(command: str, commit: str, machine: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -40,3 +47,10 @@ def current_commit() -> str:
         check=False,
     )
     return done.stdout.strip() or "unknown"
+
+
+def as_json(head: dict[str, Any], records: Sequence[DataclassInstance]) -> str:
+    """A results file: what `head` says, and the records, one a line."""
+    lines = ",\n".join(f"  {json.dumps(asdict(record))}" for record in records)
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    return f'{text},\n "records": [\n{lines}\n ]\n}}\n'

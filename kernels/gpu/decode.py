@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.budget import SAMPLE
 from kernels.dynamic import Attended
 from kernels.gpu.attend import add_scores, grow_scores, leave, lse_of, score_keys
 from kernels.gpu.launch import tile_of
@@ -40,14 +41,24 @@ def choose(
     query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float, phases: Phases
 ) -> tuple[Layout, Scratch]:
     """Find each line's keys; what they are is in the scratch memory."""
-    layout = Layout.of(query, cache, rows)
-    scratch = Scratch.of(layout, query.device)
     with phases.time("score", query.device):
-        prepare(query, cache, rows, policy.sinks, scale, layout, scratch)
-        limits = limits_of(policy, query.device)
-        probe(query, cache, rows, policy.sinks, scale, limits, layout, scratch)
+        layout, scratch = look_over(query, cache, rows, policy, scale)
     with phases.time("select", query.device):
         scan(cache, rows, policy.sinks, layout, scratch)
+    return layout, scratch
+
+
+def look_over(
+    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float
+) -> tuple[Layout, Scratch]:
+    """All that comes before the scan: the query as the codes need it, the norm, the marks."""
+    layout = Layout.of(query, cache, rows)
+    scratch = Scratch.of(layout, query.device)
+    prepare(query, cache, rows, policy.sinks, scale, layout, scratch)
+    probe(
+        query, cache, rows, policy.sinks, scale, _limits(policy, query.device), layout, scratch,
+        fewest=SAMPLE if policy.sampled else 0,
+    )  # fmt: skip
     return layout, scratch
 
 
@@ -62,7 +73,7 @@ def attend(
 
 
 @lru_cache
-def limits_of(policy: Dynamic, device: torch.device) -> Tensor:
+def _limits(policy: Dynamic, device: torch.device) -> Tensor:
     """A policy as `probe` reads it."""
     numbers = [policy.coverage, policy.worth, float(policy.min_keys), float(policy.max_keys)]
     return torch.tensor([numbers], device=device)

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.gpu.decode import limits_of
-from kernels.gpu.layout import Layout, Scratch
-from kernels.gpu.prepare import LOG2E, prepare
-from kernels.gpu.probe import probe
+from kernels.gpu.decode import look_over
+from kernels.gpu.prepare import LOG2E
 from kernels.gpu.scan import scan
 from kernels.page import PAGE
 from kernels.policy import Dynamic
@@ -32,13 +30,10 @@ def log_mass(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> Tens
     Returns:
         float32 [rows, heads].
     """
-    query = query.contiguous()
-    layout = Layout.of(query, cache, rows)
-    scratch = Scratch.of(layout, query.device)
-    prepare(query, cache, rows, PAGE, scale, layout, scratch)
-    probe(query, cache, rows, PAGE, scale, limits_of(Dynamic(), query.device), layout, scratch)
+    query, policy = query.contiguous(), Dynamic(sinks=PAGE)
+    layout, scratch = look_over(query, cache, rows, policy, scale)
     coded = torch.empty(layout.lines, layout.segments, layout.padded, device=query.device)
-    scan(cache, rows, PAGE, layout, scratch, masses=coded)
+    scan(cache, rows, policy.sinks, layout, scratch, masses=coded)
     heads = slice(0, layout.group)
     free = coded[..., heads].sum(1).log2() + scratch.norm[:, heads]  # [lines, group]
     held = scratch.held[:, heads] / LOG2E.value  # [lines, group, HELD]

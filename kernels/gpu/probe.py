@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.budget import EACH, PROBE, SAMPLE
+from kernels.budget import EACH, PROBE
 from kernels.gpu.codes import estimate, load_factors, load_steps, signed_sums
 from kernels.gpu.launch import tile_of
 from kernels.gpu.layout import HELD
@@ -41,7 +41,7 @@ def probe(
     limits: Tensor,
     layout: Layout,
     scratch: Scratch,
-    fewest: int = SAMPLE,
+    fewest: int,
 ) -> None:
     """Score the means of all pages and the probed keys, and settle each line's norm and marks.
 

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.gpu.decode import choose, limits_of
-from kernels.gpu.layout import HELD, Layout, Scratch
-from kernels.gpu.prepare import prepare
-from kernels.gpu.probe import probe
+from kernels.gpu.decode import choose, look_over
+from kernels.gpu.layout import HELD
 from kernels.gpu.scan import CERTAIN, PLACE_BITS, PLACES, scan
 from kernels.page import PAGE
 from kernels.sample import greatest
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows
+    from kernels.gpu.layout import Layout, Scratch
     from kernels.policy import Dynamic
     from kernels.timing import Phases
 
@@ -47,11 +46,7 @@ def _greatest(
     query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float
 ) -> Selection:
     """Plain top-k: the kernels tell the shares, torch takes the greatest."""
-    layout = Layout.of(query, cache, rows)
-    scratch = Scratch.of(layout, query.device)
-    prepare(query, cache, rows, policy.sinks, scale, layout, scratch)
-    limits = limits_of(policy, query.device)
-    probe(query, cache, rows, policy.sinks, scale, limits, layout, scratch, fewest=0)
+    layout, scratch = look_over(query, cache, rows, policy, scale)
     share = torch.zeros(layout.lines, layout.pages * PAGE, device=query.device)
     scan(cache, rows, policy.sinks, layout, scratch, shares=share)
     share = share.view(len(rows.lengths), layout.kv_heads, -1)

@@ -22,7 +22,7 @@ from kernels.cache import LayerCache, Rows, Segment
 from kernels.codes import words
 from kernels.page import PAGE
 from kernels.policy import Dynamic
-from service.bench.record import Record, as_json, table
+from service.bench.record import Record, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from service.bench.cell import Cell
 
-__all__ = ["Options", "Shape", "as_json", "measure", "table"]
+__all__ = ["Options", "Shape", "measure", "table"]
 
 APART = 512 << 20
 """Bytes that are read before the same are read again, on a GPU."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,13 +112,6 @@ def table(records: Sequence[Record], skipped: Sequence[str]) -> str:
             f"{r.tokens_per_s:>9.1f} {r.bytes / 1e9:>8.2f} {share:>10} {r.ratio:>12.2f}"
         )
     return "\n".join([*lines, *skipped])
-
-
-def as_json(head: dict[str, object], records: Sequence[Record], skipped: Sequence[str]) -> str:
-    """A results file: what `head` says, what was left out, and the records, one a line."""
-    text = json.dumps(head | {"skipped": list(skipped)}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(f"  {json.dumps(asdict(record))}" for record in records)
-    return f'{text},\n "records": [\n{lines}\n ]\n}}\n'
 
 
 def step_bytes(decoder: Decoder, cell: Cell, keys: float, *, dynamic: bool) -> int:

@@ -1,9 +1,8 @@
-"""What `saccade bench decode` measures, as a table and as a file."""
+"""What `saccade bench decode` measures, and as a table."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,10 +38,3 @@ def table(records: Sequence[Record]) -> str:
             f"{r.bytes / 1e6:>8.1f} {share:>8} {r.ratio:>11.2f}"
         )
     return "\n".join(lines)
-
-
-def as_json(head: dict[str, object], records: Sequence[Record]) -> str:
-    """A results file: what `head` says, and the records, one a line."""
-    lines = ",\n".join(f"  {json.dumps(asdict(record))}" for record in records)
-    text = json.dumps(head, indent=1).removesuffix("\n}")
-    return f'{text},\n "records": [\n{lines}\n ]\n}}\n'

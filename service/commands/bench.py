@@ -20,7 +20,7 @@ from service.bench import plot as decode_plot
 from service.bench.cell import Cell, bandwidth_of
 from service.bench.shapes import SHAPES, shape_of
 from service.engine.build import machine_name
-from service.envelope import current_commit, envelope
+from service.envelope import as_json, current_commit, envelope
 from service.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +60,7 @@ def decode(
         settings = asdict(shape) | {"dtype": dtype} | asdict(options)
         command = shlex.join(["saccade", "bench", "decode", *sys.argv[3:]])
         head = envelope(command, commit or current_commit(), machine, settings)
-        output.write_text(decode_bench.as_json(head, records))
+        output.write_text(as_json(head, records))
 
 
 def engine(
@@ -108,7 +108,7 @@ def engine(
     }
     command = shlex.join(["saccade", "bench", "engine", *sys.argv[3:]])
     head = envelope(command, commit or current_commit(), machine, settings)
-    output.write_text(engine_bench.as_json(head, records, skipped))
+    output.write_text(as_json(head | {"skipped": skipped}, records))
 
 
 def _check_dtype(dtype: str) -> None:

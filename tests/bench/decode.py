@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from service.bench import decode  # noqa: E402  (the script also runs uninstalled)
 from service.bench.cell import Cell, bandwidth_of  # noqa: E402
-from service.envelope import current_commit, envelope  # noqa: E402
+from service.envelope import as_json, current_commit, envelope  # noqa: E402
 
 CELLS = "1x128,1x1024,1x4096,1x8192,1x16384,1x32768,1x131072,1x1048576,8x32768,8x131072,32x32768"
 
@@ -55,7 +55,7 @@ def main() -> None:
     }
     command = shlex.join(["python", *sys.argv])
     head = envelope(command, given.commit or current_commit(), machine, settings)
-    given.output.write_text(decode.as_json(head, records))
+    given.output.write_text(as_json(head, records))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from kernels import dynamic, judge, sample
 from kernels.attention import Impl, dense_decode, selected_attention
 from kernels.budget import probed
 from kernels.cache import LayerCache, Rows
-from kernels.gpu.decode import choose, limits_of
+from kernels.gpu.decode import choose
 from kernels.gpu.layout import HELD
 from kernels.gpu.prepare import LOG2E
 from kernels.gpu.scan import CERTAIN, PLACE_BITS, PLACES, scan
@@ -298,4 +298,3 @@ def test_a_query_that_is_not_finite_shows_and_draws_nothing(make):
 def test_places_and_lengths_fit_their_word():
     assert PLACES.value == 1 << PLACE_BITS.value
     assert CERTAIN.value << PLACE_BITS.value < 1 << 31
-    assert limits_of(Dynamic(), torch.device("cpu")).shape == (1, 4)
