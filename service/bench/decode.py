@@ -170,7 +170,7 @@ class _Bench:
         query, rows = self.queries[number], self.rows[number]
         if self.device.type == "cuda":
             return dense_decode(query, self.cache, rows, self.scale, self.impl)[0]
-        tokens = zip(query.split(1), self.segments, strict=True)
+        tokens = zip(query[:, None], self.segments, strict=True)
         return torch.cat([dense_attention(q, self.cache, s, self.scale) for q, s in tokens])
 
     def _ways(self) -> Iterator[tuple[str, Callable[[], float]]]:
