@@ -18,6 +18,10 @@ PLACES = tl.constexpr(3)
 """Places at which a byte's bits are read, and the bits by which they are shifted."""
 LEVELS = tl.constexpr(31.75)
 """Steps of a query's greatest channel: four times as many fit an int8."""
+OFFSET = tl.constexpr(1.5 * 2**23)
+"""Added to a whole number up to 2 ** 22, it makes a float32 whose last bits are that number."""
+OFFSET_BITS = tl.constexpr(0x4B400000)
+"""The same as an int32."""
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Triton's interpreter has no assembler."""
 
@@ -56,13 +60,19 @@ def _shifted(octets, SHIFT: tl.constexpr):
 @triton.jit
 def load_steps(steps, line, DEEP: tl.constexpr, WIDE: tl.constexpr):
     """A line's queries, by the bit of a byte: 8 tensors int8 [DEEP, WIDE]."""
-    place = line * (8 * DEEP * WIDE) + tl.arange(0, DEEP)[:, None] + tl.arange(0, WIDE)[None] * DEEP
+    steps += line * (8 * DEEP * WIDE) + tl.arange(0, DEEP)[:, None] + tl.arange(0, WIDE)[None] * DEEP
     return (
-        tl.load(steps + place), tl.load(steps + place + DEEP * WIDE),
-        tl.load(steps + place + 2 * DEEP * WIDE), tl.load(steps + place + 3 * DEEP * WIDE),
-        tl.load(steps + place + 4 * DEEP * WIDE), tl.load(steps + place + 5 * DEEP * WIDE),
-        tl.load(steps + place + 6 * DEEP * WIDE), tl.load(steps + place + 7 * DEEP * WIDE),
+        _load(steps), _load(steps + DEEP * WIDE),
+        _load(steps + 2 * DEEP * WIDE), _load(steps + 3 * DEEP * WIDE),
+        _load(steps + 4 * DEEP * WIDE), _load(steps + 5 * DEEP * WIDE),
+        _load(steps + 6 * DEEP * WIDE), _load(steps + 7 * DEEP * WIDE),
     )  # fmt: skip
+
+
+@triton.jit
+def _load(pointers):
+    """Load, and bring into the order of a product's operand where this stands, not in a loop."""
+    return _only(tl.load(pointers), 255)
 
 
 @triton.jit
@@ -74,27 +84,31 @@ def signed_sums(octets, steps):
         steps: see `load_steps`.
 
     Returns:
-        int32 [keys, WIDE].
+        float32 [keys, WIDE], `OFFSET` more than the sums: whole numbers are so of use without being
+        converted, which is slow.
     """
     third, sixth = _shifted(octets, 3), _shifted(octets, 6)
-    total = tl.dot(_only(octets, 128), steps[7], out_dtype=tl.int32)
+    total = tl.full((octets.shape[0], steps[7].shape[1]), OFFSET_BITS, tl.int32)
+    total = tl.dot(_only(octets, 128), steps[7], total, out_dtype=tl.int32)
     total = tl.dot(_only(octets, 64), steps[6], total, out_dtype=tl.int32)
     total = tl.dot(_only(octets, 32), steps[5], total, out_dtype=tl.int32)
     total = tl.dot(_only(third, 128), steps[4], total, out_dtype=tl.int32)
     total = tl.dot(_only(third, 64), steps[3], total, out_dtype=tl.int32)
     total = tl.dot(_only(third, 32), steps[2], total, out_dtype=tl.int32)
     total = tl.dot(_only(sixth, 128), steps[1], total, out_dtype=tl.int32)
-    return tl.dot(_only(sixth, 64), steps[0], total, out_dtype=tl.int32)
+    total = tl.dot(_only(sixth, 64), steps[0], total, out_dtype=tl.int32)
+    return total.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load_factors(factors, line, head, PADDED: tl.constexpr):
-    """Factors of a sum, of a code's scale and of its square: float32 [1, WIDE] each."""
+    """Factors of a sum, of a code's scale and of its square, float32 of the heads' shape each."""
     place = factors + line * (3 * PADDED) + head
-    return tl.load(place)[None], tl.load(place + PADDED)[None], tl.load(place + 2 * PADDED)[None]
+    factor = tl.load(place)
+    return factor, tl.load(place + PADDED) - OFFSET * factor, tl.load(place + 2 * PADDED)
 
 
 @triton.jit
 def estimate(sums, size, factors, centre):
-    """Base-2 logs of masses, [keys, WIDE], from the sums, the keys' scales and the pages' means."""
-    return size * (sums.to(tl.float32) * factors[0] + (factors[1] - factors[2] * size)) + centre
+    """Base-2 logs of masses from the sums, the keys' scales and the scores of the pages' means."""
+    return size * (sums * factors[0] + (factors[1] - factors[2] * size)) + centre

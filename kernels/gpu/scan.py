@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels import sample
-from kernels.gpu.codes import estimate, load_factors, load_steps, signed_sums
+from kernels.gpu.codes import INTERPRETED, estimate, load_factors, load_steps, signed_sums
 from kernels.page import PAGE, PAGE_BITS
 from kernels.sample import SEGMENT, STRIDE
 
@@ -29,8 +29,8 @@ PLACE_BITS = tl.constexpr(PAGE_BITS + SEGMENT.bit_length() - 1)
 """Of a key's place in its segment; its length stands above."""
 PLACES = tl.constexpr(SEGMENT * PAGE)
 """Keys of a segment."""
-EXACT = tl.constexpr(8388608.0)
-"""2 ** 23: added to it, a number is rounded to a whole one, which its lowest bits are."""
+ROUND = tl.constexpr(1.0 * 2**23)
+"""Added to it, a number is rounded to a whole one, which its last bits then are."""
 
 
 def scan(
@@ -86,76 +86,113 @@ def _scan(
     stop = tl.maximum(length // PAGE - 1, 0)
     columns: tl.constexpr = TOGETHER * PADDED
     deep: tl.constexpr = TOGETHER * OCTETS
-    together: tl.constexpr = TOGETHER * PAGE
-    key, octet, column = tl.arange(0, PAGE), tl.arange(0, deep), tl.arange(0, columns)
+    key, octet, head = tl.arange(0, PAGE), tl.arange(0, deep), tl.arange(0, PADDED)
+    beside, column = tl.arange(0, TOGETHER), tl.arange(0, STRIDE)
     place = line * tl.num_programs(1) + segment
     number = tl.load(marks + line)
     low = tl.maximum(segment * SEGMENT, start // PAGE // TOGETHER * TOGETHER)
     high = tl.where(number == 0, 0, tl.minimum((segment + 1) * SEGMENT, stop))
-    head = column % PADDED
-    line_steps, line_factors = (
-        load_steps(steps, line, deep, columns),
-        load_factors(factors, line, head, PADDED),
-    )
-    whole = tl.load(norm + line * PADDED + head)
-    stretch = number.to(tl.float32) / GROUP
+    first = tl.maximum(start, sinks)  # key that is free
+    line_steps = load_steps(steps, line, deep, columns)
+    line_factors = load_factors(factors, line, head[None, None], PADDED)
+    whole = tl.load(norm + line * PADDED + head)[None]
+    # Units of the line for a mass of 1 in one head; where all keys are read, whatever the mass.
+    stretch = tl.where(number < 0, float("inf"), number.to(tl.float32) * (CERTAIN / GROUP))
     table = tables + (row // queries) * table_stride
     codes += kv_head * cache_pages * (OCTETS * PAGE)
     scales += kv_head * cache_pages * PAGE
     centres += line * pages * PADDED
+    shares += line * pages * PAGE
+    marked += place * (SEGMENT * PAGE)
     # Where in a page's codes each byte lies: words of 8 bytes, one word of all keys after another.
     inner = (octet % OCTETS // 8 * (PAGE * 8) + octet % 8)[None] + key[:, None] * 8
-    # In the order of the line: page by page, 8 keys apart.
-    turn = tl.arange(0, together)
-    turned = (
-        turn // PAGE * PAGE + turn % (PAGE // STRIDE) * STRIDE + turn // (PAGE // STRIDE) % STRIDE
-    )
     end_of_line = ((segment * STEP + kv_head.to(tl.int32) * TURN) >> DROPPED) & (CERTAIN - 1)
-    by_head = tl.zeros((columns,), tl.float32)
-    for page in range(low, high, TOGETHER):
-        cached = tl.load(table + page + octet // OCTETS, page + octet // OCTETS < high, 0)
-        data = cached[None] * (OCTETS * PAGE) + inner
-        data = tl.max_contiguous(tl.multiple_of(data, (1, 8)), (1, 8))
-        data = tl.load(codes + data)  # [64, deep]
-        for beside in tl.static_range(TOGETHER):
-            cached = tl.load(table + tl.minimum(page + beside, high - 1))
-            one = tl.load(scales + cached * PAGE + key).to(tl.float32)
-            if beside == 0:
-                size = tl.broadcast_to(one[:, None], (PAGE, columns))
-            else:
-                size = tl.where((column // PADDED == beside)[None], one[:, None], size)
-        there = page + column // PADDED < high
-        centre = tl.load(centres + page * PADDED + column, there, float("-inf")) - whole
-        score = estimate(signed_sums(data, line_steps), size, line_factors, centre[None])
-        if tl.maximum(start, sinks) > page * PAGE:
-            position = (page + column // PADDED)[None] * PAGE + key[:, None]
-            score = tl.where((position >= start) & (position >= sinks), score, float("-inf"))
-        mass = tl.reshape(tl.exp2(score), (PAGE, TOGETHER, PADDED))
-        if MASSES:
-            by_head += tl.sum(tl.reshape(mass, (PAGE, columns)), 0)
-        share = tl.sum(mass, 2)  # [64, TOGETHER]
-        read = share * stretch  # probability that a key is read
-        read = tl.where(read < 1.0, read, 1.0)  # also what is no number
-        inside = (read * (1.0 * CERTAIN) + EXACT).to(tl.int32, bitcast=True) & (2 * CERTAIN - 1)
-        if number < 0:
-            own = page + tl.arange(0, TOGETHER)
-            position = own[None] * PAGE + key[:, None]
-            free = (position >= start) & (position >= sinks) & (own < high)[None]
-            inside = tl.where(free, CERTAIN, 0)
-        if SHARES:
-            own = page + tl.arange(0, TOGETHER)
-            target = shares + line * pages * PAGE + own[None] * PAGE + key[:, None]
-            tl.store(target, share / GROUP, (own < high)[None] & (key >= 0)[:, None])
-        ordered = tl.reshape(inside, (PAGE // STRIDE, STRIDE, TOGETHER))
-        ordered = tl.reshape(tl.permute(ordered, (2, 1, 0)), (together,))
-        after = end_of_line + tl.cumsum(ordered, 0)
-        slot = (after - ordered) >> BITS
-        met = (after >> BITS) > slot
-        where = (page - segment * SEGMENT) * PAGE + turned
-        target = marked + place * (SEGMENT * PAGE) + slot
-        tl.store(target, where | (ordered << PLACE_BITS), met)
-        end_of_line = tl.max(after, 0)
+    by_head = tl.zeros((TOGETHER, PADDED), tl.float32)
+    for pair in range(low, high, 2 * TOGETHER):
+        # Twice: Triton then keeps the steps where the product wants them.
+        for half in tl.static_range(2):
+            page = pair + half * TOGETHER
+            cached = tl.load(table + tl.minimum(page + octet // OCTETS, high - 1))
+            data = cached[None] * (OCTETS * PAGE) + inner
+            data = tl.max_contiguous(tl.multiple_of(data, (1, 8)), (1, 8))
+            data = tl.load(codes + data)  # [64, deep]
+            own = tl.minimum(page + beside, high - 1)
+            size = scales + (tl.load(table + own) * PAGE)[None] + column[:, None]  # [8, TOGETHER]
+            centre = tl.load(centres + own[:, None] * PADDED + head[None]) - whole
+            # Keys at the start of a page that are not free, all of a page that is none: by column.
+            taken = tl.where(page + beside < high, first - (page + beside) * PAGE, PAGE)
+            taken = taken[None] - column[:, None]
+            sums = _by_rank(signed_sums(data, line_steps), STRIDE, TOGETHER, PADDED)
+            # Keys of a column follow each other on the line.
+            lengths_of, ends, end = (), (), tl.zeros((STRIDE, TOGETHER), tl.int32)
+            for rank in tl.static_range(PAGE // STRIDE):
+                scale = tl.load(size + rank * STRIDE).to(tl.float32)
+                score = estimate(sums[rank], scale[:, :, None], line_factors, centre[None])
+                mass = tl.exp2(score)  # [8, TOGETHER, PADDED]
+                share = tl.sum(mass, 2)
+                free = taken <= rank * STRIDE
+                if MASSES:
+                    by_head += tl.sum(tl.where(free[:, :, None], mass, 0.0), 0)
+                if SHARES:
+                    position = (page + beside)[None] * PAGE + rank * STRIDE + column[:, None]
+                    share_of = tl.where(free, share / GROUP, 0.0)
+                    tl.store(shares + position, share_of, position < high * PAGE)
+                # What is no number is the greatest. The last bits are then a whole number.
+                drawn = tl.minimum(share * stretch + ROUND, ROUND + CERTAIN)
+                drawn = drawn.to(tl.int32, bitcast=True) & (2 * CERTAIN - 1)
+                drawn = tl.where(free, drawn, 0)
+                end += drawn
+                lengths_of += (drawn,)
+                ends += (end,)
+            # Columns of a page follow each other, and pages.
+            total = tl.reshape(tl.trans(end), (TOGETHER * STRIDE,))
+            begin = end_of_line + tl.cumsum(total, 0) - total
+            begin = tl.trans(tl.reshape(begin, (TOGETHER, STRIDE)))
+            place_of = ((page - segment * SEGMENT) + beside)[None] * PAGE + column[:, None]
+            for rank in tl.static_range(PAGE // STRIDE):
+                after = begin + ends[rank]
+                slot = (after - lengths_of[rank]) >> BITS
+                note = (place_of + rank * STRIDE) | (lengths_of[rank] << PLACE_BITS)
+                _store_where_it_lies(marked + slot, note, after >> BITS, slot)
+            end_of_line += tl.sum(total, 0)
     if MASSES:
-        by_head = tl.sum(tl.reshape(by_head, (TOGETHER, PADDED)), 0)
+        by_head = tl.sum(by_head, 0)
         tl.store(masses + place * PADDED + tl.arange(0, PADDED), by_head)
     tl.store(counts + place, end_of_line >> BITS)
+
+
+@triton.jit
+def _by_rank(sums, STRIDE: tl.constexpr, TOGETHER: tl.constexpr, PADDED: tl.constexpr):
+    """[64, columns] as 8 tensors [8, TOGETHER, PADDED]: all first keys of the columns, and so on.
+
+    A thread holds keys that lie 8 apart, so that none leaves its thread.
+    """
+    sums = tl.reshape(sums, (2, 2, 2, STRIDE, TOGETHER, PADDED))
+    even, odd = tl.split(tl.permute(sums, (3, 4, 5, 0, 1, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    rank_0, rank_4 = tl.split(a)
+    rank_1, rank_5 = tl.split(b)
+    rank_2, rank_6 = tl.split(c)
+    rank_3, rank_7 = tl.split(d)
+    return rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7
+
+
+@triton.jit
+def _store_where_it_lies(pointers, values, one, other):
+    """Store where one is more than the other.
+
+    Triton would first bring everything into the order in which memory is written fastest; that
+    costs far more than it saves where next to nothing is written.
+    """
+    if INTERPRETED:
+        tl.store(pointers, values, one > other)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.s32 p, $3, $4; @p st.global.b32 [$1], $2; } // $0",
+            "=r,l,r,r,r",
+            [pointers.to(tl.int64), values, one, other],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
