@@ -165,8 +165,10 @@ class LayerAttention:
 
     def _rows_at_once(self, cache: LayerCache, rows: Rows, policy: Dynamic | Fixed) -> int:
         """Rows whose selections together stay small, however many keys each may hold."""
-        keys = int(rows.visible.max())
-        if isinstance(policy, Dynamic) and self.impl is not Impl.TRITON:
-            keys = min(keys, max(policy.max_keys, 2 * PAGE + policy.sinks + SAMPLE))
-        most = GPU_SELECTION_BYTES if self.impl is Impl.TRITON else SELECTION_BYTES
-        return max(1, most // (KEY_BYTES * cache.kv_heads * max(keys, 1)))
+        # By the tables' room: a GPU's answer to how many keys there are would be waited for.
+        keys, most = rows.block_tables.shape[1] * PAGE, GPU_SELECTION_BYTES
+        if self.impl is not Impl.TRITON:
+            keys, most = min(keys, self.window or keys), SELECTION_BYTES
+            if isinstance(policy, Dynamic):
+                keys = min(keys, max(policy.max_keys, 2 * PAGE + policy.sinks + SAMPLE))
+        return max(1, most // (KEY_BYTES * cache.kv_heads * keys))

@@ -32,15 +32,23 @@ if TYPE_CHECKING:
 
 
 def decode(
-    decoder: Decoder, caches: Sequence[LayerCache], step: DecodeStep, bucket: Bucket
+    decoder: Decoder,
+    caches: Sequence[LayerCache],
+    step: DecodeStep,
+    bucket: Bucket,
+    packed: Tensor,
 ) -> Decoded:
     """Run a step, writing its keys and values, and the codes of pages that it completes.
+
+    Keys, values and codes depend on the step and on what the cache holds before the row's own key:
+    a step that is run again, by whatever code, writes over what it wrote.
 
     Args:
         decoder: in bfloat16, float16 or float32, on a GPU (or under Triton's interpreter).
         caches: one a layer.
         step: the input, padded to the bucket's size.
         bucket: how the rows attend.
+        packed: float32, `Decoded.size` numbers or more: where the result goes.
     """
     body, update = decoder.model, None
     hidden: Tensor = body.embed_tokens(step.token_ids)  # [batch, hidden_size]
@@ -56,10 +64,13 @@ def decode(
         gate_up, down = layer.mlp.gate_up, layer.mlp.down_proj
         update = linear(gated_linear(normed, gate_up.weight, gate_up.bias), down.weight, down.bias)
     _, normed = add_norm(hidden, update, body.norm.weight, body.norm.eps)
-    logits = linear(normed, decoder.head).float()
-    if not attention.keys:
-        return Decoded(normed, logits, None, None)
-    return Decoded(normed, logits, torch.stack(attention.keys), torch.stack(attention.coverage))
+    decoded = Decoded.over(packed, normed, bucket, decoder.config)
+    decoded.logits.copy_(linear(normed, decoder.head))
+    decoded.finite.copy_(normed.isfinite().all(-1))
+    if decoded.keys is not None and decoded.coverage is not None:
+        decoded.keys.copy_(torch.stack(attention.keys))
+        decoded.coverage.copy_(torch.stack(attention.coverage))
+    return decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +81,8 @@ class _Attention:
     slots: Tensor  # int64 [batch]
     rows: Mapping[int | None, Rows]  # by sliding window
     bucket: Bucket
-    keys: list[Tensor] = field(default_factory=list)  # of a layer, as in `Decoded`
-    coverage: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)  # int32 [batch, kv_heads] of each layer
+    coverage: list[Tensor] = field(default_factory=list)  # [batch, heads] of each layer
 
     def __call__(self, module: Attention, normed: Tensor, cache: LayerCache) -> Tensor:
         """What a layer's attention adds to the residual stream, [batch, hidden_size]."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.cache import Rows
-from kernels.policy import Dense
+from kernels.policy import Dense, Dynamic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kernels.policy import Dynamic
+    from models.config import ModelConfig
 
 COLUMNS = 5
 """Numbers of a row besides its block table."""
@@ -80,10 +80,40 @@ class DecodeStep:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a step computed."""
+    """What a step computed. What a host asks for is one piece of memory, and so one transfer."""
 
     hidden: Tensor  # [batch, hidden_size]  behind the final norm
-    logits: Tensor  # float32 [batch, vocab_size]
+    packed: Tensor  # float32 [Decoded.size]  everything below
+    logits: Tensor  # [batch, vocab_size]
+    finite: Tensor  # [batch]  1 where the hidden state is finite, else 0
     # Of each layer, under a dynamic policy; None where every key is read.
-    keys: Tensor | None  # int32 [layers, batch, kv_heads]  keys read
-    coverage: Tensor | None  # float32 [layers, batch, heads]  estimated share of the mass on them
+    keys: Tensor | None  # [layers, batch, kv_heads]  keys read
+    coverage: Tensor | None  # [layers, batch, heads]  estimated share of the mass on them
+
+    @staticmethod
+    def size(bucket: Bucket, config: ModelConfig) -> int:
+        """Numbers in `packed`."""
+        return bucket.batch * sum(_numbers(bucket, config))
+
+    @staticmethod
+    def over(packed: Tensor, hidden: Tensor, bucket: Bucket, config: ModelConfig) -> Decoded:
+        """The result of a step whose numbers `packed` begins with, on any device."""
+        batch, layers = bucket.batch, config.layers
+        packed = packed[: Decoded.size(bucket, config)]
+        parts = packed.split([batch * numbers for numbers in _numbers(bucket, config)])
+        logits, finite, keys, coverage = parts
+        dynamic = isinstance(bucket.policy, Dynamic)
+        return Decoded(
+            hidden,
+            packed,
+            logits.view(batch, -1),
+            finite,
+            keys.view(layers, batch, -1) if dynamic else None,
+            coverage.view(layers, batch, -1) if dynamic else None,
+        )
+
+
+def _numbers(bucket: Bucket, config: ModelConfig) -> list[int]:
+    """Numbers of a row in each part of `Decoded.packed`."""
+    layers = config.layers if isinstance(bucket.policy, Dynamic) else 0
+    return [config.vocab_size, 1, layers * config.kv_heads, layers * config.heads]

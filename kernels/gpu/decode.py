@@ -16,10 +16,8 @@ import triton.language as tl
 
 from kernels.budget import SAMPLE
 from kernels.dynamic import Attended
-from kernels.gpu.attend import add_scores, grow_scores, leave, lse_of, score_keys
-from kernels.gpu.launch import tile_of
 from kernels.gpu.layout import HELD, Layout, Scratch
-from kernels.gpu.prepare import prepare
+from kernels.gpu.prepare import LOG2E, prepare
 from kernels.gpu.probe import probe
 from kernels.gpu.scan import CERTAIN, PLACE_BITS, PLACES, scan
 from kernels.page import PAGE
@@ -33,8 +31,13 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 """Keys that a program reads at once."""
+EACH = 32
+"""Keys of a program that reads keys always read."""
 SPLITS = 64
-"""Most programs of a line."""
+"""Most programs of a line that read others."""
+STAGES = 1
+CHANNELS = 32
+"""Of a head, that a program joins."""
 
 
 def choose(
@@ -89,21 +92,21 @@ def _look(
     scratch: Scratch,
 ) -> Attended:
     count, heads, head_dim = query.shape
-    # A program has a page of the keys always read; or the keys of some segments, or a part of them.
+    # A program has a part of the keys always read; or the keys of some segments, or a part of them.
     span = int(triton.next_power_of_2(-(-layout.segments // SPLITS)))
     spans = -(-layout.segments // span)
     parts = max(1, SPLITS // spans)
-    splits = HELD // PAGE + spans * parts
+    splits = HELD // EACH + spans * parts
     outputs = torch.empty(count, heads, splits, head_dim, device=query.device)
     lses = outputs.new_empty(2, count, heads, splits)
     width = triton.next_power_of_2(head_dim)
     _attend[layout.lines, splits](
         query, cache.kv, rows.block_tables, rows.starts, rows.lengths, scratch.marked,
         scratch.counts, scratch.marks, outputs, lses[0], lses[1],
-        scale, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
+        scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
         cache.kv.shape[1], layout.segments, parts,
-        GROUP=layout.group, TILE=tile_of(layout.group), DIM=head_dim, WIDTH=width, SPAN=span,
-        HELD=HELD, BLOCK=BLOCK, PAGE=PAGE, num_warps=2, num_stages=1,
+        GROUP=layout.group, HEADS=max(8, layout.padded), DIM=head_dim, WIDTH=width, SPAN=span,
+        HELD=HELD, EACH=EACH, BLOCK=BLOCK, PAGE=PAGE, num_warps=1, num_stages=STAGES,
     )  # fmt: skip
     found = Attended(
         selection=None,
@@ -113,12 +116,13 @@ def _look(
         coverage=lses.new_empty(count, heads),
         keys=torch.empty(count, layout.kv_heads, dtype=torch.int32, device=query.device),
     )
-    _unite[count, heads](
+    piece = min(CHANNELS, width)
+    _unite[count, heads, width // piece](
         outputs, lses[0], lses[1], rows.starts, rows.lengths, scratch.counts,
         found.output, found.lse, found.own, found.coverage, found.keys,
         sinks, splits, layout.kv_heads, layout.segments,
-        GROUP=layout.group, SPLITS=triton.next_power_of_2(splits), DIM=head_dim, WIDTH=width,
-        SEGMENTS=triton.next_power_of_2(layout.segments), PAGE=PAGE, num_warps=4,
+        GROUP=layout.group, SPLITS=triton.next_power_of_2(splits), DIM=head_dim, CHANNELS=piece,
+        SEGMENTS=triton.next_power_of_2(layout.segments), PAGE=PAGE, num_warps=1,
     )  # fmt: skip
     return found
 
@@ -137,24 +141,29 @@ def _look(
 def _attend(
     query, kv, tables, starts, lengths, marked, counts, marks, outputs, lses, owns,
     scale, sinks, queries, kv_heads, table_stride, cache_pages, segments, parts,
-    GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SPAN: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SPAN: tl.constexpr, HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
-    """One line over a page of the keys always read, or the keys met in some segments."""
+    """One line over some of the keys always read, or the keys met in some segments.
+
+    Keys are the rows of the products and heads their columns: few heads would leave most rows of a
+    tensor core's product empty.
+    """
     line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, kv_head = line // kv_heads, line % kv_heads
-    head, channel, member = tl.arange(0, TILE), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    head, channel, member = tl.arange(0, HEADS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     inside, there = channel < DIM, head < GROUP
-    wide = there[:, None] & inside[None]
-    mine = tl.load(query + (line * GROUP + head)[:, None] * DIM + channel[None], wide, 0.0)
+    wide = inside[:, None] & there[None]
+    mine = tl.load(query + (line * GROUP + head)[None] * DIM + channel[:, None], wide, 0.0)
     table, base = tables + (row // queries) * table_stride, kv_head * cache_pages * PAGE
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     stop = tl.maximum(length // PAGE - 1, 0) * PAGE
     # Sinks, the recent window's two pages, or segments.
-    drawn = split >= HELD // PAGE
-    always = tl.where(split == 0, 0, stop + (split - 1) * PAGE)
-    end = tl.where(split == 0, tl.minimum(stop, sinks), tl.where(drawn, 0, length))
-    nth = tl.maximum(split - HELD // PAGE, 0)
+    drawn = split >= HELD // EACH
+    nth = tl.maximum(split - HELD // EACH, 0)
+    always = tl.where(split < PAGE // EACH, 0, stop - PAGE) + split * EACH
+    end = tl.where(split < PAGE // EACH, tl.minimum(stop, sinks), tl.where(drawn, 0, length))
     first = tl.where(drawn, nth // parts, -1) * SPAN
     segment = first + tl.arange(0, SPAN)
     amount = tl.load(
@@ -162,76 +171,93 @@ def _attend(
     )  # [SPAN]
     ends = tl.cumsum(amount, 0)
     met_here = tl.sum(amount, 0)
-    total = tl.where(drawn, met_here, PAGE)
+    total = tl.where(drawn, met_here, EACH)
     marked += (line * segments + first) * PLACES
     # Where the mass is not finite nothing was drawn, and that shows.
-    plain = tl.where(tl.load(marks + line) == 0, float("nan"), 0.0)
-    peak = tl.full((TILE,), float("-inf"), tl.float32)
-    mass = tl.zeros((TILE,), tl.float32)
-    sums = tl.zeros((TILE, WIDTH), tl.float32)
-    own_peak = tl.full((TILE,), float("-inf"), tl.float32)
-    own_mass = tl.zeros((TILE,), tl.float32)
-    each = tl.where(drawn, parts, 1) * BLOCK
-    for block in range(nth % parts * BLOCK, total, each):
+    plain = tl.where(tl.load(marks + line) == 0, float("nan"), CERTAIN * 1.0)
+    peak = tl.full((HEADS,), float("-inf"), tl.float32)
+    mass, own_mass = tl.zeros((HEADS,), tl.float32), tl.zeros((HEADS,), tl.float32)
+    sums = tl.zeros((WIDTH, HEADS), tl.float32)
+    step = tl.where(drawn, parts, 1) * BLOCK
+    for block in range(nth % parts * BLOCK, total, step):
         number = block + member
         before = ends[None] <= number[:, None]  # [BLOCK, SPAN]
         own = tl.sum(before.to(tl.int32), 1)
         slot = own * PLACES + number - tl.sum(tl.where(before, amount[None], 0), 1)
-        met = tl.load(marked + slot, number < met_here, PLACES)
+        met = tl.load(marked + slot, number < met_here, 0)
         position = tl.where(drawn, (first + own) * PLACES + met % PLACES, always + number)
-        weight = tl.where(drawn, -tl.log((met >> PLACE_BITS).to(tl.float32) / CERTAIN), plain)
-        seen = (number < met_here) | ((position >= start) & (position < end) & (number >= met_here))
+        seen = (number < met_here) | ((position >= start) & (position < end))
+        size = tl.where(drawn, (met >> PLACE_BITS).to(tl.float32), plain)  # 2 ** 18 p
         page = tl.load(table + position // PAGE, seen, 0)
-        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
-        loaded = seen[:, None] & inside[None]
-        keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
-        values = tl.load(data + DIM, loaded, 0.0)
-        score = score_keys(mine, keys, seen[None], scale)
-        own_peak, own_mass = grow_scores(score, own_peak, own_mass)
-        peak, mass, sums = add_scores(score + weight[None], values, peak, mass, sums)
+        data = (base + page * PAGE + position % PAGE) * (2 * DIM)
+        keys = tl.load(
+            kv + data[:, None] + channel[None], seen[:, None] & inside[None], 0.0
+        )  # [BLOCK, WIDTH]
+        values = tl.load(
+            kv + data[None] + DIM + channel[:, None], seen[None] & inside[:, None], 0.0
+        )  # [WIDTH, BLOCK]
+        score = tl.dot(keys, mine, input_precision="ieee") * scale  # [BLOCK, HEADS]
+        # Each key counts 1 / p times.
+        score = tl.where(seen[:, None], score - tl.log2(size / CERTAIN)[:, None], float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, 0))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(peak - safe)
+        part = tl.exp2(score - safe[None])
+        mass = mass * shrink + tl.sum(part, 0)
+        own_mass = own_mass * shrink + tl.sum(part * size[:, None], 0)
+        sums = tl.dot(
+            values, part.to(values.dtype), sums * shrink[None], input_precision="ieee"
+        )
+        peak = higher
     place = (line * GROUP + head) * tl.num_programs(1) + split
-    leave(outputs, lses, place, channel, wide, there, peak, mass, sums, DIM)
-    tl.store(owns + place, lse_of(own_peak, own_mass), there)
+    output = sums / tl.where(mass == 0.0, 1.0, mass)[None]
+    tl.store(outputs + place[None] * DIM + channel[:, None], output, wide)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    tl.store(lses + place, peak + tl.log2(mass), there)
+    tl.store(owns + place, peak + tl.log2(own_mass / CERTAIN), there)
 
 
 @triton.jit(do_not_specialize=["sinks", "splits", "kv_heads", "segments"])
 def _unite(
     outputs, lses, owns, starts, lengths, counts, output, lse, own, coverage, keys,
     sinks, splits, kv_heads, segments,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr,
     SEGMENTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """The splits of one row and head, and what share of the mass their keys carry."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Some channels of one row and head; and what share of the mass the keys read carry."""
+    row, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     place = row * tl.num_programs(1) + head
     line = row * kv_heads + head // GROUP
-    split, channel, segment = tl.arange(0, SPLITS), tl.arange(0, WIDTH), tl.arange(0, SEGMENTS)
-    part = tl.load(lses + place * splits + split, split < splits, float("-inf"))
-    peak, mass = _combined(part)
-    share = tl.exp(part - peak) / tl.where(mass == 0.0, 1.0, mass)
+    split, segment = tl.arange(0, SPLITS), tl.arange(0, SEGMENTS)
+    channel = piece * CHANNELS + tl.arange(0, CHANNELS)
     data = tl.load(
         outputs + (place * splits + split)[:, None] * DIM + channel[None],
-        (split < splits)[:, None] & (channel < DIM)[None] & (share > 0)[:, None],
+        (split < splits)[:, None] & (channel < DIM)[None],
         0.0,
-    )  # [SPLITS, WIDTH]
+    )  # [SPLITS, CHANNELS]
+    part = tl.load(lses + place * splits + split, split < splits, float("-inf"))
+    peak, mass = _combined(part)
+    share = tl.exp2(part - peak) / tl.where(mass == 0.0, 1.0, mass)
     mean = tl.sum(data * share[:, None], 0)
     tl.store(output + place * DIM + channel, mean.to(output.dtype.element_ty), channel < DIM)
-    whole = peak + tl.log(mass)
-    tl.store(lse + place, whole)
-    peak, mass = _combined(tl.load(owns + place * splits + split, split < splits, float("-inf")))
-    carried = peak + tl.log(mass)
-    tl.store(own + place, carried)
-    tl.store(coverage + place, tl.exp(carried - whole))
-    amount = tl.load(counts + line * segments + segment, segment < segments, 0)
-    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-    stop = tl.maximum(length // PAGE - 1, 0) * PAGE
-    certain = tl.maximum(tl.minimum(stop, sinks) - start, 0) + length - tl.maximum(start, stop)
-    tl.store(keys + line, certain + tl.sum(amount, 0), head % GROUP == 0)
+    if piece == 0:
+        whole = peak + tl.log2(mass)
+        part = tl.load(owns + place * splits + split, split < splits, float("-inf"))
+        peak, mass = _combined(part)
+        carried = peak + tl.log2(mass)
+        tl.store(lse + place, whole / LOG2E)
+        tl.store(own + place, carried / LOG2E)
+        tl.store(coverage + place, tl.exp2(carried - whole))
+        amount = tl.load(counts + line * segments + segment, segment < segments, 0)
+        start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+        stop = tl.maximum(length // PAGE - 1, 0) * PAGE
+        certain = tl.maximum(tl.minimum(stop, sinks) - start, 0) + length - tl.maximum(start, stop)
+        tl.store(keys + line, certain + tl.sum(amount, 0), head % GROUP == 0)
 
 
 @triton.jit
 def _combined(part):
-    """Peak and mass above it of the splits' log-sum-exps."""
+    """Peak and mass above it of the splits' log-sum-exps, to base 2."""
     peak = tl.max(part, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    return peak, tl.sum(tl.exp(part - peak), 0)
+    return peak, tl.sum(tl.exp2(part - peak), 0)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache, Rows
     from kernels.gpu.layout import Layout, Scratch
 
+CHANNELS = 64
+"""Channels that are rotated at once."""
 LOG2E = tl.constexpr(math.log2(math.e))
 HALF_NOISE = tl.constexpr(NOISE / 2)
 
@@ -43,7 +45,8 @@ def prepare(
         cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, TILE=tile_of(layout.group),
         DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim),
-        OCTETS=layout.octets, TOGETHER=layout.together, HELD=HELD, PAGE=PAGE, num_warps=4,
+        OCTETS=layout.octets, TOGETHER=layout.together, HELD=HELD, PAGE=PAGE,
+        CHANNELS=min(CHANNELS, triton.next_power_of_2(layout.head_dim)), num_warps=4,
     )  # fmt: skip
 
 
@@ -53,30 +56,38 @@ def _prepare(
     scale, sinks, queries, kv_heads, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, OCTETS: tl.constexpr, TOGETHER: tl.constexpr, HELD: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One line: its query, or a page of the keys always read."""
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, channel = tl.arange(0, TILE), tl.arange(0, WIDTH)
     inside = channel < DIM
-    mine = tl.load(
-        query + (line * GROUP + head)[:, None] * DIM + channel[None],
-        (head < GROUP)[:, None] & inside[None],
-        0.0,
-    )  # [TILE, WIDTH]
     if part == 0:
         across = tl.arange(0, OCTETS * 8)
-        turned = tl.load(
-            rotated + channel[:, None] * DIM + across[None],
-            inside[:, None] & (across < DIM)[None],
-            0.0,
-        )  # [WIDTH, channels]
-        turned = tl.dot(mine, turned, input_precision="ieee") * (scale * LOG2E)
+        turned = tl.zeros((TILE, OCTETS * 8), tl.float32)
+        for first in tl.static_range(0, WIDTH, CHANNELS):
+            some = first + tl.arange(0, CHANNELS)
+            piece = tl.load(
+                query + (line * GROUP + head)[:, None] * DIM + some[None],
+                (head < GROUP)[:, None] & (some < DIM)[None],
+                0.0,
+            )  # [TILE, CHANNELS]
+            matrix = tl.load(
+                rotated + some[:, None] * DIM + across[None],
+                (some < DIM)[:, None] & (across < DIM)[None],
+                0.0,
+            )  # [CHANNELS, channels]
+            turned = tl.dot(piece, matrix, turned, input_precision="ieee")
         _quantise(
-            turned, head, across, steps + line * (8 * TOGETHER * PADDED * TOGETHER * OCTETS),
+            turned * (scale * LOG2E), head, across, steps + line * (8 * TOGETHER * PADDED * TOGETHER * OCTETS),
             factors + line * (3 * PADDED), PADDED, TOGETHER, OCTETS,
         )  # fmt: skip
     else:
+        mine = tl.load(
+            query + (line * GROUP + head)[:, None] * DIM + channel[None],
+            (head < GROUP)[:, None] & inside[None],
+            0.0,
+        )  # [TILE, WIDTH]
         row, kv_head = line // kv_heads, line % kv_heads
         start, length = tl.load(starts + row), tl.load(lengths + row)
         stop = tl.maximum(length // PAGE - 1, 0)  # page of the recent window

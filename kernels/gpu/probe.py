@@ -13,7 +13,6 @@ import triton.language as tl
 
 from kernels.budget import EACH, PROBE
 from kernels.gpu.codes import estimate, load_factors, load_steps, signed_sums
-from kernels.gpu.launch import tile_of
 from kernels.gpu.layout import HELD
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
@@ -25,9 +24,7 @@ if TYPE_CHECKING:
     from kernels.gpu.layout import Layout, Scratch
 
 CHUNK = 8
-"""Pages a program takes at once, for each of those whose codes stand side by side."""
-PART = 32
-"""Pages a program takes, about."""
+"""Pages a program takes, for each of those whose codes stand side by side."""
 BLOCK = 2048
 """Probed keys whose shares are added up at once."""
 
@@ -56,9 +53,7 @@ def probe(
         scratch: what is read and written.
         fewest: marks that a line gets at the least.
     """
-    chunk = CHUNK * layout.together
-    part = max(PART // chunk, 1) * chunk
-    parts = -(-layout.pages // part)
+    parts = -(-layout.pages // (CHUNK * layout.together))
     masses = torch.empty(layout.lines, parts, layout.padded, device=query.device)
     _probe[layout.lines, parts](
         query, cache.key_mean, cache.codes.view(torch.int8), cache.scale, rows.block_tables,
@@ -66,10 +61,9 @@ def probe(
         scratch.probes, masses,
         scale, sinks, rows.queries, layout.kv_heads, layout.pages, rows.block_tables.stride(0),
         cache.kv.shape[1],
-        GROUP=layout.group, PADDED=layout.padded, TILE=tile_of(layout.group),
-        DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim),
-        OCTETS=layout.octets, TOGETHER=layout.together, CHUNK=CHUNK, PART=part,
-        PROBE=PROBE, EACH=EACH, PAGE=PAGE, num_warps=1, num_stages=1,
+        GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
+        WIDTH=triton.next_power_of_2(layout.head_dim), OCTETS=layout.octets,
+        TOGETHER=layout.together, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH, PAGE=PAGE, num_warps=1,
     )  # fmt: skip
     shares = torch.empty(layout.lines, layout.pages * PROBE, device=query.device)
     _settle[(layout.lines,)](
@@ -87,9 +81,9 @@ def probe(
 def _probe(
     query, means, codes, scales, tables, starts, lengths, steps, factors, centres, probes, masses,
     scale, sinks, queries, kv_heads, pages, table_stride, cache_pages,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, OCTETS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr,
-    PART: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    OCTETS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr, PROBE: tl.constexpr,
+    EACH: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """A part of one line's pages."""
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -97,76 +91,70 @@ def _probe(
     start, stop = tl.load(starts + row), tl.maximum(tl.load(lengths + row) // PAGE - 1, 0)
     columns: tl.constexpr = TOGETHER * PADDED
     deep: tl.constexpr = TOGETHER * OCTETS
-    span: tl.constexpr = TOGETHER * CHUNK
-    member, channel, page = tl.arange(0, TILE), tl.arange(0, WIDTH), tl.arange(0, span)
-    mine = tl.load(
-        query + (line * GROUP + member)[:, None] * DIM + channel[None],
-        (member < GROUP)[:, None] & (channel < DIM)[None],
-        0.0,
-    )  # [TILE, WIDTH]
+    masses += (line * tl.num_programs(1) + part) * PADDED + tl.arange(0, PADDED)
+    first = part * (TOGETHER * CHUNK)
+    if (first >= stop) | ((first + TOGETHER * CHUNK) * PAGE <= start):
+        tl.store(masses, tl.full((PADDED,), float("-inf"), tl.float32))
+        return
     table, base = tables + (row // queries) * table_stride, kv_head * cache_pages
     # Of a product's row r the pages r // PROBE and CHUNK behind it, and so on, side by side.
     tested, column, octet = tl.arange(0, CHUNK * PROBE), tl.arange(0, columns), tl.arange(0, deep)
     head, ahead = column % PADDED, tested // PROBE
     line_steps = load_steps(steps, line, deep, columns)
-    line_factors = load_factors(factors, line, head, PADDED)
-    peak = tl.full((columns,), float("-inf"), tl.float32)
-    total = tl.zeros((columns,), tl.float32)
-    low = tl.maximum(part * PART, start // PAGE // span * span)
-    for first in range(low, tl.minimum((part + 1) * PART, stop), span):
-        # Where the probed keys of the pages side by side have their codes, and their scales.
-        data = tl.zeros((CHUNK * PROBE, deep), tl.int64)
-        for beside in tl.static_range(TOGETHER):
-            own = first + beside * CHUNK + ahead  # [CHUNK * PROBE]
-            key = own * 7 % EACH * PROBE + tested % PROBE
-            cached = base + tl.load(table + own, own < stop, 0)
-            one = cached * (OCTETS * PAGE) + key * 8
-            data = tl.where((octet // OCTETS == beside)[None], one[:, None], data)
-            one = tl.load(scales + cached * PAGE + key).to(tl.float32)
-            if beside == 0:
-                size = tl.broadcast_to(one[:, None], (CHUNK * PROBE, columns))
-            else:
-                size = tl.where((column // PADDED == beside)[None], one[:, None], size)
-        data += (octet % OCTETS // 8 * (PAGE * 8) + octet % 8)[None]
-        data = tl.load(codes + tl.max_contiguous(tl.multiple_of(data, (1, 8)), (1, 8)))
-        cached = base + tl.load(table + first + page, first + page < stop, 0)  # [span]
-        mean = tl.load(
-            means + cached[:, None] * DIM + channel[None],
-            (first + page < stop)[:, None] & (channel < DIM)[None],
-            0.0,
-        )  # [span, WIDTH]
-        centre = tl.dot(mine, tl.trans(mean), input_precision="ieee") * (scale * LOG2E)
-        # Heads that are none are of no mass.
-        centre = tl.where((member < GROUP)[:, None], centre, float("-inf"))
-        place = (line * pages + first + page[None]) * PADDED + member[:, None]
-        tl.store(centres + place, centre, (member < PADDED)[:, None] & (first + page < stop)[None])
-        tl.debug_barrier()
-        own = first + ahead[:, None] + (column // PADDED * CHUNK)[None]
-        key = own * 7 % EACH * PROBE + (tested % PROBE)[:, None]
-        centre = tl.load(
-            centres + (line * pages + own) * PADDED + head[None],
-            own < stop,
-            float("-inf"),
-            cache_modifier=".cg",
-        )
-        score = estimate(signed_sums(data, line_steps), size, line_factors, centre)
-        position = own * PAGE + key
-        free = (own < stop) & (position >= start) & (position >= sinks)
-        score = tl.where(free, score, float("-inf"))
-        place = (line * pages + own) * PROBE + (tested % PROBE)[:, None]
-        tl.store(probes + place * PADDED + head[None], score, own < stop)
-        higher = tl.maximum(peak, tl.max(score, 0))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(peak - safe) + tl.sum(tl.exp2(score - safe[None]), 0)
-        peak = higher
-    lse = tl.where(peak == float("-inf"), 0.0, peak) + tl.log2(total)
+    line_factors = load_factors(factors, line, head[None], PADDED)
+    # Where the probed keys of the pages side by side have their codes, and their scales.
+    data = tl.zeros((CHUNK * PROBE, deep), tl.int64)
+    for beside in tl.static_range(TOGETHER):
+        own = first + beside * CHUNK + ahead  # [CHUNK * PROBE]
+        key = own * 7 % EACH * PROBE + tested % PROBE
+        cached = base + tl.load(table + own, own < stop, 0)
+        one = cached * (OCTETS * PAGE) + key * 8
+        data = tl.where((octet // OCTETS == beside)[None], one[:, None], data)
+        one = tl.load(scales + cached * PAGE + key).to(tl.float32)
+        if beside == 0:
+            size = tl.broadcast_to(one[:, None], (CHUNK * PROBE, columns))
+        else:
+            size = tl.where((column // PADDED == beside)[None], one[:, None], size)
+    data += (octet % OCTETS // 8 * (PAGE * 8) + octet % 8)[None]
+    data = tl.load(codes + tl.max_contiguous(tl.multiple_of(data, (1, 8)), (1, 8)))
+    # The means of the pages side by side, one behind the other.
+    channel = tl.arange(0, WIDTH)
+    own = first + tl.arange(0, TOGETHER)[None] * CHUNK + tl.arange(0, CHUNK)[:, None]
+    cached = base + tl.load(table + own, own < stop, 0)  # [CHUNK, TOGETHER]
+    mean = tl.load(
+        means + cached[:, :, None] * DIM + channel[None, None],
+        (own < stop)[:, :, None] & (channel < DIM)[None, None],
+        0.0,
+    )
+    across = tl.arange(0, TOGETHER * WIDTH)
+    mine = tl.load(
+        query + (line * GROUP + head)[None] * DIM + (across % WIDTH)[:, None],
+        ((across // WIDTH)[:, None] == (column // PADDED)[None])
+        & (head < GROUP)[None] & (across % WIDTH < DIM)[:, None],
+        0.0,
+    )  # fmt: skip  # [TOGETHER * WIDTH, columns]
+    mean = tl.reshape(mean, (CHUNK, TOGETHER * WIDTH))
+    centre = tl.dot(mean, mine, input_precision="ieee") * (scale * LOG2E)
+    # Heads that are none are of no mass.
+    centre = tl.where((head < GROUP)[None], centre, float("-inf"))  # [CHUNK, columns]
+    own = first + tl.arange(0, CHUNK)[:, None] + (column // PADDED * CHUNK)[None]
+    tl.store(centres + (line * pages + own) * PADDED + head[None], centre, own < stop)
+    centre = tl.broadcast_to(centre[:, None], (CHUNK, PROBE, columns))
+    centre = tl.reshape(centre, (CHUNK * PROBE, columns))
+    score = estimate(signed_sums(data, line_steps), size, line_factors, centre)
+    own = first + ahead[:, None] + (column // PADDED * CHUNK)[None]
+    key = own * 7 % EACH * PROBE + (tested % PROBE)[:, None]
+    position = own * PAGE + key
+    free = (own < stop) & (position >= start) & (position >= sinks)
+    score = tl.where(free, score, float("-inf"))
+    place = (line * pages + own) * PROBE + (tested % PROBE)[:, None]
+    tl.store(probes + place * PADDED + head[None], score, own < stop)
     # Side by side stand the same heads.
-    lse = tl.reshape(lse, (TOGETHER, PADDED))
-    top = tl.max(lse, 0)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    lse = safe + tl.log2(tl.sum(tl.exp2(lse - safe[None]), 0))
-    place = (line * tl.num_programs(1) + part) * PADDED + tl.arange(0, PADDED)
-    tl.store(masses + place, lse)
+    score = tl.reshape(score, (CHUNK * PROBE, TOGETHER, PADDED))
+    peak = tl.max(tl.max(score, 0), 0)  # [PADDED]
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.sum(tl.exp2(score - peak[None, None]), 0), 0)
+    tl.store(masses, peak + tl.log2(total))
 
 
 @triton.jit(do_not_specialize=["sinks", "parts", "kv_heads", "pages", "stride"])
