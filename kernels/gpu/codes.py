@@ -60,7 +60,9 @@ def _shifted(octets, SHIFT: tl.constexpr):
 @triton.jit
 def load_steps(steps, line, DEEP: tl.constexpr, WIDE: tl.constexpr):
     """A line's queries, by the bit of a byte: 8 tensors int8 [DEEP, WIDE]."""
-    steps += line * (8 * DEEP * WIDE) + tl.arange(0, DEEP)[:, None] + tl.arange(0, WIDE)[None] * DEEP
+    steps += (
+        line * (8 * DEEP * WIDE) + tl.arange(0, DEEP)[:, None] + tl.arange(0, WIDE)[None] * DEEP
+    )
     return (
         _load(steps), _load(steps + DEEP * WIDE),
         _load(steps + 2 * DEEP * WIDE), _load(steps + 3 * DEEP * WIDE),

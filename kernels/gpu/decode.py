@@ -35,7 +35,8 @@ EACH = 32
 """Keys of a program that reads keys always read."""
 SPLITS = 64
 """Most programs of a line that read others."""
-STAGES = 1
+PARTS = 32
+"""Programs of a line that has fewer segments, at least."""
 CHANNELS = 32
 """Of a head, that a program joins."""
 
@@ -95,7 +96,7 @@ def _look(
     # A program has a part of the keys always read; or the keys of some segments, or a part of them.
     span = int(triton.next_power_of_2(-(-layout.segments // SPLITS)))
     spans = -(-layout.segments // span)
-    parts = max(1, SPLITS // spans)
+    parts = max(1, PARTS // spans)
     splits = HELD // EACH + spans * parts
     outputs = torch.empty(count, heads, splits, head_dim, device=query.device)
     lses = outputs.new_empty(2, count, heads, splits)
@@ -106,7 +107,7 @@ def _look(
         scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
         cache.kv.shape[1], layout.segments, parts,
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=head_dim, WIDTH=width, SPAN=span,
-        HELD=HELD, EACH=EACH, BLOCK=BLOCK, PAGE=PAGE, num_warps=1, num_stages=STAGES,
+        HELD=HELD, EACH=EACH, BLOCK=BLOCK, PAGE=PAGE, num_warps=1, num_stages=1,
     )  # fmt: skip
     found = Attended(
         selection=None,
@@ -189,13 +190,9 @@ def _attend(
         seen = (number < met_here) | ((position >= start) & (position < end))
         size = tl.where(drawn, (met >> PLACE_BITS).to(tl.float32), plain)  # 2 ** 18 p
         page = tl.load(table + position // PAGE, seen, 0)
-        data = (base + page * PAGE + position % PAGE) * (2 * DIM)
-        keys = tl.load(
-            kv + data[:, None] + channel[None], seen[:, None] & inside[None], 0.0
-        )  # [BLOCK, WIDTH]
-        values = tl.load(
-            kv + data[None] + DIM + channel[:, None], seen[None] & inside[:, None], 0.0
-        )  # [WIDTH, BLOCK]
+        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
+        keys = tl.load(data, seen[:, None] & inside[None], 0.0)  # [BLOCK, WIDTH]
+        values = tl.load(data + DIM, seen[:, None] & inside[None], 0.0)
         score = tl.dot(keys, mine, input_precision="ieee") * scale  # [BLOCK, HEADS]
         # Each key counts 1 / p times.
         score = tl.where(seen[:, None], score - tl.log2(size / CERTAIN)[:, None], float("-inf"))
@@ -206,7 +203,7 @@ def _attend(
         mass = mass * shrink + tl.sum(part, 0)
         own_mass = own_mass * shrink + tl.sum(part * size[:, None], 0)
         sums = tl.dot(
-            values, part.to(values.dtype), sums * shrink[None], input_precision="ieee"
+            tl.trans(values), part.to(values.dtype), sums * shrink[None], input_precision="ieee"
         )
         peak = higher
     place = (line * GROUP + head) * tl.num_programs(1) + split

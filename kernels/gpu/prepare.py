@@ -79,7 +79,8 @@ def _prepare(
             )  # [CHANNELS, channels]
             turned = tl.dot(piece, matrix, turned, input_precision="ieee")
         _quantise(
-            turned * (scale * LOG2E), head, across, steps + line * (8 * TOGETHER * PADDED * TOGETHER * OCTETS),
+            turned * (scale * LOG2E), head, across,
+            steps + line * (8 * TOGETHER * PADDED * TOGETHER * OCTETS),
             factors + line * (3 * PADDED), PADDED, TOGETHER, OCTETS,
         )  # fmt: skip
     else:

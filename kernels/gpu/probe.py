@@ -97,35 +97,31 @@ def _probe(
         tl.store(masses, tl.full((PADDED,), float("-inf"), tl.float32))
         return
     table, base = tables + (row // queries) * table_stride, kv_head * cache_pages
-    # Of a product's row r the pages r // PROBE and CHUNK behind it, and so on, side by side.
+    # Of a product's row r the pages r // PROBE, CHUNK behind that, and so on, side by side.
     tested, column, octet = tl.arange(0, CHUNK * PROBE), tl.arange(0, columns), tl.arange(0, deep)
     head, ahead = column % PADDED, tested // PROBE
     line_steps = load_steps(steps, line, deep, columns)
     line_factors = load_factors(factors, line, head[None], PADDED)
-    # Where the probed keys of the pages side by side have their codes, and their scales.
-    data = tl.zeros((CHUNK * PROBE, deep), tl.int64)
+    # The means of the pages side by side, one behind the other.
+    channel = tl.arange(0, WIDTH)
+    own = first + tl.arange(0, TOGETHER)[None] * CHUNK + tl.arange(0, CHUNK)[:, None]
+    cached = base + tl.load(table + tl.minimum(own, stop - 1))  # [CHUNK, TOGETHER]
+    mean = tl.load(
+        means + cached[:, :, None] * DIM + channel[None, None],
+        (own < stop)[:, :, None] & (channel < DIM)[None, None],
+        0.0,
+    )
+    # Where the probed keys have their codes, and their scales.
+    data, sizes = tl.zeros((CHUNK * PROBE, deep), tl.int64), ()
     for beside in tl.static_range(TOGETHER):
         own = first + beside * CHUNK + ahead  # [CHUNK * PROBE]
         key = own * 7 % EACH * PROBE + tested % PROBE
         cached = base + tl.load(table + own, own < stop, 0)
         one = cached * (OCTETS * PAGE) + key * 8
         data = tl.where((octet // OCTETS == beside)[None], one[:, None], data)
-        one = tl.load(scales + cached * PAGE + key).to(tl.float32)
-        if beside == 0:
-            size = tl.broadcast_to(one[:, None], (CHUNK * PROBE, columns))
-        else:
-            size = tl.where((column // PADDED == beside)[None], one[:, None], size)
+        sizes += (tl.load(scales + cached * PAGE + key),)
     data += (octet % OCTETS // 8 * (PAGE * 8) + octet % 8)[None]
     data = tl.load(codes + tl.max_contiguous(tl.multiple_of(data, (1, 8)), (1, 8)))
-    # The means of the pages side by side, one behind the other.
-    channel = tl.arange(0, WIDTH)
-    own = first + tl.arange(0, TOGETHER)[None] * CHUNK + tl.arange(0, CHUNK)[:, None]
-    cached = base + tl.load(table + own, own < stop, 0)  # [CHUNK, TOGETHER]
-    mean = tl.load(
-        means + cached[:, :, None] * DIM + channel[None, None],
-        (own < stop)[:, :, None] & (channel < DIM)[None, None],
-        0.0,
-    )
     across = tl.arange(0, TOGETHER * WIDTH)
     mine = tl.load(
         query + (line * GROUP + head)[None] * DIM + (across % WIDTH)[:, None],
@@ -141,7 +137,10 @@ def _probe(
     tl.store(centres + (line * pages + own) * PADDED + head[None], centre, own < stop)
     centre = tl.broadcast_to(centre[:, None], (CHUNK, PROBE, columns))
     centre = tl.reshape(centre, (CHUNK * PROBE, columns))
-    score = estimate(signed_sums(data, line_steps), size, line_factors, centre)
+    size = tl.broadcast_to(sizes[0][:, None], (CHUNK * PROBE, columns))
+    for beside in tl.static_range(1, TOGETHER):
+        size = tl.where((column // PADDED == beside)[None], sizes[beside][:, None], size)
+    score = estimate(signed_sums(data, line_steps), size.to(tl.float32), line_factors, centre)
     own = first + ahead[:, None] + (column // PADDED * CHUNK)[None]
     key = own * 7 % EACH * PROBE + (tested % PROBE)[:, None]
     position = own * PAGE + key

@@ -64,7 +64,7 @@ def scan(
         GROUP=layout.group, PADDED=layout.padded, OCTETS=layout.octets,
         TOGETHER=layout.together, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
         SHARES=shares is not None, MASSES=masses is not None,
-        num_warps=1, num_stages=3, maxnreg=128,
+        num_warps=1, num_stages=2, maxnreg=128,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def few_programs(monkeypatch):
     """The interpreter takes one after the other."""
     if DEVICE == "cpu":
         monkeypatch.setattr("kernels.gpu.decode.SPLITS", 4)
+        monkeypatch.setattr("kernels.gpu.decode.PARTS", 4)
 
 
 @dataclass
