@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from kernels.selection import Selection
 
 BLOCK = 64
-"""Keys that a program reads at once."""
+"""Selected keys that a program reads at once."""
+RUN_BYTES = 128 * 256
+"""Keys that a dense program reads at once, and as many of values."""
+RESIDENT = 264
+"""Dense programs that a GPU of 132 multiprocessors has room for: all begin and end together."""
 
 
 def selected_attention(
@@ -56,15 +60,18 @@ def dense_decode(
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     tile = tile_of(group)
     tiles = rows.sequences * -(-rows.queries // (tile // group))
-    blocks = rows.block_tables.shape[1] * PAGE // BLOCK
-    splits = splits_for(tiles * kv_heads, blocks)
+    width = triton.next_power_of_2(head_dim)
+    block = max(16, min(128, RUN_BYTES // (width * query.itemsize)))
+    blocks = -(-rows.block_tables.shape[1] * PAGE // block)
+    splits = max(1, min(blocks, RESIDENT // (tiles * kv_heads)))
+    splits = -(-blocks // -(-blocks // splits))  # as few as take the same number of blocks each
     parts = _Parts.of(query, splits, weighted=False)
     _dense[tiles, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
         parts.outputs, parts.lses, scale,
         rows.queries, rows.block_tables.stride(0), cache.kv.shape[1], -(-blocks // splits),
-        GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim,
-        WIDTH=triton.next_power_of_2(head_dim), BLOCK=BLOCK, PAGE=PAGE, num_warps=4, num_stages=3,
+        GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim, WIDTH=width, BLOCK=block,
+        PAGE=PAGE, num_warps=4, num_stages=2,
     )  # fmt: skip
     return parts.joined(query.dtype)[:2]
 
