@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels import reference, torch_backend
+from kernels.codes import WORD, words
 from kernels.errors import KernelError
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from kernels.cache import LayerCache, Rows, Segment
     from kernels.selection import Selection
+
+MOST_HEADS = 32
+"""Query heads of a KV head that Triton's kernels take."""
 
 
 class Impl(StrEnum):
@@ -30,16 +34,37 @@ class Impl(StrEnum):
     NUMBA = "numba"
     """Numba's kernels: for a CPU, in bfloat16 and float32. Dense attention is torch's."""
     TRITON = "triton"
-    """Triton's kernels: for a GPU, in bfloat16, float16 and float32."""
+    """Triton's kernels: for a GPU, in bfloat16, float16 and float32, heads of most sizes."""
 
     @staticmethod
-    def of(device: torch.device, dtype: torch.dtype) -> Impl:
-        """The fastest for a device and dtype."""
-        if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16, torch.float32):
+    def of(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> Impl:
+        """The fastest that can run.
+
+        Args:
+            device: where the model is.
+            dtype: its own and its cache's.
+            head_dim: channels of a head.
+            group: query heads of a KV head.
+        """
+        if device.type == "cuda" and _triton_takes(dtype, head_dim, group):
             return Impl.TRITON
         if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
             return Impl.NUMBA
         return Impl.TORCH
+
+
+def _triton_takes(dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Whether Triton's kernels compile for a shape, and fit an H100's shared memory.
+
+    A product adds up 16 channels at the least, and a code's channels, whole words of them, are a
+    power of two.
+    """
+    return (
+        dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and 16 <= head_dim <= 4 * WORD
+        and words(head_dim) != 3
+        and group <= MOST_HEADS
+    )
 
 
 def selected_attention(

@@ -99,7 +99,11 @@ class LayerCache:
         mean = keys.mean(2).to(self.kv.dtype)  # [kv_heads, filled, head_dim]
         self.key_mean[:, pages] = mean
         codes, scale = encode(keys, mean)
-        self.codes[:, pages], self.scale[:, pages] = codes, scale.to(torch.bfloat16)
+        scale = scale.to(torch.bfloat16)
+        # A key whose code overflows is read for certain, as what is no number is: an infinite
+        # scale would take an infinite variance off its estimate.
+        scale.masked_fill_(scale.isinf(), torch.nan)
+        self.codes[:, pages], self.scale[:, pages] = codes, scale
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, for a sequence that goes its own way in a page it shared."""

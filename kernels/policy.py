@@ -70,9 +70,15 @@ class Dynamic:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Attend to the keys that a pattern names, whatever they hold."""
+    """Attend to the keys that a pattern names, whatever they hold.
+
+    Attributes:
+        pattern: which keys.
+        judged: whether the mass that they carry is estimated; else it counts as unknown.
+    """
 
     pattern: Pattern
+    judged: bool = True
 
 
 Policy = Dense | Dynamic | Fixed

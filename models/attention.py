@@ -160,7 +160,11 @@ class LayerAttention:
         selection = policy.pattern.select(rows.lengths, rows.starts, cache.kv_heads)
         with phases.time("attend", query.device):
             output, lse, own = selected_attention(query, cache, rows, selection, scale, impl)
-        coverage = judge.estimated_coverage(query, cache, rows, selection, lse, own, scale, impl)
+        coverage = torch.full_like(lse, torch.nan)
+        if policy.judged:
+            coverage = judge.estimated_coverage(
+                query, cache, rows, selection, lse, own, scale, impl
+            )
         return Attended(output, lse, own, coverage, selection.counts, selection)
 
     def _rows_at_once(self, cache: LayerCache, rows: Rows, policy: Dynamic | Fixed) -> int:

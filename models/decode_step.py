@@ -100,7 +100,7 @@ class Decoded:
         """The result of a step whose numbers `packed` begins with, on any device."""
         batch, layers = bucket.batch, config.layers
         packed = packed[: Decoded.size(bucket, config)]
-        parts = packed.split([batch * numbers for numbers in _numbers(bucket, config)])
+        parts = torch.split(packed, [batch * numbers for numbers in _numbers(bucket, config)])
         logits, finite, keys, coverage = parts
         dynamic = isinstance(bucket.policy, Dynamic)
         return Decoded(

@@ -48,6 +48,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.impl = impl
         make = _Make(dtype, device)
         self.model = Body(config, make, impl)
         self.lm_head = (

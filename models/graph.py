@@ -89,6 +89,11 @@ class CapturedStep:
                 self._result = self._run()
         finally:
             torch.cuda.set_stream(stream)  # a capture that fails leaves the thread in its own
+        if isinstance(self.bucket.policy, Dynamic):
+            from kernels.gpu.decode import limits_of  # a CPU has no Triton
+
+            # The graph reads them where they lie.
+            self._limits = limits_of(self.bucket.policy, self._device)
         self._graph = graph
 
     def _run(self) -> Decoded:

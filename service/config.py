@@ -93,6 +93,9 @@ class ServiceConfig(BaseSettings):
         default=512, ge=1, description="prompt tokens of one sequence a step"
     )
     max_step_tokens: int = Field(default=1024, ge=1, description="tokens of all sequences a step")
+    cuda_graphs: bool = Field(
+        default=True, description="on a GPU, capture decode steps at the start and replay them"
+    )
     api_key: SecretStr | None = Field(
         default=None,
         min_length=1,

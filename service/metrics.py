@@ -18,6 +18,7 @@ FINISHED_REASONS = ("stop", "length", "abort", "error")
 LAYER_GROUPS = ("first", "middle", "last")
 SIGNS = ("over", "under")
 PHASES = ("score", "select", "attend")
+GRAPH_PHASES = ("capture", "replay")
 FALLBACKS = (
     ("short_context", "dense"),
     ("low_coverage", "dense"),
@@ -109,6 +110,18 @@ class Metrics:
             "attention_seconds", "A layer's attention by phase, in sampled steps.", _ATTENTION,
             "phase",
         )  # fmt: skip
+        self._backend = Gauge(
+            "saccade_attention_backend_info",
+            "The code that attention runs in; torch is slow.",
+            ["model_name", "backend"],
+            registry=self.registry,
+        )
+        self._graphs_replayed = self._counter(
+            "cuda_graph_replays", "Decode steps replayed as CUDA graphs."
+        ).labels(model_name)
+        self._graphs_failed = self._counter(
+            "cuda_graph_failures", "Sizes of decode steps that run without a graph.", "phase"
+        )
         # Zero until there is a prefix cache and a brownout; dashboards know the names already.
         self._counter("prefix_cache_queries", "Prompt tokens looked up.").labels(model_name)
         self._counter("prefix_cache_hits", "Prompt tokens found.").labels(model_name)
@@ -124,6 +137,8 @@ class Metrics:
                 self._audit_error.labels(model_name, layers, sign)
         for phase in PHASES:
             self._attention_seconds.labels(model_name, phase)
+        for phase in GRAPH_PHASES:
+            self._graphs_failed.labels(model_name, phase)
 
     def set_load(self, running: int, waiting: int, kv_usage: float) -> None:
         """State after a step; `kv_usage` is the share of KV pages in use, 0 to 1."""
@@ -178,6 +193,18 @@ class Metrics:
     def attention_seconds(self, phase: str, seconds: float) -> None:
         """One layer's share of a phase ("score", "select", "attend") in a sampled step."""
         self._attention_seconds.labels(self._model_name, phase).observe(seconds)
+
+    def attention_backend(self, backend: str) -> None:
+        """Which code attention runs in: "triton", "numba" or "torch"."""
+        self._backend.labels(self._model_name, backend).set(1)
+
+    def graphs_replayed(self, n: int) -> None:
+        """`n` more decode steps were replayed as CUDA graphs."""
+        self._graphs_replayed.inc(n)
+
+    def graphs_failed(self, phase: str, n: int) -> None:
+        """`n` more sizes of steps have no graph: "capture" failed, or a "replay" did."""
+        self._graphs_failed.labels(self._model_name, phase).inc(n)
 
     def fallback(self, reason: str, to: str, tokens: int) -> None:
         """`tokens` tokens were attended through `to` ("dense", "fixed") because of `reason`."""

@@ -12,6 +12,12 @@ from kernels.patterns import Pattern
 from kernels.policy import Dynamic
 from service.engine.types import SparsityParams
 
+CPU_DENSE_BELOW = 2048
+"""Tokens from which on dynamic attention is the faster, about: `saccade bench decode` tells."""
+GPU_DENSE_BELOW = 32_768
+"""The same on a GPU, by `tests/bench/decode.py`: for one sequence; fewer where several run
+together."""
+
 
 class SparsityConfig(BaseModel):
     """Where attention looks unless a request says otherwise; the fields of `sparsity` requests."""
@@ -51,8 +57,11 @@ class SparsityConfig(BaseModel):
         default="sinks:16+window:1024", max_length=256, description="keys of the fixed policy"
     )
     allow_brownout: bool = Field(default=True, description="for a later version; not used yet")
-    dense_below: int = Field(
-        default=2048, ge=0, description="context, in tokens, below which dense attention runs"
+    dense_below: int | None = Field(
+        default=None,
+        ge=0,
+        description="context, in tokens, below which dense attention runs; by default "
+        f"{GPU_DENSE_BELOW} on a GPU, {CPU_DENSE_BELOW} on a CPU",
     )
 
     @field_validator("pattern")
@@ -62,6 +71,12 @@ class SparsityConfig(BaseModel):
             return str(Pattern.parse(pattern))
         except PatternError as error:
             raise ValueError(str(error)) from None
+
+    def dense_below_on(self, device: str) -> int:
+        """Context below which dense attention runs, tokens; a device is "cpu", "cuda", "cuda:1"."""
+        if self.dense_below is not None:
+            return self.dense_below
+        return GPU_DENSE_BELOW if device.startswith("cuda") else CPU_DENSE_BELOW
 
     def resolve(self) -> SparsityParams:
         """These defaults as the engine takes them.

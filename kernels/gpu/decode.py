@@ -60,7 +60,7 @@ def look_over(
     scratch = Scratch.of(layout, query.device)
     prepare(query, cache, rows, policy.sinks, scale, layout, scratch)
     probe(
-        query, cache, rows, policy.sinks, scale, _limits(policy, query.device), layout, scratch,
+        query, cache, rows, policy.sinks, scale, limits_of(policy, query.device), layout, scratch,
         fewest=SAMPLE if policy.sampled else 0,
     )  # fmt: skip
     return layout, scratch
@@ -77,8 +77,8 @@ def attend(
 
 
 @lru_cache
-def _limits(policy: Dynamic, device: torch.device) -> Tensor:
-    """A policy as `probe` reads it."""
+def limits_of(policy: Dynamic, device: torch.device) -> Tensor:
+    """A policy as `probe` reads it; who captures a launch in a graph has to hold it."""
     numbers = [policy.coverage, policy.worth, float(policy.min_keys), float(policy.max_keys)]
     return torch.tensor([numbers], device=device)
 

@@ -119,7 +119,7 @@ def _probe(
         cached = base + tl.load(table + own, own < stop, 0)
         one = cached * (OCTETS * PAGE) + key * 8
         data = tl.where((octet // OCTETS == beside)[None], one[:, None], data)
-        sizes += (tl.load(scales + cached * PAGE + key),)
+        sizes += (tl.load(scales + cached * PAGE + key),)  # type: ignore[assignment]
     data += (octet % OCTETS // 8 * (PAGE * 8) + octet % 8)[None]
     data = tl.load(codes + tl.max_contiguous(tl.multiple_of(data, (1, 8)), (1, 8)))
     across = tl.arange(0, TOGETHER * WIDTH)
@@ -137,7 +137,7 @@ def _probe(
     tl.store(centres + (line * pages + own) * PADDED + head[None], centre, own < stop)
     centre = tl.broadcast_to(centre[:, None], (CHUNK, PROBE, columns))
     centre = tl.reshape(centre, (CHUNK * PROBE, columns))
-    size = tl.broadcast_to(sizes[0][:, None], (CHUNK * PROBE, columns))
+    size = tl.broadcast_to(sizes[0][:, None], (CHUNK * PROBE, columns))  # type: ignore[misc]
     for beside in tl.static_range(1, TOGETHER):
         size = tl.where((column // PADDED == beside)[None], sizes[beside][:, None], size)
     score = estimate(signed_sums(data, line_steps), size.to(tl.float32), line_factors, centre)

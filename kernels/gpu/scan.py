@@ -142,8 +142,8 @@ def _scan(
                 drawn = drawn.to(tl.int32, bitcast=True) & (2 * CERTAIN - 1)
                 drawn = tl.where(free, drawn, 0)
                 end += drawn
-                lengths_of += (drawn,)
-                ends += (end,)
+                lengths_of += (drawn,)  # type: ignore[assignment]
+                ends += (end,)  # type: ignore[assignment]
             # Columns of a page follow each other, and pages.
             total = tl.reshape(tl.trans(end), (TOGETHER * STRIDE,))
             begin = end_of_line + tl.cumsum(total, 0) - total

@@ -87,7 +87,7 @@ class _Bench:
     ) -> None:
         self.cell, self.device, self.dtype, self.shape = cell, device, dtype, shape
         self.options = options
-        self.impl = Impl.of(device, dtype)
+        self.impl = Impl.of(device, dtype, shape.head_dim, shape.heads // shape.kv_heads)
         self.scale = shape.head_dim**-0.5
         self.policy = Dynamic(coverage=1.0, min_keys=options.keys, max_keys=options.keys)
         self.pages = -(-cell.context // PAGE)

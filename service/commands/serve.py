@@ -18,7 +18,7 @@ import typer
 
 from service.commands.options import as_fields, with_config_options
 from service.config import BUNDLED_CHECKPOINT, load_config
-from service.engine.build import build_engine, check_config
+from service.engine.build import build_engine, check_config, device_name
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def _greeting(config: ServiceConfig) -> str:
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key is not None else ""
     path, body, about = _example(config)
+    dense_below = config.sparsity.dense_below_on(device_name(config.device))
     return f"""
 Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
 
@@ -184,7 +185,7 @@ Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
                  percentile over layers and heads
   keys_attended  keys read a step, mean over layers and heads
   fallbacks      tokens that did not follow the policy, by reason; short_context: fewer than
-                 {config.sparsity.dense_below} tokens, too few to leave any out
+                 {dense_below} tokens, where reading them all is the faster
 """
 
 

@@ -20,19 +20,26 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from service.engine.scheduler import Work
+    from service.engine.types import SparsityParams
 
 
 def policy_of(sequence: Sequence, mode: Mode) -> Dynamic | Fixed:
     """The kernel's policy for tokens of `sequence` in a sparse mode."""
     wanted = sequence.request.sparsity
     if mode is Mode.DYNAMIC:
-        return Dynamic(
-            coverage=wanted.coverage,
-            min_keys=wanted.min_keys,
-            max_keys=wanted.max_keys,
-            sampled=wanted.sampled,
-        )
-    return Fixed(Pattern.parse(wanted.pattern))
+        return dynamic_policy(wanted)
+    # A fallback is not judged: that takes the same kernels as the selection that failed.
+    return Fixed(Pattern.parse(wanted.pattern), judged=wanted.policy == "fixed")
+
+
+def dynamic_policy(wanted: SparsityParams) -> Dynamic:
+    """The kernel's policy for tokens that attend dynamically."""
+    return Dynamic(
+        coverage=wanted.coverage,
+        min_keys=wanted.min_keys,
+        max_keys=wanted.max_keys,
+        sampled=wanted.sampled,
+    )
 
 
 @dataclass(frozen=True, slots=True)

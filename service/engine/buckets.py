@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product, takewhile
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 from kernels.page import PAGE
-from kernels.policy import Dense
 from models.decode_step import Bucket
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kernels.policy import Dynamic
 
 FEWEST_PAGES = 32
@@ -29,12 +26,12 @@ def buckets(
 ) -> list[Bucket]:
     """A grid of rows and widths, for dense rows and for those of the service's own policy.
 
-    Sizes double, so that at most half of a step's rows are padding, and at most half of its
-    programs look for keys behind the last: that costs little beside reading weights and keys.
-    Twice as many sequences, or twice as long ones, are then one more size: 65 steps for 16
+    Sizes double, so that at most half of a step's rows are padding, which read nothing but weights
+    that are read anyway, and at most half of the programs over the longest row's keys find none.
+    Twice as many sequences, or twice as long ones, are then one more size: 50 steps for 16
     sequences of 131,072 tokens, in one memory pool that the largest fills. All are captured before
-    the service answers, for capturing one takes as long as several steps, and compiling one's
-    kernels, the first time, seconds.
+    the service answers: to capture one takes as long as several steps, and the first time to
+    compile its kernels, seconds.
 
     Args:
         dynamic: the policy of requests that name no numbers of their own; None where it cannot be
@@ -60,11 +57,8 @@ def buckets(
 
 def _doubling(first: int, last: int) -> list[tuple[int, int]]:
     """Sizes from `first` to `last`, each with the one before it."""
-    sizes = [*takewhile(lambda size: size < last, _doubled(first)), last]
-    return list(zip([0, *sizes], sizes, strict=False))
-
-
-def _doubled(size: int) -> Iterator[int]:
-    while True:
-        yield size
-        size *= 2
+    sizes = [0]
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return list(pairwise([*sizes, last]))

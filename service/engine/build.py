@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,14 @@ from kernels.cache import LayerCache, Rows
 from kernels.page import PAGE
 from kernels.policy import Dynamic
 from models.config import ModelConfig
+from models.graph import CapturedSteps
 from models.loader import load
 from models.tokenizer import Tokenizer
+from service.engine.batch import dynamic_policy
+from service.engine.buckets import buckets
 from service.engine.engine import Engine
 from service.engine.pages import PagePool
+from service.engine.replay import Replays
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits
 from service.engine.sequence import TAIL
@@ -23,7 +28,13 @@ from service.errors import ConfigError
 from service.metrics import Metrics
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from models.decoder import Decoder
     from service.config import ServiceConfig
+
+
+_log = logging.getLogger("saccade.engine")
 
 
 def check_config(config: ServiceConfig) -> int:
@@ -77,10 +88,20 @@ def build_engine(config: ServiceConfig) -> Engine:
             f"invalid configuration: kv_cache_gib {config.kv_cache_gib:g} is more memory than "
             f"{device} has to give; lower it"
         ) from None
-    warm_up(model, dtype, device)
+    warm_up(model, dtype, device, decoder.impl)
     metrics = Metrics(config.model_name)
+    metrics.attention_backend(decoder.impl)
+    if decoder.impl is Impl.TORCH:
+        _log.warning(
+            "no fast kernel takes %d heads of %d channels over %d KV heads in %s on %s: attention "
+            "runs in torch's operations, as exactly and more slowly",
+            *(model.heads, model.head_dim, model.kv_heads, dtype, device),
+        )
+    replays = None
+    if config.cuda_graphs and decoder.impl is Impl.TRITON:
+        replays = capture(config, decoder, caches, max_model_len, metrics)
     return Engine(
-        Runner(decoder, caches, model.heads, model.windows, metrics),
+        Runner(decoder, caches, model.heads, model.windows, metrics, replays=replays),
         model,
         Tokenizer.from_folder(config.model),
         metrics,
@@ -93,18 +114,39 @@ def build_engine(config: ServiceConfig) -> Engine:
         ),
         model_name=config.model_name,
         max_model_len=max_model_len,
-        dense_below=config.sparsity.dense_below,
+        dense_below=config.sparsity.dense_below_on(device.type),
     )
 
 
-def warm_up(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+def capture(
+    config: ServiceConfig,
+    decoder: Decoder,
+    caches: Sequence[LayerCache],
+    max_model_len: int,
+    metrics: Metrics,
+) -> Replays:
+    """Capture the decode steps that the service will mostly run, as far as that goes."""
+    sparsity, kv, model = config.sparsity.resolve(), caches[0].kv, decoder.config
+    wanted = buckets(
+        dynamic_policy(sparsity) if sparsity.sampled else None,
+        sparsity.dense_layers,
+        max_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        cache_pages=kv.shape[1],
+        dense_below=config.sparsity.dense_below_on(kv.device.type),
+    )
+    steps = CapturedSteps(decoder, caches, wanted)
+    metrics.graphs_failed("capture", steps.failed)
+    return Replays(steps, kv.device, model.heads, model.windows, metrics)
+
+
+def warm_up(model: ModelConfig, dtype: torch.dtype, device: torch.device, impl: Impl) -> None:
     """Select and attend once: most of what is compiled at its first use no request waits for.
 
     Triton's launches go to the thread's current device, which is this one from here on.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    impl = Impl.of(device, dtype)
     cache = LayerCache.allocate(4, model.kv_heads, model.head_dim, dtype, device)
     pages = torch.arange(4, device=device)
     cache.code(pages)

@@ -219,7 +219,8 @@ class Engine:
                     self._flush()
         except Exception as error:  # noqa: BLE001  the loop must not die in silence
             _log.exception("the step loop failed")
-            self._failure = f"the step loop failed: {type(error).__name__}"
+            told = str(error) if isinstance(error, EngineDeadError) else type(error).__name__
+            self._failure = f"the step loop failed: {told}"
         finally:
             self._close()
 
@@ -272,6 +273,7 @@ class Engine:
             try:
                 self._advance(outcome, looked)
             except Exception as error:  # noqa: BLE001  one request's trouble stays its own
+                self._runner.check_device(error)
                 _log.error("request %s failed", sequence.request.id, exc_info=error)
                 self._finish(sequence, "", Ending("error"), error="sampling failed on this request")
         if looked:
@@ -284,7 +286,7 @@ class Engine:
         """
         item, sequence = outcome.work, outcome.work.sequence
         request, progress = sequence.request, self._progress[sequence]
-        if outcome.error is not None or outcome.hidden is None:
+        if outcome.error is not None:
             self._finish(sequence, "", Ending("error"), error=outcome.error)
             return
 
@@ -312,11 +314,10 @@ class Engine:
             for choice in request.sequences:
                 self._finish(choice, "", Ending("length"))
             return
-        self._sample(sequence, progress, outcome.hidden[-1:])
+        self._sample(sequence, progress, self._runner.next_logits(outcome))
 
-    def _sample(self, sequence: Sequence, progress: _Progress, hidden: torch.Tensor) -> None:
+    def _sample(self, sequence: Sequence, progress: _Progress, logits: torch.Tensor) -> None:
         params = sequence.request.sampling
-        logits = self._runner.logits(hidden)[0]  # [vocab]
         token = progress.sampler.sample(logits, sequence.generated)
         sequence.tokens.append(token)
         time_token(self.metrics, sequence)

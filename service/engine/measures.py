@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from service.engine.sequence import State
 
 if TYPE_CHECKING:
@@ -36,12 +38,12 @@ def observe(metrics: Metrics, looked: Seq[Looked]) -> None:
             sum(float(entry.keys[part].sum()) for entry in looked) / rows,
         )
         errors = [
-            float((entry.coverage[part] - entry.exact[part]).mean(-1).sum())
+            (entry.coverage[part] - entry.exact[part]).mean(-1).ravel()
             for entry in looked
             if entry.exact is not None
         ]
         if errors:
-            metrics.audited(name, sum(errors) / rows)
+            metrics.audited(name, float(np.concatenate(errors).mean()))
 
 
 def time_token(metrics: Metrics, sequence: Sequence) -> None:

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 
 from kernels.page import PAGE
-from kernels.policy import Dense, Dynamic
+from kernels.policy import Dense
 from models.decode_step import COLUMNS, DecodeStep
 from service.engine import looked
-from service.engine.batch import policy_of
+from service.engine.batch import dynamic_policy
 from service.engine.runner import Outcome
 from service.engine.sequence import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from kernels.policy import Dynamic
     from models.decode_step import Bucket
     from models.graph import CapturedStep, CapturedSteps
     from service.engine.scheduler import Work
@@ -122,11 +123,11 @@ class Replays:
 def _way(item: Work) -> tuple[Dense | Dynamic, int] | None:
     """How a decode row attends, and its dense layers; None for other work and fixed patterns."""
     sequence = item.sequence
-    mode = sequence.mode(item.start) if item.count == 1 and item.samples else Mode.FIXED
+    mode = sequence.mode(item.start) if item.count == 1 and item.samples else None
     if mode is Mode.DENSE:
         return Dense(), 0
-    policy = policy_of(sequence, mode) if mode is Mode.DYNAMIC else None
-    return (policy, sequence.request.sparsity.dense_layers) if isinstance(policy, Dynamic) else None
+    sparsity = sequence.request.sparsity
+    return (dynamic_policy(sparsity), sparsity.dense_layers) if mode is Mode.DYNAMIC else None
 
 
 class _Input:
@@ -137,6 +138,7 @@ class _Input:
         self._step = DecodeStep.padding(bucket, pinned=device.type == "cuda")
         columns = self._step.packed[: COLUMNS * bucket.batch]
         self._columns = columns.view(COLUMNS, bucket.batch).numpy()
+        self._padding = self._columns[:, :1].copy()
         self._tables = self._step.rows.block_tables.numpy()
         # Of each row: the sequence's list of pages, and how many of them its table has.
         self._known: list[tuple[list[int], int]] = [([], 0)] * bucket.batch
@@ -146,7 +148,7 @@ class _Input:
         rows = []
         for row, item in enumerate(work):
             pages, position = item.sequence.pages, item.start
-            self._put(row, pages)
+            self._put(row, pages, -(-item.stop // PAGE))
             slot = pages[position // PAGE] * PAGE + position % PAGE
             rows.append((item.sequence.tokens[position], position, slot, position + 1, 0))
         count = len(rows)
@@ -154,11 +156,11 @@ class _Input:
         self._columns[:, count:] = self._padding
         return self._step
 
-    def _put(self, row: int, pages: list[int]) -> None:
-        """Write a sequence's pages into a row's table."""
+    def _put(self, row: int, pages: list[int], end: int) -> None:
+        """Write a sequence's first pages into a row's table: those that it does not have yet."""
         known, count = self._known[row]
-        if known is not pages:
+        if known is not pages:  # a list grows, and is never changed otherwise
             self._tables[row] = 0
             count = 0
-        self._tables[row, count : len(pages)] = pages[count:]
-        self._known[row] = (pages, len(pages))
+        self._tables[row, count:end] = pages[count:end]
+        self._known[row] = (pages, max(count, end))

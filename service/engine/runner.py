@@ -15,9 +15,10 @@ import torch
 
 from kernels.timing import Phases
 from models.attention import Recorder
+from service.engine import looked
 from service.engine.batch import build_step
+from service.engine.device import check_alive
 from service.engine.sequence import Fallback, Mode
-from service.engine.tally import Looked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
     from kernels.cache import LayerCache
     from models.step import StepInput
+    from service.engine.replay import Replays
     from service.engine.scheduler import Work
+    from service.engine.tally import Looked
     from service.metrics import Metrics
 
 AUDIT_EVERY = 256
@@ -53,13 +56,27 @@ class Outcome:
     """What became of one piece of work."""
 
     work: Work
-    hidden: Tensor | None  # [count, hidden] behind the final norm; None when it failed
+    # [count, hidden] behind the final norm; None when it failed, or when a graph was replayed.
+    hidden: Tensor | None
     looked: Looked | None
     error: str | None = None
+    # Of a replayed row, on the host.
+    logits: Tensor | None = None  # float32 [vocab]
+    finite: bool | None = None  # whether the hidden state is
 
 
 class Runner:
-    """Executes work on one model and its caches; used by the engine's thread alone."""
+    """Executes work on one model and its caches; used by the engine's thread alone.
+
+    Args:
+        model: the model.
+        caches: one a layer.
+        heads: query heads of a layer.
+        windows: of each layer.
+        metrics: where it reports.
+        audit_every: of so many steps with sparse rows one is audited.
+        replays: decode steps that need not be launched one by one; None for none.
+    """
 
     def __init__(
         self,
@@ -69,6 +86,7 @@ class Runner:
         windows: Seq[int | None],
         metrics: Metrics,
         audit_every: int = AUDIT_EVERY,
+        replays: Replays | None = None,
     ) -> None:
         self._model = model
         self._caches = caches
@@ -76,6 +94,7 @@ class Runner:
         self._windows = windows
         self._metrics = metrics
         self._audit_every = audit_every
+        self._replays = replays
         self._device = caches[0].kv.device
         self._sparse_steps = 0
         self._audit: bool | None = None  # whether this step is audited; None for every so many
@@ -105,9 +124,18 @@ class Runner:
             return self._judged(work)
         except Exception as error:  # noqa: BLE001  the boundary that keeps one request's
             # failure from the others: whatever the model raises, find whose it is.
+            self.check_device(error)
             if len(work) > 1:
                 return [outcome for item in work for outcome in self._run([item])]
             return [self._rescue(work[0], error)]
+
+    def check_device(self, error: Exception) -> None:
+        """After `error`: whether the device still answers, so that the failure is a request's own.
+
+        Raises:
+            EngineDeadError: it does not.
+        """
+        check_alive(self._device, error)
 
     def copy_pages(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy (source, target) pages in every layer."""
@@ -118,6 +146,13 @@ class Runner:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] of `hidden` [rows, hidden]."""
         return self._model.logits(hidden)
+
+    def next_logits(self, outcome: Outcome) -> Tensor:
+        """Logits [vocab] of the token behind the last of `outcome`, which has not failed."""
+        if outcome.logits is not None:
+            return outcome.logits
+        assert outcome.hidden is not None
+        return self._model.logits(outcome.hidden[-1:])[0]
 
     def _judged(self, work: Seq[Work]) -> list[Outcome]:
         outcomes = self._forward(work)
@@ -143,6 +178,7 @@ class Runner:
             try:
                 return _finite(self._forward([item]))[0]
             except Exception as second:  # noqa: BLE001  the request's own boundary, as above
+                self.check_device(second)
                 failure = second
         _log.error("request %s failed", item.sequence.request.id, exc_info=failure)
         return Outcome(item, None, None, f"the model failed on this request: {_name(failure)}")
@@ -163,19 +199,24 @@ class Runner:
     def _forward(self, work: Seq[Work]) -> list[Outcome]:
         if self._device.type == "cuda":  # of this thread: where Triton launches
             torch.cuda.set_device(self._device)
-        step = build_step(work, self._device)
-        self._sparse_steps += bool(step.sparse)
+        sparse = any(_is_sparse(item) for item in work)
+        self._sparse_steps += sparse
         due = (self._sparse_steps - 1) % self._audit_every == 0
-        audit = bool(step.sparse) and (due if self._audit is None else self._audit)
+        audit = sparse and (due if self._audit is None else self._audit)
+        replayed = None if audit or self._replays is None else self._replays.run(work)
+        return self._eager(work, audit=audit) if replayed is None else replayed
+
+    def _eager(self, work: Seq[Work], *, audit: bool) -> list[Outcome]:
+        step = build_step(work, self._device)
         recorder = Recorder(Phases(on=audit))
         hidden = self._model(step, self._caches, recorder)  # [tokens, hidden]
         for phase, seconds in recorder.phases.seconds.items():
             self._metrics.attention_seconds(phase, seconds / len(self._caches))
-        looked = _looked(step, recorder, self._windows, self._heads)
+        seen = looked.of_step(step, recorder, self._windows, self._heads)
         outcomes, first = [], 0
         for item in work:
             part = slice(first, first + item.count)
-            outcomes.append(Outcome(item, hidden[part], looked.cut(part)))
+            outcomes.append(Outcome(item, hidden[part], seen.cut(part)))
             first += item.count
         return outcomes
 
@@ -184,6 +225,13 @@ def hold(item: Work, reason: Fallback) -> None:
     """Send the item's undecided tokens, and `HOLD` more, to the fallback for `reason`."""
     item.sequence.hold_reason = reason
     item.sequence.hold_until = item.stop + HOLD
+
+
+def _is_sparse(item: Work) -> bool:
+    """Whether some of the item's tokens attend to selected keys."""
+    sequence = item.sequence
+    first = max(item.start, sequence.request.tail_start)
+    return any(sequence.mode(at) is not Mode.DENSE for at in range(first, item.stop))
 
 
 def _held_by_error(item: Work) -> bool:
@@ -219,36 +267,6 @@ def decide(item: Work, note: Callable[[Fallback, Mode], None]) -> int:
     return max(0, min(first, item.stop) - item.start)
 
 
-def _looked(step: StepInput, recorder: Recorder, windows: Seq[int | None], heads: int) -> Looked:
-    """What every token looked at; a token that attends densely sees all that its layer lets it."""
-    positions = step.positions.cpu()
-    visible = torch.stack(
-        [(positions + 1).clamp(max=window or 2**62) for window in windows]
-    )  # [layers, tokens]
-    layers, tokens = visible.shape
-    keys = visible.double()
-    density = torch.ones(layers, tokens, dtype=torch.float64)
-    coverage = torch.ones(layers, tokens, heads, dtype=torch.float64)
-    exact = torch.ones_like(coverage) if recorder.audit else None
-    if recorder.entries:
-        # All layers in one piece: a GPU's answer to each transfer takes as long as many rows.
-        entries = recorder.entries
-        rows = torch.tensor([entry.tokens.shape[0] for entry in entries])
-        layer = torch.tensor([entry.layer for entry in entries]).repeat_interleave(rows)
-        place = torch.cat([entry.tokens for entry in entries]).cpu()  # [rows of all layers]
-        attended = torch.cat([entry.keys for entry in entries]).cpu().double().mean(-1)
-        keys[layer, place] = attended
-        seen = torch.cat([entry.visible for entry in entries]).cpu().double()
-        density[layer, place] = attended / seen
-        estimates = torch.cat([entry.coverage for entry in entries]).cpu()
-        coverage[layer, place] = estimates.double()
-        known = [e.true_coverage for e in entries if e.true_coverage is not None]
-        if exact is not None and known:
-            exact[layer, place] = torch.cat(known).cpu().double()  # audits are of whole steps
-    audited = None if exact is None else exact.numpy()
-    return Looked(density.numpy(), keys.numpy(), coverage.numpy(), audited)
-
-
 def _finite(outcomes: Seq[Outcome]) -> list[Outcome]:
     """The outcomes, with an error in the place of those that cannot be sampled from."""
     ends = [one.hidden[-1] for one in outcomes if one.work.samples and one.hidden is not None]
@@ -256,17 +274,20 @@ def _finite(outcomes: Seq[Outcome]) -> list[Outcome]:
     sound = iter(torch.isfinite(torch.stack(ends)).all(-1).tolist() if ends else ())
     checked = []
     for outcome in outcomes:
-        looked = outcome.looked
-        assert looked is not None
-        if outcome.work.samples and not next(sound):
+        seen = outcome.looked
+        assert seen is not None
+        finite = outcome.finite
+        if outcome.work.samples and not (next(sound) if finite is None else finite):
             error = "the model's output for this is not finite"
             checked.append(Outcome(outcome.work, None, None, error))
             continue
-        # A fixed pattern's coverage is informative only: where its scores overflow, nothing is
-        # known to be covered.
-        if not np.isfinite(looked.coverage).all():
-            looked = replace(looked, coverage=np.nan_to_num(looked.coverage, nan=0.0))
-        checked.append(Outcome(outcome.work, outcome.hidden, looked))
+        # A fixed pattern's coverage is informative only: where it is not judged or its scores
+        # overflow, nothing is known to be covered, and an audit has nothing to compare.
+        exact = np.zeros(0) if seen.exact is None else seen.exact
+        if not (np.isfinite(seen.coverage).all() and np.isfinite(exact).all()):
+            known = np.nan_to_num(seen.coverage, nan=0.0, posinf=0.0)
+            seen = replace(seen, coverage=known, exact=None)
+        checked.append(replace(outcome, looked=seen))
     return checked
 
 

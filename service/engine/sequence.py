@@ -77,7 +77,8 @@ class Sequence:
     index: int  # number of the choice
     tokens: list[int]  # prompt and generated tokens
     state: State = State.WAITING
-    pages: list[int] = field(default_factory=list)  # physical, in order; the scheduler's to change
+    # Physical, in order; the scheduler's to change: a list grows, or another takes its place.
+    pages: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose keys are cached
     decided: int = 0  # positions before it keep the mode they first ran with, also when recomputed
     fallbacks: dict[int, Fallback] = field(default_factory=dict)  # by position, once decided

@@ -75,7 +75,9 @@ class Evaluation:
             "seed": self.seed,
             "questions": self.questions,
             "text": None if text_dir is None else text_dir.name,
-            "sparsity": sparsity.model_dump(),
+            # Questions attend under their policy at any context: noted is the same number whatever
+            # the device, so that an evaluation goes on on another.
+            "sparsity": sparsity.model_dump() | {"dense_below": sparsity.dense_below_on("cpu")},
             "majority": {"margin": MARGIN, "votes": VOTES, "tokens_a_vote": TOKENS_A_VOTE},
         }
 

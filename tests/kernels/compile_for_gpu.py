@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kernels import dynamic, judge
-from kernels.attention import Impl, selected_attention
+from kernels.attention import MOST_HEADS, Impl, selected_attention
 from kernels.cache import LayerCache, Rows
 from kernels.gpu import overlap
 from kernels.gpu.decode import attend
@@ -39,6 +39,8 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
+SHARED = 227 << 10
+"""Bytes of shared memory that a program of an H100 may have."""
 done: set[tuple[object, ...]] = set()
 
 
@@ -59,8 +61,15 @@ def compile_only(kernel, *args, grid, warmup, **named):
     if key in done:
         return
     done.add(key)
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    # Memory is aligned, as what torch allocates is: fewer bytes then pass through shared memory.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, value in enumerate(values.values())
+        if isinstance(value, torch.Tensor)
+    }
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= SHARED, (key, compiled.metadata.shared)
     print(kernel.fn.__name__)
 
 
@@ -102,6 +111,9 @@ if __name__ == "__main__":
     run(2, 2, 128, torch.bfloat16, 1)
     run(1, 7, 96, torch.float16, 3)
     run(1, 1, 64, torch.float32, 1)
+    # The least and the most that `Impl.of` says they take.
+    run(1, 1, 16, torch.float16, 1)
+    run(1, MOST_HEADS, 256, torch.bfloat16, 1)
     layer(8, 4, 128, torch.bfloat16, normed=False)
     layer(2, 16, 256, torch.float16, normed=True)
     layer(3, 1, 80, torch.float32, normed=True)

@@ -198,3 +198,24 @@ def test_dense_decode_is_a_masked_softmax_over_what_is_seen(paged, impl, kv_head
     output, lse = dense_decode(query, case.cache, rows, 0.2, impl)
     assert_as_exact(output, in_low_precision(query, keys, values, mask, 0.2), exact)
     torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "group", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, 4, Impl.TRITON),
+        ("cuda:1", torch.float16, 16, 1, Impl.TRITON),
+        ("cuda", torch.float32, 256, 32, Impl.TRITON),
+        ("cuda", torch.float64, 128, 4, Impl.TORCH),
+        ("cuda", torch.bfloat16, 14, 4, Impl.TORCH),
+        ("cuda", torch.bfloat16, 130, 4, Impl.TORCH),
+        ("cuda", torch.bfloat16, 192, 4, Impl.TORCH),
+        ("cuda", torch.bfloat16, 194, 4, Impl.TRITON),
+        ("cuda", torch.bfloat16, 258, 4, Impl.TORCH),
+        ("cuda", torch.bfloat16, 128, 33, Impl.TORCH),
+        ("cpu", torch.bfloat16, 192, 40, Impl.NUMBA),
+        ("cpu", torch.float16, 128, 4, Impl.TORCH),
+    ],
+)
+def test_a_backend_is_one_that_takes_the_shape(device, dtype, head_dim, group, expected):
+    assert Impl.of(torch.device(device), dtype, head_dim, group) is expected

@@ -218,10 +218,10 @@ def test_a_key_that_is_not_finite_shows_though_it_is_not_read(paged, impl, lengt
 
 
 @IMPLS
-@pytest.mark.parametrize("gain", [12, 16, 20])
+@pytest.mark.parametrize("gain", [12, 16, 20, 1e20])
 @pytest.mark.parametrize("position", [1000, 1003])
 def test_a_peak_that_was_not_probed_is_read(paged, impl, gain, position):
-    """It may be as many times the mass of the probed keys as float32 cannot hold."""
+    """It may be as many times the mass of the probed keys as float32 cannot hold; so its code."""
     case = paged([8192], 1, 128)
     query = case.query(2)
     slots = case.rows.slots(torch.tensor([[position]]))[0]

@@ -21,6 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 HEADS = [(1, 1, 64), (2, 1, 80), (1, 7, 96), (3, 4, 128), (1, 16, 256), (2, 3, 16)]
 """KV heads, group, head dimension."""
+EPS = torch.finfo(torch.float32).eps
+"""Of what the kernels add up in."""
 PAGES = 5
 SLOTS = [2 * PAGE + 63, -1, 17, 4 * PAGE + 63, 3 * PAGE]
 """Two rows that complete a page, one of padding, and one that begins a page."""
@@ -41,8 +43,13 @@ def assert_near(actual, expected, dtype, ulps=4):
     """Equal but for few values that a sum in another order rounds the other way."""
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     torch.testing.assert_close(actual, expected, rtol=ulps * eps, atol=tiny)
+    assert_mostly_equal(actual, expected, dtype)
+
+
+def assert_mostly_equal(actual, expected, dtype):
+    """Of values that are rounded in the same places one, and a hundredth, may go the other way."""
     if dtype != torch.float32:
-        assert (actual != expected).float().mean() < 0.01
+        assert int((actual != expected).sum()) <= 1 + actual.numel() // 100
 
 
 def norm_of(size, dtype, seed=5):
@@ -86,18 +93,54 @@ PRODUCTS = [(1, 256, 40), (3, 100, 17), (MOST, 1040, 5), (2, 6, 16), (MOST + 1, 
 """Rows, inputs, outputs."""
 
 
+def product(x, weight, bias):
+    """A product in float64, and how far from it one may be that float32 adds up.
+
+    Each partial sum loses an eps of itself at the most. There are as many as channels, and with
+    random signs all are far smaller than the sum of the magnitudes: what they lose together is
+    about half an eps of that sum one after the other, and less in any other order.
+    """
+    bias = torch.zeros(len(weight), device=x.device) if bias is None else bias
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    magnitudes = F.linear(x.abs(), weight.abs(), bias.abs())
+    return F.linear(x, weight, bias), 2 * EPS * magnitudes
+
+
+def rounding(exact, dtype):
+    """Half a unit in the last place; of the smallest numbers, too."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * exact.abs() + info.eps * info.tiny
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), PRODUCTS)
 def test_products_are_those_of_torch(rows, inputs, outputs, biased, dtype):
     x, weight = noise(rows, inputs, dtype=dtype), noise(2 * outputs, inputs, seed=1, dtype=dtype)
     bias = noise(2 * outputs, seed=2, dtype=dtype) if biased else None
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    # A product's error grows with what it sums; behind it everything is rounded as torch does.
-    error = 8 * torch.finfo(dtype).eps * (1 + inputs**0.5)
-    torch.testing.assert_close(linear(x, weight, bias).double(), exact, atol=error, rtol=0)
-    gate, up = linear(x, weight, bias).chunk(2, dim=-1)
+    exact, error = product(x, weight, bias)
+    error = error + rounding(exact, dtype)
+    ours = linear(x, weight, bias)
+    assert_within(ours, exact, error)
+
+    # The errors of both halves, through silu, whose slope is below 1.1, and the product.
+    (gate, up), (gate_error, up_error) = exact.chunk(2, dim=-1), error.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    # A fast exponential is off by some units in the last place, the more the larger its argument.
+    exponential = EPS * (4 + gate.abs()) * silu.abs()
+    silu_error = 1.1 * gate_error + exponential + rounding(silu, dtype)
+    whole = (
+        silu_error * up.abs() + (silu.abs() + silu_error) * up_error + rounding(silu * up, dtype)
+    )
     gated = gated_linear(x, weight, bias)
-    assert_near(gated, F.silu(gate) * up, dtype, ulps=64)
+    assert_within(gated, silu * up, whole)
+    # Its own sums are those of `linear`, and rounded before anything is done with them.
+    gate, up = ours.chunk(2, dim=-1)
+    assert_mostly_equal(gated, F.silu(gate) * up, dtype)
+
+
+def assert_within(actual, exact, error):
+    off = (actual.double() - exact).abs() / error
+    assert float(off.max()) <= 1
 
 
 def test_a_row_gives_the_same_in_any_company(dtype):

@@ -182,7 +182,7 @@ def test_a_dynamic_step_that_reads_every_key_is_a_dense_one(dense_layers):
     decoded = steps.find(len(LENGTHS), PAGES, policy, dense_layers).replay(step)
     rows = slice(len(LENGTHS))
     close(decoded.hidden[rows], expected, torch.float32)
-    visible = (sequences.lengths + 1).int()
+    visible = (sequences.lengths + 1).float()
     assert torch.equal(
         decoded.keys[:, rows], visible[None, :, None].expand(BASE.layers, -1, BASE.kv_heads)
     )

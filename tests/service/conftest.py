@@ -19,14 +19,17 @@ import uvicorn
 import yaml
 from safetensors.torch import save_file
 
+from kernels.attention import Impl
 from kernels.cache import LayerCache
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.graph import CapturedSteps
 from service.api.app import create_app
 from service.config import ServiceConfig
 from service.engine.build import build_engine
 from service.engine.engine import Engine
 from service.engine.pages import PagePool
+from service.engine.replay import Replays
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits
 from service.metrics import Metrics
@@ -195,15 +198,23 @@ def harness():
         config=None,
         wrap=lambda model: model,
         max_model_len=4096,
+        captured=(),
+        impl=Impl.TORCH,
+        device="cpu",
     ):
         config = config or tiny_config()
-        decoder = make_decoder(dtype, seed, config)
+        decoder = make_decoder(dtype, seed, config, impl, device)
         caches = [
-            LayerCache.allocate(pages, config.kv_heads, config.head_dim, dtype, "cpu")
+            LayerCache.allocate(pages, config.kv_heads, config.head_dim, dtype, device)
             for _ in range(config.layers)
         ]
         metrics = Metrics("tiny")
-        runner = Runner(wrap(decoder), caches, config.heads, config.windows, metrics)
+        shape = config.heads, config.windows
+        replays = None
+        if captured:
+            steps = CapturedSteps(decoder, caches, captured)
+            replays = Replays(steps, torch.device(device), *shape, metrics)
+        runner = Runner(wrap(decoder), caches, *shape, metrics, replays=replays)
         engine = Engine(
             runner,
             config,

@@ -123,6 +123,15 @@ def test_what_this_machine_lacks_is_one_sentence(monkeypatch, checkpoint, port, 
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda:1", 32_768)])
+def test_the_greeting_says_what_a_short_context_is_on_the_device(device, tokens):
+    assert f"fewer than\n                 {tokens} tokens" in serve._greeting(
+        ServiceConfig(device=device)
+    )
+    given = ServiceConfig(device=device, sparsity={"dense_below": 77})
+    assert " 77 tokens" in serve._greeting(given)
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_standalone_serves_until_a_signal_and_exits_with_0(checkpoint, tiny_file, port, end):
     process = saccade(

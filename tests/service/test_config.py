@@ -7,6 +7,7 @@ import pytest
 
 from service.config import BUNDLED_CHECKPOINT, ServiceConfig, load_config
 from service.errors import ConfigError
+from service.sparsity import CPU_DENSE_BELOW, GPU_DENSE_BELOW
 
 
 def write(path, text):
@@ -127,3 +128,17 @@ def test_a_replica_gets_the_configuration_as_it_was(monkeypatch):
 
 def test_auto_is_resolved():
     assert load_config({"sparsity": {"policy": "auto"}}).sparsity.resolve().policy == "dynamic"
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [
+        ({}, "cpu", CPU_DENSE_BELOW),
+        ({}, "cuda", GPU_DENSE_BELOW),
+        ({}, "cuda:1", GPU_DENSE_BELOW),
+        ({"dense_below": 0}, "cuda", 0),
+        ({"dense_below": 500}, "cpu", 500),
+    ],
+)
+def test_short_contexts_are_dense_by_the_device_unless_a_number_is_given(given, device, expected):
+    assert load_config({"sparsity": given}).sparsity.dense_below_on(device) == expected

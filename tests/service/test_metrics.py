@@ -28,6 +28,8 @@ NAMES = [
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
     "brownout_level",
+    "cuda_graph_replays_total",
+    "cuda_graph_failures_total",
 ]
 
 
@@ -74,9 +76,11 @@ def test_what_the_engine_reports_is_what_a_scrape_shows():
     metrics.fallback("low_coverage", "dense", 4)
     metrics.audited("middle", -0.015)
     metrics.attention_seconds("score", 3e-4)
+    metrics.attention_backend("torch")
     found = samples(metrics)
     assert found[("num_requests_running",)] == 3
     assert found[("num_requests_waiting",)] == 2
+    assert found[("attention_backend_info", ("backend", "torch"))] == 1
     assert found[("kv_cache_usage_perc",)] == 0.25
     assert found[("num_preemptions_total",)] == 2
     assert found[("prompt_tokens_total",)] == 100

@@ -8,6 +8,7 @@ import itertools
 import tokenizers
 import torch
 
+from kernels.attention import Impl
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.generation import GenerationDefaults
@@ -55,9 +56,9 @@ def tiny_config(**changes):
     return ModelConfig(**(fields | changes))
 
 
-def make_decoder(dtype=torch.float64, seed=0, config=None):
+def make_decoder(dtype=torch.float64, seed=0, config=None, impl=Impl.TORCH, device="cpu"):
     config = config or tiny_config()
-    decoder = Decoder(config, dtype, "cpu")
+    decoder = Decoder(config, dtype, device, impl)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in decoder.named_parameters():
         if name.endswith("norm.weight"):

@@ -58,6 +58,10 @@ def test_the_results_can_be_gone_on_from_elsewhere_and_keep_their_origin(quality
     evaluation = Evaluation(quality.MODEL, torch.device("cpu"), quality.QUESTIONS, quality.SEED)
     texts = Path(before["settings"]["text"])
     settings = evaluation.settings(quality.MODEL.name, texts, SparsityConfig())
+    # Whatever the device: what it would be dense below plays no part.
+    gpu = replace(evaluation, device=torch.device("cuda"))
+    assert gpu.settings(quality.MODEL.name, texts, SparsityConfig()) == settings
+    assert settings["sparsity"]["dense_below"] == 2048
     results = Results.start(copy, "another command", settings, "abcdef0", "Abacus")
     old = results.records[0]
     results.add([replace(old, policy="dynamic:k=77", loss=None)])
