@@ -66,6 +66,8 @@ def build_engine(config: ServiceConfig) -> Engine:
     """
     wanted_len = check_config(config)
     device = torch.device(device_name(config.device))
+    if device.type == "cuda" and device.index is None:  # torch wants a number in some places
+        device = torch.device("cuda", 0)
     decoder, model = load(config.model, config.dtype, device, config.load_format)
     dtype = decoder.model.embed_tokens.weight.dtype
     page_bytes = model.layers * LayerCache.bytes_per_page(model.kv_heads, model.head_dim, dtype)
