@@ -109,7 +109,7 @@ def _scan(
     end_of_line = ((segment * STEP + kv_head.to(tl.int32) * TURN) >> DROPPED) & (CERTAIN - 1)
     by_head = tl.zeros((TOGETHER, PADDED), tl.float32)
     for pair in range(low, high, 2 * TOGETHER):
-        # Twice: Triton then keeps the steps where the product wants them.
+        # Twice, since Triton brings the steps into the order of the products once a turn.
         for half in tl.static_range(2):
             page = pair + half * TOGETHER
             cached = tl.load(table + tl.minimum(page + octet // OCTETS, high - 1))
