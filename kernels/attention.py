@@ -93,7 +93,7 @@ def selected_attention(
     Raises:
         KernelError: when the shapes or dtypes do not fit together.
     """
-    _check(query, cache, impl)
+    check_query(query, cache, impl)
     expected = (query.shape[0], cache.kv_heads)
     if tuple(selection.counts.shape) != expected or rows.lengths.shape[0] != query.shape[0]:
         raise KernelError(
@@ -134,7 +134,7 @@ def dense_decode(
     Raises:
         KernelError: when the shapes or dtypes do not fit together.
     """
-    _check(query, cache, impl)
+    check_query(query, cache, impl)
     if impl is Impl.REFERENCE:
         output, lse = reference.dense_decode(query, cache, rows, scale)
         return output.to(query.dtype), lse.to(torch_backend.wide(query.dtype))
@@ -169,7 +169,7 @@ def dense_attention(
     Raises:
         KernelError: when the shapes or dtypes do not fit together.
     """
-    _check(query, cache, impl)
+    check_query(query, cache, impl)
     if query.shape[0] != segment.tokens:
         raise KernelError(f"the segment has {segment.tokens} tokens, the query {query.shape[0]}")
     if impl is Impl.REFERENCE:
@@ -177,7 +177,12 @@ def dense_attention(
     return torch_backend.dense_attention(query, cache, segment, scale, window)
 
 
-def _check(query: Tensor, cache: LayerCache, impl: Impl) -> None:
+def check_query(query: Tensor, cache: LayerCache, impl: Impl) -> None:
+    """Whether a query fits the cache and the backend.
+
+    Raises:
+        KernelError: naming what does not fit.
+    """
     if query.dim() != 3 or query.shape[2] != cache.head_dim or query.shape[1] % cache.kv_heads:
         raise KernelError(
             f"the query must be [rows, a multiple of {cache.kv_heads} heads, {cache.head_dim}], "

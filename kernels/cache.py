@@ -1,4 +1,4 @@
-"""One layer's paged KV cache and the codes of its keys."""
+"""One layer's paged KV cache, the codes of its keys, and what stands for a whole page."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class LayerCache:
     key_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
     codes: Tensor  # int64 [kv_heads, pages, words, 64]  signs of the keys' rotated rest
     scale: Tensor  # bfloat16 [kv_heads, pages, 64]  of the keys' codes
+    value_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
+    spread: Tensor  # float32 [kv_heads, pages]  variance of a page's keys, mean over channels
 
     @staticmethod
     def allocate(
@@ -42,13 +44,15 @@ class LayerCache:
                 kv_heads, pages, words(head_dim), PAGE, dtype=torch.int64, device=device
             ),
             scale=torch.zeros(kv_heads, pages, PAGE, dtype=torch.bfloat16, device=device),
+            value_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
+            spread=torch.zeros(kv_heads, pages, device=device),
         )
 
     @staticmethod
     def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes that one page takes in one layer, its codes included."""
-        numbers = (2 * PAGE + 1) * head_dim  # keys and values, and the keys' mean
-        return kv_heads * (numbers * dtype.itemsize + PAGE * (8 * words(head_dim) + 2))
+        """Bytes that one page takes in one layer, its codes and means included."""
+        numbers = 2 * (PAGE + 1) * head_dim  # keys and values, and their means
+        return kv_heads * (numbers * dtype.itemsize + PAGE * (8 * words(head_dim) + 2) + 4)
 
     @property
     def kv_heads(self) -> int:
@@ -59,6 +63,11 @@ class LayerCache:
     def head_dim(self) -> int:
         """Size of one head."""
         return self.kv.shape[-1]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All tensors, [kv_heads, pages, ...] each."""
+        return (self.kv, self.key_mean, self.codes, self.scale, self.value_mean, self.spread)
 
     @staticmethod
     def of_pages(part: Tensor, tables: Tensor) -> Tensor:
@@ -84,7 +93,7 @@ class LayerCache:
         rows[:, slots] = torch.stack((keys, values), dim=2).transpose(0, 1).to(rows.dtype)
 
     def code(self, pages: Tensor) -> None:
-        """Write the codes and the mean keys of pages that have just filled.
+        """Write the codes and the means of pages that have just filled.
 
         Computed from the stored keys alone, so a code does not depend on how the prompt was cut
         into chunks.
@@ -95,9 +104,11 @@ class LayerCache:
         if pages.numel() == 0:
             return
         wide = torch.promote_types(self.kv.dtype, torch.float32)
-        keys = self.kv[:, pages, :, 0].to(wide)  # [kv_heads, filled, 64, head_dim]
+        keys, values = self.kv[:, pages].to(wide).unbind(3)  # [kv_heads, filled, 64, head_dim]
         mean = keys.mean(2).to(self.kv.dtype)  # [kv_heads, filled, head_dim]
         self.key_mean[:, pages] = mean
+        self.value_mean[:, pages] = values.mean(2).to(self.kv.dtype)
+        self.spread[:, pages] = (keys - mean.to(wide)[:, :, None]).square().mean((2, 3)).float()
         codes, scale = encode(keys, mean)
         scale = scale.to(torch.bfloat16)
         # A key whose code overflows is read for certain, as what is no number is: an infinite
@@ -107,7 +118,7 @@ class LayerCache:
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, for a sequence that goes its own way in a page it shared."""
-        for part in (self.kv, self.key_mean, self.codes, self.scale):
+        for part in self.parts:
             part[:, target] = part[:, source]
 
 

@@ -5,6 +5,7 @@ Nothing here is imported by a fast backend, and nothing here imports one.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache, Rows, Segment
     from kernels.policy import Dynamic
     from kernels.selection import Selection
+    from kernels.tiles import TileSelection
 
 
 def masked_attention(
@@ -108,6 +110,106 @@ def dense_attention(
         scale,
     )
     return output
+
+
+def stand_ins(query: Tensor, cache: LayerCache, segment: Segment, scale: float) -> Tensor:
+    """Scores of whole pages: the log of the mass that a page's keys carry together, estimated.
+
+    Were a page's scores normal with mean u and variance v, its mass would be 64 e^(u + v / 2). u is
+    the score of the page's mean key. v is taken for |q|^2 times what the keys vary in a channel, on
+    average, as if they varied alike in all directions.
+
+    Args:
+        query: [tokens, heads, head_dim].
+        cache: the layer's paged cache, complete pages with their means.
+        segment: where the tokens stand and where their keys lie.
+        scale: factor on the scores.
+
+    Returns:
+        float64 [tokens, heads, pages] over the segment's pages; those that are not complete have
+        no meaning.
+    """
+    group = query.shape[1] // cache.kv_heads
+    pages = segment.block_table
+    mean = cache.key_mean[:, pages].double().repeat_interleave(group, dim=0)
+    spread = cache.spread[:, pages].double().repeat_interleave(group, dim=0)  # [heads, pages]
+    scaled = query.double() * scale
+    centre = torch.einsum("thd,hpd->thp", scaled, mean)
+    return centre + scaled.square().sum(-1)[..., None] * spread / 2 + math.log(PAGE)
+
+
+def read_pages(
+    query: Tensor, cache: LayerCache, segment: Segment, least: float, scale: float
+) -> Tensor:
+    """The pages that each tile reads of itself; see `kernels.prefill.choose`.
+
+    Returns:
+        bool [tiles, kv_heads, pages] over the segment's pages.
+    """
+    tokens, heads, _ = query.shape
+    kv_heads, group = cache.kv_heads, heads // cache.kv_heads
+    whole = stand_ins(query, cache, segment, scale)  # [tokens, heads, pages]
+    first, pages = segment.start // PAGE, whole.shape[2]
+    read = torch.zeros(pages - first, kv_heads, pages, dtype=torch.bool, device=query.device)
+    for token in range(tokens):
+        position = segment.start + token
+        tile = position // PAGE
+        own = cache.kv[:, segment.block_table[tile], : position % PAGE + 1, 0].double()
+        own = own.repeat_interleave(group, dim=0)  # [heads, keys, head_dim]
+        scores = torch.einsum("hd,hkd->hk", query[token].double() * scale, own)
+        mass = torch.cat((whole[token, :, :tile], scores), dim=1).softmax(1)[:, :tile]
+        read[tile - first, :, :tile] |= mass.view(kv_heads, group, tile).amax(1) >= least
+    for row in range(pages - first):
+        tile = first + row
+        read[row, :, : min(tile, 1)] = True
+        read[row, :, max(0, tile - 1) : tile] = True
+    return read
+
+
+def tile_attention(
+    query: Tensor, cache: LayerCache, segment: Segment, selection: TileSelection, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of a segment's tokens over listed pages; see `kernels.prefill.tile_attention`."""
+    tokens, heads, head_dim = query.shape
+    kv_heads, group = cache.kv_heads, heads // cache.kv_heads
+    first, pages = segment.start // PAGE, segment.block_table.shape[0]
+    mask = torch.zeros(tokens, kv_heads, pages, PAGE, dtype=torch.bool, device=query.device)
+    left = torch.zeros(tokens, kv_heads, pages, dtype=torch.bool, device=query.device)
+    for token in range(tokens):
+        tile, offset = divmod(segment.start + token, PAGE)
+        for head in range(kv_heads):
+            start, count, whole = (
+                int(part[tile - first, head])
+                for part in (selection.starts, selection.counts, selection.whole)
+            )
+            for number in range(count):
+                page = int(selection.pages[start + number])
+                row = torch.ones(PAGE, dtype=torch.bool)
+                if number >= whole:
+                    word = int(selection.bits[selection.masks[start + number], offset])
+                    row = torch.tensor([word >> key & 1 for key in range(PAGE)]) == 1
+                mask[token, head, page] = row
+            if selection.left is not None:
+                some = selection.left[tile - first, head, :tile]
+                left[token, head, : len(some)] = some
+    flat = cache.kv[:, segment.block_table].double().flatten(1, 2)  # [kv_heads, keys, 2, head_dim]
+    flat = flat.repeat_interleave(group, dim=0)  # pages hold anything behind the last key:
+    seen = mask.any(0).repeat_interleave(group, dim=0).flatten(1)  # [heads, keys]
+    flat = flat.masked_fill(~seen[..., None, None], 0.0)
+    mask = mask.flatten(2).repeat_interleave(group, dim=1)  # [tokens, heads, keys]
+    scores = torch.einsum("thd,hkd->thk", query.double() * scale, flat[:, :, 0])
+    scores = scores.masked_fill(~mask, -torch.inf)
+    values, own = flat[:, :, 1], scores.logsumexp(-1)
+    if selection.left is not None:
+        left = left.repeat_interleave(group, dim=1)  # [tokens, heads, pages]
+        there = left.any(0)[..., None]  # [heads, pages, 1]
+        whole = stand_ins(query, cache, segment, scale).masked_fill(~left, -torch.inf)
+        mean = cache.value_mean[:, segment.block_table].double().repeat_interleave(group, dim=0)
+        scores = torch.cat((scores, whole), dim=-1)
+        values = torch.cat((values, mean.masked_fill(~there, 0.0)), dim=1)
+    lse = scores.logsumexp(-1)
+    weights = torch.where(scores.isneginf(), 0.0, (scores - lse[..., None]).exp())
+    return torch.einsum("thk,hkd->thd", weights, values), lse, own
 
 
 def marks(

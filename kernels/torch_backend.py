@@ -77,7 +77,7 @@ def selected_attention(
         picked = picked.view(-1, kv_heads, capacity, 2, head_dim)
         pair, seen = (picked[..., 0, :], picked[..., 1, :]), mask[part][:, :, None]
         if weights is None:
-            output, lse = _attend(grouped[part], *pair, seen, scale)
+            output, lse = plain_attention(grouped[part], *pair, seen, scale)
             own = lse
         else:
             # Weights are added to the scores, which a fused kernel would round to their dtype.
@@ -128,7 +128,7 @@ def dense_decode(
             blocks = list(_key_blocks(cache, segment, stop))
         else:
             blocks = [_split(_gather(cache, segment, start, stop))]
-        output, lse = _merge([_attend(grouped[row], *pair, None, scale) for pair in blocks])
+        output, lse = merge([plain_attention(grouped[row], *pair, None, scale) for pair in blocks])
         outputs.append(output.reshape(heads, head_dim))
         lses.append(lse.reshape(heads))
     return torch.stack(outputs).to(query.dtype), torch.stack(lses)
@@ -149,7 +149,7 @@ def dense_attention(
     stacked = query.view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     stacked = stacked.reshape(1, kv_heads, -1, head_dim)  # [1, kv_heads, group * tokens, head_dim]
     parts = [
-        _attend(stacked, keys, values, None, scale)
+        plain_attention(stacked, keys, values, None, scale)
         for keys, values in _key_blocks(cache, segment, segment.start)
     ]
     own = _gather(cache, segment, segment.start, total)  # [kv_heads, tokens, 2, head_dim]
@@ -158,11 +158,11 @@ def dense_attention(
         query.transpose(0, 1)[None], own[..., 0, :], own[..., 1, :], 0.0, True, scale=scale
     )
     parts.append((output.reshape(stacked.shape), lse.reshape(1, kv_heads, -1)))
-    merged = _merge(parts)[0].view(kv_heads, -1, tokens, head_dim)
+    merged = merge(parts)[0].view(kv_heads, -1, tokens, head_dim)
     return merged.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim).to(query.dtype)
 
 
-def _attend(
+def plain_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with its log-sum-exp.
@@ -190,7 +190,7 @@ def _attend(
 
 
 def _scores(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """[batch, kv_heads, queries, keys] (wide), -inf where the mask is False; see `_attend`."""
+    """[batch, kv_heads, queries, keys] (wide), -inf where the mask is False; see `plain_attention`."""
     small, left = prescaled(query, scale)
     scores = (small @ keys.transpose(-1, -2)).to(wide(query.dtype)) * left
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
@@ -233,7 +233,7 @@ def _gather(cache: LayerCache, segment: Segment, start: int, stop: int) -> Tenso
     return cache.kv.view(cache.kv_heads, -1, 2, cache.head_dim).index_select(1, slots)
 
 
-def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join partial attentions by their log-sum-exps (FlashDecoding's reduction)."""
     if len(parts) == 1:
         return parts[0]

@@ -57,7 +57,8 @@ def rotate_and_write(
     overlaps = overlap.possible(qkv.device)
     _rotate_and_write[rows, heads + 2 * kv_heads + kv_heads * (PAGE // CODED)](
         qkv, *angles, slots, query_norm, key_norm, rotation(head_dim, torch.float32, qkv.device),
-        query, cache.kv, cache.key_mean, cache.codes, cache.scale, eps, cache.kv.shape[1],
+        query, cache.kv, cache.key_mean, cache.codes, cache.scale, cache.value_mean, cache.spread,
+        eps, cache.kv.shape[1],
         HEADS=heads, KV_HEADS=kv_heads, DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
         NORMED=norms is not None, CODED=CODED, CHUNK=CHUNK, WORDS=words(head_dim), WORD=WORD,
         PAGE=PAGE, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4, enable_fp_fusion=False,
@@ -68,7 +69,7 @@ def rotate_and_write(
 @triton.jit(do_not_specialize=["cache_pages"])
 def _rotate_and_write(
     qkv, cosines, sines, slots, query_norm, key_norm, rotated, query, kv, means, codes, scales,
-    eps, cache_pages,
+    value_means, spreads, eps, cache_pages,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     NORMED: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr, WORDS: tl.constexpr,
     WORD: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -109,6 +110,7 @@ def _rotate_and_write(
         _code(
             head, key_norm, size, cosines, sines, rotated, kv + page * (PAGE * 2 * DIM),
             means + page * DIM, codes + page * (WORDS * PAGE), scales + page * PAGE,
+            line + (HEADS + KV_HEADS + kv_head) * DIM, value_means + page * DIM, spreads + page,
             part % (PAGE // CODED) * CODED,
             DIM, NORMED, CODED, CHUNK, WORDS, WORD, PAGE,
         )  # fmt: skip
@@ -154,17 +156,20 @@ def _normed(head, norm, size, channel, inside, NORMED: tl.constexpr):
 
 @triton.jit
 def _code(
-    head, norm, size, cosines, sines, rotated, kv, means, codes, scales, low,
+    head, norm, size, cosines, sines, rotated, kv, means, codes, scales,
+    value, value_means, spread, low,
     DIM: tl.constexpr, NORMED: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr,
     WORDS: tl.constexpr, WORD: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Codes of a page's keys `low` to `low + CODED`; see `kernels.codes.encode`.
 
-    The page's last key comes from `head`: the cache may not have it yet.
+    The page's last key comes from `head` and its last value from `value`: the cache may not have
+    them yet. What is of the whole page all of its programs write, each the same.
     """
     every, mine, bit = tl.arange(0, PAGE), low + tl.arange(0, CODED), tl.arange(0, WORD)
     squares = tl.zeros((CODED,), tl.float32)
     lengths = tl.zeros((CODED,), tl.float32)
+    variance = 0.0
     for word in tl.static_range(WORDS):
         across = word * WORD + bit
         turned = tl.zeros((CODED, WORD), tl.float32)
@@ -173,8 +178,14 @@ def _code(
             last = _turned(head, norm, size, cosines, sines, channel, DIM, NORMED)
             keys = _keys(kv, every, channel, last, DIM, PAGE)
             mean = (tl.sum(keys, 0) / PAGE).to(head.dtype.element_ty)
-            if word == 0:  # all of the page's programs write the same
+            if word == 0:
                 tl.store(means + channel, mean, channel < DIM)
+                away = keys - mean.to(tl.float32)[None]
+                variance += tl.sum(tl.sum(away * away, 0), 0)
+                newest = tl.load(value + channel, channel < DIM, 0.0)
+                values = _keys(kv + DIM, every, channel, newest, DIM, PAGE)
+                mean_value = (tl.sum(values, 0) / PAGE).to(head.dtype.element_ty)
+                tl.store(value_means + channel, mean_value, channel < DIM)
             rest = _keys(kv, mine, channel, last, DIM, PAGE) - mean.to(tl.float32)[None]
             matrix = tl.load(
                 rotated + channel[:, None] * DIM + across[None],
@@ -186,12 +197,16 @@ def _code(
         tl.store(codes + word * PAGE + mine, tl.sum(signs << bit[None].to(tl.int64), 1))
         squares += tl.sum(turned * turned, 1)
         lengths += tl.sum(tl.abs(turned), 1)
-    tl.store(scales + mine, (squares / tl.maximum(lengths, 1e-30)).to(tl.bfloat16))
+    tl.store(spread, variance / (PAGE * DIM))
+    scale = (squares / tl.maximum(lengths, 1e-30)).to(tl.bfloat16)
+    # See `kernels.cache.LayerCache.code`.
+    scale = tl.where(scale.to(tl.float32) == float("inf"), float("nan"), scale)
+    tl.store(scales + mine, scale)
 
 
 @triton.jit
 def _keys(kv, key, channel, last, DIM: tl.constexpr, PAGE: tl.constexpr):
-    """Some channels of a page's keys, the last of them given: float32 [keys, channels]."""
+    """Some channels of a page's keys, or values, the last given: float32 [keys, channels]."""
     stored = tl.load(
         kv + key[:, None] * (2 * DIM) + channel[None],
         (key < PAGE - 1)[:, None] & (channel < DIM)[None],

@@ -8,6 +8,7 @@ depends on values, only on shapes. Prints each kernel's name once.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,12 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kernels import dynamic, judge
+from kernels import dynamic, judge, prefill
 from kernels.attention import MOST_HEADS, Impl, selected_attention
-from kernels.cache import LayerCache, Rows
+from kernels.cache import LayerCache, Rows, Segment
 from kernels.gpu import overlap
 from kernels.gpu.decode import attend
 from kernels.gpu.layer import add_norm, silu_mul
@@ -55,6 +57,9 @@ def compile_only(kernel, *args, grid, warmup, **named):
             types[name] = "constexpr"
         elif isinstance(value, torch.Tensor):
             types[name] = TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            types[name] = f"tensordesc<{element}{value.block_shape}>"
         else:
             types[name] = "fp32" if isinstance(value, float) else "i32"
     key = (kernel.fn.__name__, *types.items(), *constants.items())
@@ -84,6 +89,10 @@ def run(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, queries: i
     selection = dynamic.select(query, cache, rows, Dynamic(sampled=False), 0.1)
     _, _, own = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)
     judge.true_coverage(query, cache, rows, selection, own, 0.1, Impl.TRITON)
+    segment = Segment.of(list(range(pages)), context - queries, queries, torch.device("cpu"))
+    tiles = prefill.choose(query, cache, segment, 0.02, 0.1, Impl.TRITON)
+    for listed in (tiles, replace(tiles, left=None)):
+        prefill.tile_attention(query, cache, segment, listed, 0.1, Impl.TRITON)
 
 
 def layer(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, *, normed: bool) -> None:

@@ -22,8 +22,9 @@ class Paged:
         random.Random(seed).shuffle(order)
         self.cache = LayerCache.allocate(total, kv_heads, head_dim, dtype, "cpu")
         # A read outside a sequence's keys or codes shows.
-        for part in (self.cache.kv, self.cache.key_mean, self.cache.scale):
-            part.fill_(torch.nan)
+        for part in self.cache.parts:
+            if part.is_floating_point():
+                part.fill_(torch.nan)
         self.cache.codes.random_(generator=torch.Generator().manual_seed(seed))
         self.tables, self.keys, self.values = [], [], []
         for n, count in zip(lengths, pages, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def with_starts(case, starts):
 def in_float32(case):
     """The same case with its numbers in float32."""
     cache = case.cache
-    case.cache = type(cache)(cache.kv.float(), cache.key_mean.float(), cache.codes, cache.scale)
+    case.cache = replace(cache, kv=cache.kv.float(), key_mean=cache.key_mean.float())
     return case
 
 

@@ -65,7 +65,7 @@ def make(paged):
     ):  # fmt: skip
         case = paged(list(lengths), kv_heads, head_dim, dtype, seed=group, queries=queries)
         query = (case.query(group) * gain).to(dtype)
-        parts = (case.cache.kv, case.cache.key_mean, case.cache.codes, case.cache.scale)
+        parts = case.cache.parts
         rows = case.rows
         starts = rows.starts if starts is None else starts
         return Case(

@@ -199,6 +199,8 @@ def test_queries_and_cache_are_those_of_the_decoder(kv_heads, group, head_dim, n
     torch.testing.assert_close(query, expected, rtol=4 * eps, atol=4 * eps)
     torch.testing.assert_close(ours.kv, theirs.kv, rtol=4 * eps, atol=4 * eps)
     torch.testing.assert_close(ours.key_mean, theirs.key_mean, rtol=4 * eps, atol=eps)
+    torch.testing.assert_close(ours.value_mean, theirs.value_mean, rtol=4 * eps, atol=eps)
+    torch.testing.assert_close(ours.spread, theirs.spread, rtol=1e-2 if eps > 1e-4 else 1e-5, atol=0)
     torch.testing.assert_close(ours.scale, theirs.scale, rtol=2**-7, atol=0)
     assert_same_signs(ours, theirs)
 

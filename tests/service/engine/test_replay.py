@@ -115,6 +115,8 @@ def same(ours, theirs, world, other):
     for mine, its in zip(world.caches, other.caches, strict=True):
         close(mine.kv, its.kv)
         close(mine.key_mean, its.key_mean)
+        close(mine.value_mean, its.value_mean)
+        close(mine.spread, its.spread)
 
 
 def close(actual, expected):
@@ -274,11 +276,7 @@ def test_low_coverage_is_rerun_densely_and_writes_over_what_it_wrote():
     assert ours[0].looked.density.mean() == 1 > ours[1].looked.density.mean()
     assert (world.count("replays"), other.count("replays")) == (2, 2)
     for mine, its in zip(world.caches, other.caches, strict=True):
-        assert all(map(torch.equal, parts(mine), parts(its)))
-
-
-def parts(cache):
-    return cache.kv, cache.key_mean, cache.codes, cache.scale
+        assert all(map(torch.equal, mine.parts, its.parts))
 
 
 def test_a_step_that_is_replayed_again_writes_the_same():
@@ -288,7 +286,7 @@ def test_a_step_that_is_replayed_again_writes_the_same():
     for _ in range(2):
         [outcome] = world.runner.run([Work(one, 2 * PAGE - 1, 1)], audit=False)
         after.append(
-            [outcome.logits.clone(), *(p.clone() for cache in world.caches for p in parts(cache))]
+            [outcome.logits.clone(), *(p.clone() for cache in world.caches for p in cache.parts)]
         )
     assert world.count("replays") == 2
     assert all(map(torch.equal, *after))

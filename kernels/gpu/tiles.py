@@ -1,0 +1,199 @@
+"""Attention of a prompt's tokens over the pages that their tiles read, and the others' means.
+
+One program has 128 rows, a tile's queries by the heads of a group, and goes through the tile's list
+(FlashAttention; Dao 2023, "FlashAttention-2"). Pages seen whole come in by the GPU's copy engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.gpu.prepare import LOG2E
+from kernels.page import PAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.cache import LayerCache, Segment
+    from kernels.tiles import TileSelection
+
+ROWS = 128
+"""Queries times heads of a program; half as many where a head is wide."""
+WIDE = 128
+"""Channels beyond which it is."""
+
+
+def rows_of(group: int, head_dim: int) -> tuple[int, int]:
+    """How many rows a program has, and how many of them are of one query."""
+    padded = int(triton.next_power_of_2(group))
+    return min(ROWS if head_dim <= WIDE else ROWS // 2, PAGE * padded), padded
+
+
+@dataclass(frozen=True, slots=True)
+class Summaries:
+    """What stands for a sequence's pages, laid out like pages of keys and values."""
+
+    means: TensorDescriptor  # [kv_heads * room, 2 * head_dim]  of a page's keys and values, by 64
+    spreads: Tensor  # float32 [kv_heads, room]
+    room: int  # pages, a multiple of 64
+
+    @staticmethod
+    def of(cache: LayerCache, table: Tensor) -> Summaries:
+        """Those of physical pages `table` [pages], all complete, and zeros behind them."""
+        kv_heads, head_dim = cache.kv_heads, cache.head_dim
+        room = max(1, -(-table.shape[0] // PAGE)) * PAGE
+        behind = (0, room - table.shape[0])
+        means = torch.cat((cache.key_mean[:, table], cache.value_mean[:, table]), dim=-1)
+        means = F.pad(means, (0, 0, *behind)).view(kv_heads * room, 2 * head_dim)
+        block = [PAGE, triton.next_power_of_2(head_dim)]
+        return Summaries(
+            TensorDescriptor.from_tensor(means, block), F.pad(cache.spread[:, table], behind), room
+        )
+
+
+def tile_attention(
+    query: Tensor, cache: LayerCache, segment: Segment, selection: TileSelection, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.prefill.tile_attention`."""
+    tokens, heads, head_dim = query.shape
+    kv_heads, group = cache.kv_heads, heads // cache.kv_heads
+    width = triton.next_power_of_2(head_dim)
+    rows, padded = rows_of(group, head_dim)
+    tiles = selection.counts.shape[0]
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lses = torch.empty(2, tokens, heads, device=query.device)
+    left = selection.left
+    summaries = Summaries.of(cache, segment.block_table[: 0 if left is None else -1])
+    small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
+    _tiles[tiles * (PAGE * padded // rows), kv_heads](
+        query.contiguous(), cache.kv,
+        TensorDescriptor.from_tensor(cache.kv.view(-1, 2 * head_dim), [PAGE, width]),
+        summaries.means, summaries.spreads, segment.block_table,
+        selection.starts.contiguous(), selection.counts.contiguous(),
+        selection.whole.contiguous(), selection.pages, selection.masks, selection.bits,
+        selection.bits if left is None else left.contiguous().view(torch.int8),
+        output, lses[0], lses[1], scale * LOG2E.value, segment.start, tokens,
+        0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
+        GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim, WIDTH=width, MEANS=left is not None,
+        PAGE=PAGE, num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
+    )  # fmt: skip
+    return output, lses[0], lses[1]
+
+
+@triton.jit(do_not_specialize=["start", "tokens", "pages_left", "room", "cache_pages"])
+def _tiles(
+    query, kv, blocks, means, spreads, table, starts, counts, wholes, pages, masks, bits, left,
+    output, lses, owns, scale, start, tokens, pages_left, room, cache_pages,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, MEANS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Some queries of a tile, for one KV head."""
+    # Later tiles have more to read: they begin first.
+    unit, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    number, there, line, tile = rows_at(
+        unit, kv_head, tl.num_programs(1), start, tokens, GROUP, PADDED, ROWS, PAGE
+    )
+    channel, key = tl.arange(0, WIDTH), tl.arange(0, PAGE)
+    inside = channel < DIM
+    wide = there[:, None] & inside[None]
+    mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [ROWS, WIDTH]
+    pair = tile * tl.num_programs(1) + kv_head
+    first = tl.load(starts + pair)
+    whole, count = tl.load(wholes + pair), tl.load(counts + pair)
+    base = kv_head * cache_pages
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    for place in range(0, whole):
+        page = base + tl.load(table + tl.load(pages + first + place)).to(tl.int32)
+        keys = blocks.load([page * PAGE, 0])  # beyond a head's channels the query is 0
+        score = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+        values = blocks.load([page * PAGE, DIM])
+        peak, total, sums = _add(score, values, scale, peak, total, sums)
+    for place in tl.range(whole, count, num_stages=1):
+        page = tl.load(pages + first + place)
+        word = tl.load(bits + tl.load(masks + first + place) * PAGE + number)
+        seen = ((word[:, None] >> key[None].to(tl.int64)) & 1) != 0  # [ROWS, PAGE]
+        stored = (page * PAGE + key < start + tokens)[:, None] & inside[None]
+        page = base + tl.load(table + page)
+        data = kv + (page * PAGE + key)[:, None] * (2 * DIM) + channel[None]
+        keys = tl.load(data, stored, 0.0)  # [PAGE, WIDTH]
+        values = tl.load(data + DIM, stored, 0.0)
+        score = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+        score = tl.where(seen, score, float("-inf"))
+        peak, total, sums = _add(score, values, scale, peak, total, sums)
+    tl.store(owns + line, _lse(peak, total), there)
+    if MEANS:
+        size = half_square(mine, scale)
+        past = start // PAGE + tile
+        at = kv_head * room
+        left += pair * pages_left
+        # Loaded a turn ahead: the loop waits for nothing but products.
+        spread, stands = tl.load(spreads + at + key), tl.load(left + key, key < past, 0)
+        for block in range(0, past, PAGE):
+            page = block + PAGE + key
+            spread_ahead = tl.load(spreads + at + page, page < past, 0.0)
+            stands_ahead = tl.load(left + page, page < past, 0)
+            score = score_means(mine, means, spread, at + block, stands != 0, size, scale)
+            values = means.load([at + block, DIM])
+            peak, total, sums = _add(score, values, 1.0, peak, total, sums)
+            spread, stands = spread_ahead, stands_ahead
+    tl.store(lses + line, _lse(peak, total), there)
+    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(output + line[:, None] * DIM + channel[None], result.to(mine.dtype), wide)
+
+
+@triton.jit
+def rows_at(
+    unit, kv_head, kv_heads, start, tokens,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Of a program's rows: numbers in the tile, which are there, places; and the tile's number."""
+    units: tl.constexpr = PAGE * PADDED // ROWS
+    row, tile = tl.arange(0, ROWS), unit // units
+    number = unit % units * (ROWS // PADDED) + row // PADDED
+    token = start // PAGE * PAGE + tile * PAGE + number - start
+    there = (token >= 0) & (token < tokens) & (row % PADDED < GROUP)
+    line = (token * kv_heads + kv_head).to(tl.int64) * GROUP + row % PADDED
+    return number, there, line, tile
+
+
+@triton.jit
+def half_square(mine, scale):
+    """What a page's spread adds to a row's score of its mean, to base 2: [ROWS]."""
+    wide = mine.to(tl.float32)
+    # `scale` has log2(e) in it once, as it should be of the square.
+    return tl.sum(wide * wide, 1) * (scale * scale * (0.5 / 1.4426950408889634))
+
+
+@triton.jit
+def score_means(mine, means, spread, first, wanted, size, scale):
+    """Scores of 64 whole pages, to base 2 [ROWS, 64]; -inf where they are not wanted."""
+    score = tl.dot(mine, tl.trans(means.load([first, 0])), input_precision="ieee")
+    # 64 keys.
+    return score * scale + (size[:, None] * spread[None] + tl.where(wanted, 6.0, float("-inf")))
+
+
+@triton.jit
+def _add(score, values, scale, peak, total, sums):
+    """Some more scores and values into a running softmax; `scale` brings scores to base 2."""
+    higher = tl.maximum(peak, tl.max(score, 1) * scale)
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp2(peak - safe)
+    mass = tl.exp2(score * scale - safe[:, None])
+    total = total * shrink + tl.sum(mass, 1)
+    sums = tl.dot(mass.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
+    return higher, total, sums
+
+
+@triton.jit
+def _lse(peak, total):
+    """A running log-sum-exp as it stands, to base e."""
+    return (tl.where(peak == float("-inf"), 0.0, peak) + tl.log2(total)) / 1.4426950408889634
