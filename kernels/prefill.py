@@ -1,12 +1,12 @@
 """Sparse prefill: pages of queries that look at pages of keys, and at the means of the others.
 
 A tile is a page of queries: 64 positions of one KV head's group. A page of keys is read as it is
-where, by estimate, some query of the tile would find `least` of its attention mass there; the first
-page, the tile's own and the one before it always are. For each other page a key and a value stand:
-their means, counted 64 times. A tile's scores come from these means too, which a page gets when it
-fills: what a tile reads depends on its queries and the keys before it alone, not on the chunk in
-which it is computed, nor on who filled the cache. (Of a tile that a chunk's edge cuts, each part
-decides for itself. The engine cuts at multiples of 64.)
+where, by estimate, some query of the tile would find `least` of its attention mass there; every
+other query is asked. The first page, the tile's own and the one before it always are. For each
+other page a key and a value stand: their means, counted 64 times. A tile's scores come from these
+means too, which a page gets when it fills: what a tile reads depends on its queries and the keys
+before it alone, not on the chunk in which it is computed, nor on who filled the cache. (Of a tile
+that a chunk's edge cuts, each part decides for itself. The engine cuts at multiples of 64.)
 
 Estimates from blocks' means: Tang et al. 2024, "Quest"; Jiang et al. 2024, "MInference 1.0"; Xu et
 al. 2025, "XAttention". That the means of the unread blocks carry their mass is akin to the
@@ -23,13 +23,16 @@ from kernels import reference, torch_tiles
 from kernels.attention import Impl, check_query
 from kernels.errors import KernelError
 from kernels.page import PAGE
-from kernels.tiles import TileSelection
+from kernels.tiles import TileSelection, packed
 from kernels.torch_backend import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Segment
+
+ASKED = 2
+"""Of so many queries on end, the last one is asked what it would read."""
 
 
 def choose(
@@ -60,11 +63,11 @@ def choose(
     if impl is Impl.TRITON:
         from kernels.gpu.choose import choose as choose_on_gpu  # a CPU has no Triton
 
-        return choose_on_gpu(query, cache, segment, least, scale)
+        return choose_on_gpu(query, cache, segment, least, scale, ASKED)
     if impl is Impl.REFERENCE:
-        read = reference.read_pages(query, cache, segment, least, scale)
+        read = reference.read_pages(query, cache, segment, least, scale, ASKED)
     else:
-        read = torch_tiles.read_pages(query, cache, segment, least, scale)
+        read = torch_tiles.read_pages(query, cache, segment, least, scale, ASKED)
     return causal_lists(read, segment)
 
 
@@ -91,7 +94,7 @@ def causal_lists(read: Tensor, segment: Segment) -> TileSelection:
         pages=chosen,
         masks=torch.zeros_like(chosen),
         bits=causal_bits(device),
-        left=past & ~read,
+        left=packed(past & ~read),
     )
 
 

@@ -116,8 +116,8 @@ def stand_ins(query: Tensor, cache: LayerCache, segment: Segment, scale: float) 
     """Scores of whole pages: the log of the mass that a page's keys carry together, estimated.
 
     Were a page's scores normal with mean u and variance v, its mass would be 64 e^(u + v / 2). u is
-    the score of the page's mean key. v is taken for |q|^2 times what the keys vary in a channel, on
-    average, as if they varied alike in all directions.
+    the score of the page's mean key. v is taken for |q|^2 times what the keys of a page vary in a
+    channel, mean over all pages before the query's, as if they varied alike in all directions.
 
     Args:
         query: [tokens, heads, head_dim].
@@ -126,22 +126,27 @@ def stand_ins(query: Tensor, cache: LayerCache, segment: Segment, scale: float) 
         scale: factor on the scores.
 
     Returns:
-        float64 [tokens, heads, pages] over the segment's pages; those that are not complete have
-        no meaning.
+        float64 [tokens, heads, pages] over the segment's pages, of meaning for those before a
+        token's own.
     """
     group = query.shape[1] // cache.kv_heads
     pages = segment.block_table
     mean = cache.key_mean[:, pages].double().repeat_interleave(group, dim=0)
     spread = cache.spread[:, pages].double().repeat_interleave(group, dim=0)  # [heads, pages]
+    before = (segment.start + torch.arange(query.shape[0], device=query.device)) // PAGE
+    spread = torch.stack([spread[:, :n].mean(1).nan_to_num(nan=0.0) for n in before.tolist()])
     scaled = query.double() * scale
     centre = torch.einsum("thd,hpd->thp", scaled, mean)
-    return centre + scaled.square().sum(-1)[..., None] * spread / 2 + math.log(PAGE)
+    variance = scaled.square().sum(-1) * spread  # [tokens, heads]
+    return centre + variance[..., None] / 2 + math.log(PAGE)
 
 
 def read_pages(
-    query: Tensor, cache: LayerCache, segment: Segment, least: float, scale: float
+    query: Tensor, cache: LayerCache, segment: Segment, least: float, scale: float, asked: int
 ) -> Tensor:
-    """The pages that each tile reads of itself; see `kernels.prefill.choose`.
+    """The pages that each tile reads; see `kernels.prefill.choose`.
+
+    Of `asked` queries on end the last one is asked.
 
     Returns:
         bool [tiles, kv_heads, pages] over the segment's pages.
@@ -154,6 +159,8 @@ def read_pages(
     for token in range(tokens):
         position = segment.start + token
         tile = position // PAGE
+        if (position + 1) % asked:
+            continue
         own = cache.kv[:, segment.block_table[tile], : position % PAGE + 1, 0].double()
         own = own.repeat_interleave(group, dim=0)  # [heads, keys, head_dim]
         scores = torch.einsum("hd,hkd->hk", query[token].double() * scale, own)
@@ -190,8 +197,9 @@ def tile_attention(
                     row = torch.tensor([word >> key & 1 for key in range(PAGE)]) == 1
                 mask[token, head, page] = row
             if selection.left is not None:
-                some = selection.left[tile - first, head, :tile]
-                left[token, head, : len(some)] = some
+                for page in range(tile):
+                    word = int(selection.left[tile - first, head, page // PAGE])
+                    left[token, head, page] = word >> page % PAGE & 1 == 1
     flat = cache.kv[:, segment.block_table].double().flatten(1, 2)  # [kv_heads, keys, 2, head_dim]
     flat = flat.repeat_interleave(group, dim=0)  # pages hold anything behind the last key:
     seen = mask.any(0).repeat_interleave(group, dim=0).flatten(1)  # [heads, keys]

@@ -77,12 +77,14 @@ def selected_attention(
         picked = picked.view(-1, kv_heads, capacity, 2, head_dim)
         pair, seen = (picked[..., 0, :], picked[..., 1, :]), mask[part][:, :, None]
         if weights is None:
-            output, lse = plain_attention(grouped[part], *pair, seen, scale)
+            bias = None if bool(seen.all()) else bias_of(seen, query.dtype)
+            output, lse = plain_attention(grouped[part], *pair, bias, scale)
             own = lse
         else:
             # Weights are added to the scores, which a fused kernel would round to their dtype.
             precise = wide(query.dtype)
-            scores = _scores(grouped[part].to(precise), pair[0].to(precise), seen, scale)
+            scores = _scores(grouped[part].to(precise), pair[0].to(precise), scale)
+            scores.masked_fill_(~seen, -torch.inf)
             own = scores.logsumexp(-1)
             output, lse = _average(scores.add_(weights[part][:, :, None]), pair[1])
         outputs.append(output)
@@ -163,7 +165,7 @@ def dense_attention(
 
 
 def plain_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with its log-sum-exp.
 
@@ -171,29 +173,33 @@ def plain_attention(
         query: [batch, kv_heads, queries, head_dim].
         keys: [batch, kv_heads, keys, head_dim].
         values: [batch, kv_heads, keys, head_dim].
-        mask: bool, broadcast to [batch, kv_heads, queries, keys], or None.
+        bias: of the query's dtype, broadcast to [batch, kv_heads, queries, keys], or None; added
+            to the scores. A row that sees nothing gives what is no number.
         scale: factor on the scores.
 
     Returns:
         [batch, kv_heads, queries, head_dim] and [batch, kv_heads, queries] (wide).
     """
     if query.device.type == "cpu":
-        bias = None
-        if mask is not None and not bool(mask.all()):
-            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        if bias is not None:
             bias = bias.expand(-1, -1, query.shape[2], -1)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, 0.0, False, attn_mask=bias, scale=scale
         )
         return output, lse
-    return _average(_scores(query, keys, mask, scale), values)
+    scores = _scores(query, keys, scale)
+    return _average(scores if bias is None else scores + bias, values)
 
 
-def _scores(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """[batch, kv_heads, queries, keys] (wide), -inf where the mask is False; see `plain_attention`."""
+def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores: 0, and -inf where the mask is False."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """[batch, kv_heads, queries, keys] (wide); see `plain_attention`."""
     small, left = prescaled(query, scale)
-    scores = (small @ keys.transpose(-1, -2)).to(wide(query.dtype)) * left
-    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return (small @ keys.transpose(-1, -2)).to(wide(query.dtype)) * left
 
 
 def _average(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

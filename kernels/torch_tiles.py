@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels.page import PAGE
-from kernels.torch_backend import merge, plain_attention, prescaled, wide
+from kernels.tiles import unpacked
+from kernels.torch_backend import bias_of, merge, plain_attention, prescaled, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,67 +19,61 @@ if TYPE_CHECKING:
     from kernels.tiles import TileSelection
 
 
-def stand_ins(tiled: Tensor, cache: LayerCache, table: Tensor, scale: float) -> Tensor:
-    """Scores of whole pages; see `kernels.reference.stand_ins`.
-
-    Args:
-        tiled: [kv_heads, ..., head_dim] queries.
-        cache: the layer's paged cache.
-        table: int64 [pages], complete physical pages.
-        scale: factor on the scores.
-
-    Returns:
-        [kv_heads, ..., pages] (wide).
-    """
-    mean, spread = cache.key_mean[:, table], cache.spread[:, table]
-    rows, left = prescaled(tiled.flatten(1, -2), scale)  # [kv_heads, rows, head_dim]
-    scores = torch.bmm(rows, mean.mT).to(wide(tiled.dtype)) * left
-    size = rows.to(scores.dtype).square().sum(-1, keepdim=True) * (left * left / 2)
-    scores += size * spread[:, None].to(scores.dtype) + math.log(PAGE)
-    return scores.view(*tiled.shape[:-1], -1)
+def mean_spreads(cache: LayerCache, segment: Segment) -> Tensor:
+    """Each tile's mean over the pages before it: float32 [kv_heads, tiles], 0 where none is."""
+    # In float64, so that it rounds alike however many pages there are.
+    before = F.pad(cache.spread[:, segment.block_table[:-1]].double(), (1, 0)).cumsum(1)
+    count = torch.arange(before.shape[1], device=before.device).clamp_min(1)
+    return (before / count)[:, segment.start // PAGE :].float()
 
 
 def read_pages(
-    query: Tensor, cache: LayerCache, segment: Segment, least: float, scale: float
+    query: Tensor, cache: LayerCache, segment: Segment, least: float, scale: float, asked: int
 ) -> Tensor:
-    """The pages that each tile reads of itself: bool [tiles, kv_heads, pages]."""
+    """The pages that each tile reads: bool [tiles, kv_heads, pages]."""
     tiled, there = _tiled(query, cache.kv_heads, segment)
-    tiles, pages = tiled.shape[1], segment.block_table.shape[0]
-    first = segment.start // PAGE
-    own = cache.kv[:, segment.block_table[first:], :, 0]  # [kv_heads, tiles, 64, head_dim]
-    small, rest = prescaled(tiled, scale)
-    scores = (small @ own.mT).to(wide(query.dtype)) * rest  # [kv_heads, tiles, rows, 64]
+    kv_heads, tiles, rows, head_dim = tiled.shape
+    group, pages, first = rows // PAGE, segment.block_table.shape[0], segment.start // PAGE
+    # Of `asked` queries on end the last one.
+    tiled = tiled.view(kv_heads, tiles, -1, asked, group, head_dim)[:, :, :, -1].flatten(2, 3)
+    there = there.view(tiles, -1, asked, group)[:, :, -1].flatten(1)
+    small, left = prescaled(tiled, scale)
+    precise = wide(query.dtype)
+    keys = cache.kv[:, segment.block_table[first:], :, 0]  # [kv_heads, tiles, 64, head_dim]
+    own = (small @ keys.mT).to(precise).mul_(left)  # [kv_heads, tiles, rows, 64]
     place = torch.arange(PAGE, device=query.device)
-    row = torch.arange(tiled.shape[2], device=query.device) // (tiled.shape[2] // PAGE)
-    scores.masked_fill_(place > row[:, None], -torch.inf)
-    page, tile = torch.arange(pages, device=query.device), first + place.new_tensor(range(tiles))
-    past = page < tile[:, None]  # [tiles, pages]
-    whole = stand_ins(tiled, cache, segment.block_table[: pages - 1], scale)
-    whole = F.pad(whole, (0, 1)).masked_fill_(~past[:, None], -torch.inf)
-    mass = torch.logaddexp(whole.logsumexp(-1), scores.logsumexp(-1))
-    # Put so that what is not a number is read.
-    share = (whole - mass[..., None]) < (math.log(least) if least > 0 else -torch.inf)
-    share = ~share & there[:, :, None]
-    read = share.any(2) & past  # [kv_heads, tiles, pages]
-    read |= past & ((page == 0) | (page == tile[:, None] - 1))
-    return read.transpose(0, 1)
+    number = torch.arange(own.shape[2], device=query.device) // group * asked + asked - 1
+    own.masked_fill_(place > number[:, None], -torch.inf)
+    table = segment.block_table[:-1]
+    whole = torch.bmm(small.flatten(1, 2), cache.key_mean[:, table].mT).to(precise).mul_(left)
+    whole = whole.view(*own.shape[:3], pages - 1)
+    past = _past(segment, tiles, pages - 1)  # [tiles, pages - 1]
+    whole.masked_fill_(~past[:, None], -torch.inf)
+    excess = _excess(tiled, cache, segment, scale)  # [kv_heads, tiles, rows]
+    mass = torch.logaddexp(own.logsumexp(-1), whole.logsumexp(-1) + excess)
+    # Of a row that is none a page has little; what is no number is not little.
+    enough = mass - excess + (math.log(least) if least > 0 else -torch.inf)
+    enough.masked_fill_(~there, torch.inf)
+    read = ~(whole < enough[..., None]).all(2) & past  # [kv_heads, tiles, pages - 1]
+    read[..., :1] |= past[:, :1]
+    read |= past & ~_past(segment, tiles, pages - 1, behind=1)  # the page before the tile's
+    return F.pad(read, (0, 1)).transpose(0, 1)
 
 
 def tile_attention(
     query: Tensor, cache: LayerCache, segment: Segment, selection: TileSelection, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.prefill.tile_attention`."""
-    tiled, there = _tiled(query, cache.kv_heads, segment)
-    kv_heads, tiles, rows, head_dim = tiled.shape
-    parts = _whole_pages(tiled, cache, segment, selection, scale)
-    parts += _parts_of_pages(tiled, cache, segment, selection, scale)
-    output, own = merge(parts)
+    tiled, _ = _tiled(query, cache.kv_heads, segment)
+    output, own = _attend_lists(tiled, cache, segment, selection, scale)
     lse = own
     if selection.left is not None:
-        output, lse = merge([(output, own), _means(tiled, cache, segment, selection.left, scale)])
+        seen = unpacked(selection.left)[..., : segment.block_table.shape[0] - 1]
+        seen = (seen & _past(segment, *seen.shape[::2])[:, None]).transpose(0, 1)
+        output, lse = merge([(output, own), _attend_means(tiled, cache, segment, seen, scale)])
     # A softmax over nothing is nan; the op promises 0 and -inf.
     output = output.masked_fill(lse.isneginf()[..., None], 0.0)
-    group = rows // PAGE
+    group = tiled.shape[2] // PAGE
 
     def flat(part: Tensor) -> Tensor:
         """[kv_heads, tiles, 64 * group, ...] to [tokens, heads, ...]."""
@@ -101,69 +96,103 @@ def _tiled(query: Tensor, kv_heads: int, segment: Segment) -> tuple[Tensor, Tens
     return whole.permute(2, 0, 1, 3, 4).flatten(2, 3), there
 
 
-def _whole_pages(
+def _attend_lists(
     tiled: Tensor, cache: LayerCache, segment: Segment, selection: TileSelection, scale: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Attention over the pages that are seen whole, list by list."""
+) -> tuple[Tensor, Tensor]:
+    """Attention over the listed pages, a call for each list."""
     kv_heads, tiles, rows, head_dim = tiled.shape
     output = torch.zeros_like(tiled)
     lse = tiled.new_full((kv_heads, tiles, rows), -torch.inf, dtype=wide(tiled.dtype))
-    physical = segment.block_table[selection.pages.long()]
-    starts, whole = selection.starts.tolist(), selection.whole.tolist()
+    logical = selection.pages.tolist()
+    physical, masks = segment.block_table[selection.pages.long()], selection.masks.tolist()
+    starts, counts, whole = (
+        part.tolist() for part in (selection.starts, selection.counts, selection.whole)
+    )
+    bias = _Bias(tiled, selection)
+    last, used = divmod(segment.start + segment.tokens, PAGE)
     for tile in range(tiles):
         for head in range(kv_heads):
-            start, count = starts[tile][head], whole[tile][head]
+            start, count = starts[tile][head], counts[tile][head]
             if count == 0:
                 continue
-            pages = cache.kv[head].index_select(0, physical[start : start + count])
+            stop = start + count
+            pages = cache.kv[head].index_select(0, physical[start:stop])
+            if used and last in logical[start:stop]:  # behind the last key anything may lie
+                pages[logical.index(last, start, stop) - start, used:] = 0
             keys, values = pages.view(1, 1, -1, 2, head_dim).unbind(3)
-            some = tiled[head, tile][None, None]
-            found = plain_attention(some, keys, values, None, scale)
-            output[head, tile], lse[head, tile] = found[0][0, 0], found[1][0, 0]
-    return [(output, lse)]
+            partly = tuple(masks[start + whole[tile][head] : stop])
+            mine, added = tiled[head, tile][None, None], bias.of(partly, count)
+            some = plain_attention(mine, keys, values, added, scale)
+            output[head, tile], lse[head, tile] = some[0][0, 0], some[1][0, 0]
+    empty = lse.isneginf() | lse.isnan()
+    return output.masked_fill_(empty[..., None], 0), lse.masked_fill_(empty, -torch.inf)
 
 
-def _parts_of_pages(
-    tiled: Tensor, cache: LayerCache, segment: Segment, selection: TileSelection, scale: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Attention over the pages that are seen in part: every list's first of them, and so on."""
-    group = tiled.shape[2] // PAGE
-    starts, whole = selection.starts.T, selection.whole.T.long()  # [kv_heads, tiles]
-    amount = selection.counts.T - whole
-    place = torch.arange(PAGE, device=tiled.device)
-    head = torch.arange(cache.kv_heads, device=tiled.device)[:, None]
-    parts = []
-    for number in range(int(amount.max()) if amount.numel() else 0):
-        slot = (starts + whole + number).clamp_max(selection.pages.shape[0] - 1)
-        number_of = selection.pages[slot].long()  # [kv_heads, tiles]
-        page = segment.block_table[number_of]
-        words = selection.bits[selection.masks[slot].long()]  # [kv_heads, tiles, 64]
-        seen = (words[..., None] >> place & 1).bool() & (number < amount)[..., None, None]
-        keys, values = cache.kv[head, page].unbind(3)  # [kv_heads, tiles, 64, head_dim]
-        # Pages hold anything behind the last key.
-        there = (number_of[..., None] * PAGE + place < segment.start + segment.tokens)[..., None]
-        keys, values = keys.masked_fill(~there, 0), values.masked_fill(~there, 0)
-        mask = (seen & there.mT).repeat_interleave(group, dim=2)
-        output, lse = plain_attention(tiled, keys, values, mask, scale)
-        empty = ~mask.any(-1)
-        output, lse = output.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
-        parts.append((output, lse))
-    return parts
+class _Bias:
+    """What is added to the scores of a list: 0, and -inf where a page in part is not seen.
+
+    Lists that end with the same masks share one.
+    """
+
+    def __init__(self, tiled: Tensor, selection: TileSelection) -> None:
+        rows = tiled.shape[2]
+        place = torch.arange(PAGE, device=tiled.device)
+        seen = (selection.bits[..., None] >> place & 1).bool()  # [masks, 64, 64]
+        of_queries = bias_of(seen, tiled.dtype)
+        self._masks = of_queries.repeat_interleave(rows // PAGE, dim=1)  # [masks, rows, 64]
+        self._most = int(selection.counts.max()) * PAGE
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, masks: tuple[int, ...], pages: int) -> Tensor | None:
+        """[1, 1, rows, pages * 64] of a list whose last pages have `masks`."""
+        if not masks:
+            return None
+        if masks not in self._known:
+            whole = self._masks.new_zeros(self._masks.shape[1], self._most)
+            whole[:, -len(masks) * PAGE :] = torch.cat([self._masks[mask] for mask in masks], 1)
+            self._known[masks] = whole
+        return self._known[masks][None, None, :, self._most - pages * PAGE :]
 
 
-def _means(
-    tiled: Tensor, cache: LayerCache, segment: Segment, left: Tensor, scale: float
+def _past(segment: Segment, tiles: int, pages: int, behind: int = 0) -> Tensor:
+    """Which pages end `behind` pages before a tile begins, or more: bool [tiles, pages]."""
+    device = segment.block_table.device
+    tile = segment.start // PAGE + torch.arange(tiles, device=device)[:, None]
+    return torch.arange(pages, device=device) < tile - behind
+
+
+def _excess(tiled: Tensor, cache: LayerCache, segment: Segment, scale: float) -> Tensor:
+    """By how much the log of a page's mass exceeds the score of its mean, by estimate.
+
+    See `kernels.reference.stand_ins`; [kv_heads, tiles, rows] (wide).
+    """
+    size = tiled.to(wide(tiled.dtype)).square().sum(-1) * (scale * scale / 2)
+    return size * mean_spreads(cache, segment)[..., None] + math.log(PAGE)
+
+
+def _attend_means(
+    tiled: Tensor, cache: LayerCache, segment: Segment, seen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over what stands for the unread pages."""
-    first = segment.start // PAGE
-    most = min(left.shape[2], first + tiled.shape[1] - 1)
-    table = segment.block_table[:most]
-    past = torch.arange(most, device=left.device) < torch.arange(
-        first, first + tiled.shape[1], device=left.device
-    ).unsqueeze(1)
-    seen = (left[..., :most] & past[:, None]).transpose(0, 1)[:, :, None]
-    scores = stand_ins(tiled, cache, table, scale).masked_fill(~seen, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
-    values = cache.value_mean[:, table][:, None]  # [kv_heads, 1, pages, head_dim]
-    return weights.to(values.dtype) @ values, lse
+    """Attention over the means that stand for whole pages.
+
+    Args:
+        tiled: [kv_heads, tiles, rows, head_dim] queries.
+        cache: the layer's paged cache.
+        segment: where the tiles stand.
+        seen: bool [kv_heads or 1, tiles, pages], of all pages but the last tile's own.
+        scale: factor on the scores.
+    """
+    table, tiles = segment.block_table[:-1], tiled.shape[1]
+    if table.shape[0] == 0:
+        lse = tiled.new_full(tiled.shape[:-1], -torch.inf, dtype=wide(tiled.dtype))
+        return torch.zeros_like(tiled), lse
+    keys, values = (
+        part[:, table][:, None].expand(-1, tiles, -1, -1)  # [kv_heads, tiles, pages, head_dim]
+        for part in (cache.key_mean, cache.value_mean)
+    )
+    mask = seen[:, :, None]
+    output, lse = plain_attention(tiled, keys, values, bias_of(mask, tiled.dtype), scale)
+    # What is the same for all pages a softmax does not show.
+    lse = lse + _excess(tiled, cache, segment, scale)
+    empty = ~mask.any(-1)
+    return output.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)

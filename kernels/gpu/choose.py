@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.prepare import LOG2E
-from kernels.gpu.tiles import ROWS, Summaries, half_square, rows_at, rows_of, score_means
+from kernels.gpu.tiles import ROWS, Summaries, log_excess, rows_at, rows_of
 from kernels.page import PAGE
 from kernels.prefill import causal_bits
 from kernels.tiles import TileSelection
@@ -25,33 +25,33 @@ LISTED = 512
 
 
 def choose(
-    query: Tensor, cache: LayerCache, segment: Segment, least: float, scale: float
+    query: Tensor, cache: LayerCache, segment: Segment, least: float, scale: float, asked: int
 ) -> TileSelection:
-    """See `kernels.prefill.choose`."""
+    """See `kernels.prefill.choose`; of `asked` queries on end the last one is asked."""
     query = query.contiguous()
     tokens, heads, head_dim = query.shape
     kv_heads, group, device = cache.kv_heads, heads // cache.kv_heads, query.device
     pages = segment.block_table.shape[0]
     tiles = pages - segment.start // PAGE
-    rows, padded = rows_of(group, head_dim)
-    units = PAGE * padded // rows
-    summaries = Summaries.of(cache, segment.block_table[:-1])
+    rows, padded = rows_of(group, head_dim, asked)
+    units = PAGE // asked * padded // rows
+    summaries = Summaries.of(cache, segment)
     little = torch.empty(tiles * units, kv_heads, pages, dtype=torch.int8, device=device)
     small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
     _little[tiles * units, kv_heads](
         query, cache.kv, summaries.means, summaries.spreads, segment.block_table, little,
         scale * LOG2E.value, math.log2(least) if least > 0 else -math.inf, segment.start, tokens,
         pages, summaries.room, cache.kv.shape[1],
-        GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim,
+        GROUP=group, PADDED=padded, ROWS=rows, ASKED=asked, DIM=head_dim,
         WIDTH=triton.next_power_of_2(head_dim), PAGE=PAGE, num_warps=rows // 16, num_stages=2,
         maxnreg=128 if small else None,
     )  # fmt: skip
-    left = torch.empty(tiles, kv_heads, pages, dtype=torch.int8, device=device)
+    left = torch.empty(tiles, kv_heads, -(-pages // PAGE), dtype=torch.int64, device=device)
     listed = torch.empty(tiles * kv_heads * pages, dtype=torch.int32, device=device)
     counts = torch.empty(2, tiles, kv_heads, dtype=torch.int32, device=device)
     _lists[tiles, kv_heads](
         little, left, listed, counts[0], counts[1], segment.start // PAGE, pages,
-        UNITS=units, LISTED=LISTED, num_warps=4,
+        UNITS=units, LISTED=LISTED, PAGE=PAGE, num_warps=4,
     )  # fmt: skip
     return TileSelection(
         starts=torch.arange(0, tiles * kv_heads * pages, pages, device=device).view(tiles, -1),
@@ -60,20 +60,20 @@ def choose(
         pages=listed,
         masks=torch.zeros_like(listed),
         bits=causal_bits(device),
-        left=left.view(torch.bool),
+        left=left,
     )
 
 
 @triton.jit(do_not_specialize=["least", "start", "tokens", "pages", "room", "cache_pages"])
 def _little(
     query, kv, means, spreads, table, little, scale, least, start, tokens, pages, room, cache_pages,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ASKED: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """On which pages some queries of a tile find but little of their mass, each of them."""
     unit, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     number, there, line, tile = rows_at(
-        unit, kv_head, tl.num_programs(1), start, tokens, GROUP, PADDED, ROWS, PAGE
+        unit, kv_head, tl.num_programs(1), start, tokens, GROUP, PADDED, ROWS, PAGE, ASKED
     )
     channel, key = tl.arange(0, WIDTH), tl.arange(0, PAGE)
     inside = channel < DIM
@@ -89,35 +89,30 @@ def _little(
     score = tl.where(key[None] <= number[:, None], score, float("-inf"))
     peak = tl.max(score, 1)
     total = tl.sum(tl.exp2(score - peak[:, None]), 1)
-    size, first = half_square(mine, scale), kv_head * room
-    # Spreads are loaded a turn ahead: the loop waits for nothing but products.
-    spread = tl.load(spreads + first + key)
+    first = kv_head * room
+    tiles = tl.num_programs(0) * ROWS // (PAGE // ASKED * PADDED)
+    more = log_excess(mine, tl.load(spreads + kv_head * tiles + tile), scale)
     for block in range(0, past, PAGE):
-        page = block + PAGE + key
-        ahead = tl.load(spreads + first + page, page < past, 0.0)
-        score = score_means(mine, means, spread, first + block, block + key < past, size, scale)
+        score = tl.dot(mine, tl.trans(means.load([first + block, 0])), input_precision="ieee")
+        score = tl.where((block + key < past)[None], score * scale + more[:, None], float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
-        peak, spread = higher, ahead
+        peak = higher
     # A row that is none finds little anywhere; what is not a number does not.
-    enough = tl.where(there, peak + tl.log2(total) + least, float("inf"))
+    enough = tl.where(there, peak + tl.log2(total) + least - more, float("inf"))
     little += (unit * tl.num_programs(1) + kv_head).to(tl.int64) * pages
-    spread = tl.load(spreads + first + key)
     for block in range(0, past, PAGE):
-        page = block + PAGE + key
-        ahead = tl.load(spreads + first + page, page < past, 0.0)
         # Pages are the product's rows here, so that most of a page's queries share a thread.
         turned = tl.dot(means.load([first + block, 0]), tl.trans(mine), input_precision="ieee")
-        under = turned * scale + (spread[:, None] * size[None] + 6.0) < enough[None]
-        under = tl.min(under.to(tl.int32), 1).to(tl.int8)
+        under = tl.min((turned * scale < enough[None]).to(tl.int32), 1).to(tl.int8)
         tl.store(little + block + key, under, block + key < past)
-        spread = ahead
 
 
 @triton.jit(do_not_specialize=["first", "pages"])
 def _lists(
-    little, left, listed, counts, whole, first, pages, UNITS: tl.constexpr, LISTED: tl.constexpr
-):  # fmt: skip
+    little, left, listed, counts, whole, first, pages,
+    UNITS: tl.constexpr, LISTED: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip  # fmt: skip
     """A tile's pages in a row, ascending; its own is the last. And which pages it leaves."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     pair = tile.to(tl.int64) * tl.num_programs(1) + kv_head
@@ -128,7 +123,10 @@ def _lists(
         for unit in tl.static_range(UNITS):
             one = (tile.to(tl.int64) * UNITS + unit) * tl.num_programs(1) + kv_head
             leaves &= tl.load(little + one * pages + page, leaves, 0) != 0
-        tl.store(left + pair * pages + page, leaves.to(tl.int8), page < pages)
+        bits = tl.reshape(leaves, (LISTED // PAGE, PAGE)).to(tl.int64)
+        word = block // PAGE + tl.arange(0, LISTED // PAGE)
+        bits = tl.sum(bits << tl.arange(0, PAGE)[None].to(tl.int64), 1)
+        tl.store(left + pair * tl.cdiv(pages, PAGE) + word, bits, word * PAGE < pages)
         read = ((page < past) & (leaves == 0)).to(tl.int32)
         place = count + tl.cumsum(read, 0) - read
         tl.store(listed + pair * pages + place, page, read != 0)

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
+from kernels.torch_tiles import mean_spreads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +31,10 @@ WIDE = 128
 """Channels beyond which it is."""
 
 
-def rows_of(group: int, head_dim: int) -> tuple[int, int]:
-    """How many rows a program has, and how many of them are of one query."""
+def rows_of(group: int, head_dim: int, every: int) -> tuple[int, int]:
+    """How many rows a program has of every so many queries, and how many are of one query."""
     padded = int(triton.next_power_of_2(group))
-    return min(ROWS if head_dim <= WIDE else ROWS // 2, PAGE * padded), padded
+    return min(ROWS if head_dim <= WIDE else ROWS // 2, PAGE // every * padded), padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +42,19 @@ class Summaries:
     """What stands for a sequence's pages, laid out like pages of keys and values."""
 
     means: TensorDescriptor  # [kv_heads * room, 2 * head_dim]  of a page's keys and values, by 64
-    spreads: Tensor  # float32 [kv_heads, room]
+    spreads: Tensor  # float32 [kv_heads, tiles]  see `kernels.torch_tiles.mean_spreads`
     room: int  # pages, a multiple of 64
 
     @staticmethod
-    def of(cache: LayerCache, table: Tensor) -> Summaries:
-        """Those of physical pages `table` [pages], all complete, and zeros behind them."""
-        kv_heads, head_dim = cache.kv_heads, cache.head_dim
+    def of(cache: LayerCache, segment: Segment) -> Summaries:
+        """Those of all pages but the last tile's own, and zeros behind them."""
+        kv_heads, head_dim, table = cache.kv_heads, cache.head_dim, segment.block_table[:-1]
         room = max(1, -(-table.shape[0] // PAGE)) * PAGE
-        behind = (0, room - table.shape[0])
         means = torch.cat((cache.key_mean[:, table], cache.value_mean[:, table]), dim=-1)
-        means = F.pad(means, (0, 0, *behind)).view(kv_heads * room, 2 * head_dim)
+        means = F.pad(means, (0, 0, 0, room - table.shape[0])).view(kv_heads * room, 2 * head_dim)
         block = [PAGE, triton.next_power_of_2(head_dim)]
         return Summaries(
-            TensorDescriptor.from_tensor(means, block), F.pad(cache.spread[:, table], behind), room
+            TensorDescriptor.from_tensor(means, block), mean_spreads(cache, segment), room
         )
 
 
@@ -65,20 +65,21 @@ def tile_attention(
     tokens, heads, head_dim = query.shape
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     width = triton.next_power_of_2(head_dim)
-    rows, padded = rows_of(group, head_dim)
+    rows, padded = rows_of(group, head_dim, 1)
     tiles = selection.counts.shape[0]
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lses = torch.empty(2, tokens, heads, device=query.device)
     left = selection.left
-    summaries = Summaries.of(cache, segment.block_table[: 0 if left is None else -1])
+    blocks = TensorDescriptor.from_tensor(cache.kv.view(-1, 2 * head_dim), [PAGE, width])
+    # Where no means stand for pages, none are read.
+    summaries = Summaries.of(cache, segment) if left is not None else Summaries(blocks, lses, 0)
     small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
     _tiles[tiles * (PAGE * padded // rows), kv_heads](
-        query.contiguous(), cache.kv,
-        TensorDescriptor.from_tensor(cache.kv.view(-1, 2 * head_dim), [PAGE, width]),
-        summaries.means, summaries.spreads, segment.block_table,
+        query.contiguous(), cache.kv, blocks, summaries.means, summaries.spreads,
+        segment.block_table,
         selection.starts.contiguous(), selection.counts.contiguous(),
         selection.whole.contiguous(), selection.pages, selection.masks, selection.bits,
-        selection.bits if left is None else left.contiguous().view(torch.int8),
+        selection.bits if left is None else left.contiguous(),
         output, lses[0], lses[1], scale * LOG2E.value, segment.start, tokens,
         0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
         GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim, WIDTH=width, MEANS=left is not None,
@@ -87,10 +88,10 @@ def tile_attention(
     return output, lses[0], lses[1]
 
 
-@triton.jit(do_not_specialize=["start", "tokens", "pages_left", "room", "cache_pages"])
+@triton.jit(do_not_specialize=["start", "tokens", "words", "room", "cache_pages"])
 def _tiles(
     query, kv, blocks, means, spreads, table, starts, counts, wholes, pages, masks, bits, left,
-    output, lses, owns, scale, start, tokens, pages_left, room, cache_pages,
+    output, lses, owns, scale, start, tokens, words, room, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, MEANS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +99,7 @@ def _tiles(
     # Later tiles have more to read: they begin first.
     unit, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     number, there, line, tile = rows_at(
-        unit, kv_head, tl.num_programs(1), start, tokens, GROUP, PADDED, ROWS, PAGE
+        unit, kv_head, tl.num_programs(1), start, tokens, GROUP, PADDED, ROWS, PAGE, 1
     )
     channel, key = tl.arange(0, WIDTH), tl.arange(0, PAGE)
     inside = channel < DIM
@@ -131,20 +132,18 @@ def _tiles(
         peak, total, sums = _add(score, values, scale, peak, total, sums)
     tl.store(owns + line, _lse(peak, total), there)
     if MEANS:
-        size = half_square(mine, scale)
         past = start // PAGE + tile
-        at = kv_head * room
-        left += pair * pages_left
-        # Loaded a turn ahead: the loop waits for nothing but products.
-        spread, stands = tl.load(spreads + at + key), tl.load(left + key, key < past, 0)
+        tiles = tl.num_programs(0) * ROWS // (PAGE * PADDED)
+        spread = tl.load(spreads + kv_head * tiles + tile)
+        more = log_excess(mine, spread, scale)
         for block in range(0, past, PAGE):
-            page = block + PAGE + key
-            spread_ahead = tl.load(spreads + at + page, page < past, 0.0)
-            stands_ahead = tl.load(left + page, page < past, 0)
-            score = score_means(mine, means, spread, at + block, stands != 0, size, scale)
-            values = means.load([at + block, DIM])
+            word = tl.load(left + pair * words + block // PAGE)
+            stands = ((word >> key.to(tl.int64)) & 1) != 0
+            keys = means.load([kv_head * room + block, 0])
+            score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + more[:, None]
+            values = means.load([kv_head * room + block, DIM])
+            score = tl.where(stands[None], score, float("-inf"))
             peak, total, sums = _add(score, values, 1.0, peak, total, sums)
-            spread, stands = spread_ahead, stands_ahead
     tl.store(lses + line, _lse(peak, total), there)
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(output + line[:, None] * DIM + channel[None], result.to(mine.dtype), wide)
@@ -154,11 +153,15 @@ def _tiles(
 def rows_at(
     unit, kv_head, kv_heads, start, tokens,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Of a program's rows: numbers in the tile, which are there, places; and the tile's number."""
-    units: tl.constexpr = PAGE * PADDED // ROWS
+    """Of a program's rows: numbers in the tile, which are there, places; and the tile's number.
+
+    Of `EVERY` queries on end the last one has rows.
+    """
+    units: tl.constexpr = PAGE // EVERY * PADDED // ROWS
     row, tile = tl.arange(0, ROWS), unit // units
-    number = unit % units * (ROWS // PADDED) + row // PADDED
+    number = (unit % units * (ROWS // PADDED) + row // PADDED) * EVERY + (EVERY - 1)
     token = start // PAGE * PAGE + tile * PAGE + number - start
     there = (token >= 0) & (token < tokens) & (row % PADDED < GROUP)
     line = (token * kv_heads + kv_head).to(tl.int64) * GROUP + row % PADDED
@@ -166,19 +169,11 @@ def rows_at(
 
 
 @triton.jit
-def half_square(mine, scale):
-    """What a page's spread adds to a row's score of its mean, to base 2: [ROWS]."""
+def log_excess(mine, spread, scale):
+    """By how much the log of a page's mass exceeds its mean's score, to base 2: [ROWS]."""
     wide = mine.to(tl.float32)
-    # `scale` has log2(e) in it once, as it should be of the square.
-    return tl.sum(wide * wide, 1) * (scale * scale * (0.5 / 1.4426950408889634))
-
-
-@triton.jit
-def score_means(mine, means, spread, first, wanted, size, scale):
-    """Scores of 64 whole pages, to base 2 [ROWS, 64]; -inf where they are not wanted."""
-    score = tl.dot(mine, tl.trans(means.load([first, 0])), input_precision="ieee")
-    # 64 keys.
-    return score * scale + (size[:, None] * spread[None] + tl.where(wanted, 6.0, float("-inf")))
+    # `scale` has log2(e) in it once, as it should be of the square; there are 64 keys.
+    return tl.sum(wide * wide, 1) * (scale * scale * spread * (0.5 / 1.4426950408889634)) + 6.0
 
 
 @triton.jit
