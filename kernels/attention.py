@@ -174,6 +174,10 @@ def dense_attention(
         raise KernelError(f"the segment has {segment.tokens} tokens, the query {query.shape[0]}")
     if impl is Impl.REFERENCE:
         return reference.dense_attention(query, cache, segment, scale, window).to(query.dtype)
+    if impl is Impl.TRITON:
+        from kernels.gpu import dense  # a CPU has no Triton
+
+        return dense.dense_attention(query, cache, segment, scale, window)
     return torch_backend.dense_attention(query, cache, segment, scale, window)
 
 

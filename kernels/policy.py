@@ -9,7 +9,7 @@ from kernels.errors import KernelError
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
-    from kernels.patterns import Pattern
+    from kernels.patterns.pattern import Pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,33 @@ class Fixed:
 
     pattern: Pattern
     judged: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Of a prompt: read whole pages by content, and the means of the others (`kernels.prefill`).
+
+    Attributes:
+        coverage: 1 less what may be lost of a query's attention mass where sixteen pages are left
+            to their means that are just not worth reading.
+
+    Raises:
+        KernelError: when it is outside 0 to 1.
+    """
+
+    coverage: float = 0.98
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.coverage <= 1.0:
+            raise KernelError(f"coverage must lie in (0, 1], not {self.coverage}")
+
+    @property
+    def least(self) -> float:
+        """Share of a query's mass from which on a page's error is too much.
+
+        Errors of pages are independent: those of sixteen make four times that of one.
+        """
+        return (1.0 - self.coverage) / 4
 
 
 Policy = Dense | Dynamic | Fixed

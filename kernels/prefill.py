@@ -1,12 +1,20 @@
 """Sparse prefill: pages of queries that look at pages of keys, and at the means of the others.
 
-A tile is a page of queries: 64 positions of one KV head's group. A page of keys is read as it is
-where, by estimate, some query of the tile would find `least` of its attention mass there; every
-other query is asked. The first page, the tile's own and the one before it always are. For each
-other page a key and a value stand: their means, counted 64 times. A tile's scores come from these
-means too, which a page gets when it fills: what a tile reads depends on its queries and the keys
-before it alone, not on the chunk in which it is computed, nor on who filled the cache. (Of a tile
-that a chunk's edge cuts, each part decides for itself. The engine cuts at multiples of 64.)
+A tile is a page of queries: 64 positions of one KV head's group. For a page of keys its means can
+stand: a key and a value, counted 64 times. That is exact where a query finds all of its keys alike,
+and the further off the more they differ for it. A page is read as it is where, by estimate, some
+query of the tile would lose more than `least` of its attention mass to its mean; every other query
+is asked. The first page, the tile's own and the one before it always are.
+
+A query's scores on the keys of a page are taken for normal, with the score u of their mean for mean
+and a variance v that is |q|^2 times what keys vary in a channel, mean over all pages before the
+tile. The page then carries 64 e^(u + v / 2), and a sum over 64 such weights is off by
+sqrt((e^v - 1) / 64) of it. So heads that look at pages as a whole, or everywhere alike, read
+little, and a head that looks for single keys, which no mean tells of, reads nearly everything.
+
+What a tile reads depends on its queries and the keys before it alone, not on the chunk in which it
+is computed, nor on who filled the cache: a page gets its means when it fills. (Of a tile that a
+chunk's edge cuts, each part decides for itself. The engine cuts at multiples of 64.)
 
 Estimates from blocks' means: Tang et al. 2024, "Quest"; Jiang et al. 2024, "MInference 1.0"; Xu et
 al. 2025, "XAttention". That the means of the unread blocks carry their mass is akin to the
@@ -15,21 +23,24 @@ centroids of Vyas et al. 2020, "Fast Transformers with Clustered Attention".
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from kernels import reference, torch_tiles
 from kernels.attention import Impl, check_query
+from kernels.bits import packed
 from kernels.errors import KernelError
 from kernels.page import PAGE
-from kernels.tiles import TileSelection, packed
+from kernels.tiles import TileSelection
 from kernels.torch_backend import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Segment
+    from kernels.patterns.pattern import Pattern
 
 ASKED = 2
 """Of so many queries on end, the last one is asked what it would read."""
@@ -49,7 +60,7 @@ def choose(
         query: [tokens, heads, head_dim]; the tokens' own keys are already in the cache.
         cache: the layer's paged cache, complete pages with their means.
         segment: where the tokens stand and where their keys lie.
-        least: share of a query's mass from which on a page is read; 0 reads every page.
+        least: share of a query's mass from which on an error is too much; 0 reads every page.
         scale: factor on the scores.
         impl: backend.
 
@@ -78,7 +89,7 @@ def causal_lists(read: Tensor, segment: Segment) -> TileSelection:
         read: bool [tiles, kv_heads, pages], those that are read; only a tile's past matters.
         segment: where the tiles stand.
     """
-    tiles, kv_heads, pages = read.shape
+    tiles, _, pages = read.shape
     first, device = segment.start // PAGE, read.device
     page = torch.arange(pages, device=device)
     tile = first + torch.arange(tiles, device=device)
@@ -98,6 +109,44 @@ def causal_lists(read: Tensor, segment: Segment) -> TileSelection:
     )
 
 
+def pattern_lists(pattern: Pattern, segment: Segment, kv_heads: int) -> TileSelection:
+    """The pages that a segment's tiles read by a causal pattern, the same for all layers."""
+    stop = segment.start + segment.tokens
+    first = segment.start // PAGE * PAGE
+    return _lists(pattern, first, stop, segment.block_table.device, kv_heads)
+
+
+@lru_cache(maxsize=8)
+def _lists(
+    pattern: Pattern, first: int, stop: int, device: torch.device, kv_heads: int
+) -> TileSelection:
+    return pattern.tiles(first, stop - first, stop, device, kv_heads)
+
+
+def causal_density(selection: TileSelection, segment: Segment) -> Tensor:
+    """Keys read over keys visible, mean over a segment's tokens and KV heads: [], float32.
+
+    Of lists as `causal_lists` makes them, of which nothing has to be waited for.
+    """
+    start, tokens = segment.start, segment.tokens
+    kv_heads, first, stop = selection.counts.shape[1], start // PAGE, start + tokens
+    # Of the first tile and of the last some queries may not be there.
+    early, late = start - first * PAGE, -stop % PAGE
+    whole = selection.whole.sum(1)  # [tiles]
+    read = (whole.sum() * PAGE - whole[0] * early - whole[-1] * late) * PAGE
+    # Of its own page query i sees i + 1 keys.
+    place = torch.arange(start, stop)
+    own = int((place % PAGE + 1).sum()) * kv_heads
+    return (read + own) / (visible_pairs(start, tokens) * kv_heads)
+
+
+def visible_pairs(start: int, tokens: int, window: int | None = None) -> int:
+    """Keys that consecutive causal queries see, all of them together."""
+    seen = torch.arange(start + 1, start + tokens + 1)
+    return int(seen.clamp_max(window or start + tokens).sum())
+
+
+@lru_cache(maxsize=8)
 def causal_bits(device: torch.device) -> Tensor:
     """int64 [1, 64], the mask of a page that queries of the same page see up to themselves."""
     place = torch.arange(PAGE, device=device)

@@ -112,7 +112,9 @@ def dense_attention(
     return output
 
 
-def stand_ins(query: Tensor, cache: LayerCache, segment: Segment, scale: float) -> Tensor:
+def stand_ins(
+    query: Tensor, cache: LayerCache, segment: Segment, scale: float
+) -> tuple[Tensor, Tensor]:
     """Scores of whole pages: the log of the mass that a page's keys carry together, estimated.
 
     Were a page's scores normal with mean u and variance v, its mass would be 64 e^(u + v / 2). u is
@@ -126,8 +128,8 @@ def stand_ins(query: Tensor, cache: LayerCache, segment: Segment, scale: float) 
         scale: factor on the scores.
 
     Returns:
-        float64 [tokens, heads, pages] over the segment's pages, of meaning for those before a
-        token's own.
+        The scores, float64 [tokens, heads, pages] over the segment's pages, of meaning for those
+        before a token's own; and v, float64 [tokens, heads].
     """
     group = query.shape[1] // cache.kv_heads
     pages = segment.block_table
@@ -138,7 +140,7 @@ def stand_ins(query: Tensor, cache: LayerCache, segment: Segment, scale: float) 
     scaled = query.double() * scale
     centre = torch.einsum("thd,hpd->thp", scaled, mean)
     variance = scaled.square().sum(-1) * spread  # [tokens, heads]
-    return centre + variance[..., None] / 2 + math.log(PAGE)
+    return centre + variance[..., None] / 2 + math.log(PAGE), variance
 
 
 def read_pages(
@@ -153,7 +155,7 @@ def read_pages(
     """
     tokens, heads, _ = query.shape
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
-    whole = stand_ins(query, cache, segment, scale)  # [tokens, heads, pages]
+    whole, variance = stand_ins(query, cache, segment, scale)  # [tokens, heads, pages]
     first, pages = segment.start // PAGE, whole.shape[2]
     read = torch.zeros(pages - first, kv_heads, pages, dtype=torch.bool, device=query.device)
     for token in range(tokens):
@@ -165,7 +167,8 @@ def read_pages(
         own = own.repeat_interleave(group, dim=0)  # [heads, keys, head_dim]
         scores = torch.einsum("hd,hkd->hk", query[token].double() * scale, own)
         mass = torch.cat((whole[token, :, :tile], scores), dim=1).softmax(1)[:, :tile]
-        read[tile - first, :, :tile] |= mass.view(kv_heads, group, tile).amax(1) >= least
+        error = mass * (variance[token].expm1() / PAGE).sqrt()[:, None]
+        read[tile - first, :, :tile] |= error.view(kv_heads, group, tile).amax(1) >= least
     for row in range(pages - first):
         tile = first + row
         read[row, :, : min(tile, 1)] = True
@@ -177,7 +180,7 @@ def tile_attention(
     query: Tensor, cache: LayerCache, segment: Segment, selection: TileSelection, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of a segment's tokens over listed pages; see `kernels.prefill.tile_attention`."""
-    tokens, heads, head_dim = query.shape
+    tokens, heads, _ = query.shape
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     first, pages = segment.start // PAGE, segment.block_table.shape[0]
     mask = torch.zeros(tokens, kv_heads, pages, PAGE, dtype=torch.bool, device=query.device)
@@ -211,9 +214,9 @@ def tile_attention(
     if selection.left is not None:
         left = left.repeat_interleave(group, dim=1)  # [tokens, heads, pages]
         there = left.any(0)[..., None]  # [heads, pages, 1]
-        whole = stand_ins(query, cache, segment, scale).masked_fill(~left, -torch.inf)
+        means = stand_ins(query, cache, segment, scale)[0].masked_fill(~left, -torch.inf)
         mean = cache.value_mean[:, segment.block_table].double().repeat_interleave(group, dim=0)
-        scores = torch.cat((scores, whole), dim=-1)
+        scores = torch.cat((scores, means), dim=-1)
         values = torch.cat((values, mean.masked_fill(~there, 0.0)), dim=1)
     lse = scores.logsumexp(-1)
     weights = torch.where(scores.isneginf(), 0.0, (scores - lse[..., None]).exp())

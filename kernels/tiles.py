@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
+from kernels.bits import unpacked
+from kernels.errors import KernelError
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -27,19 +30,96 @@ class TileSelection:
     pages: Tensor  # int32 [places]  logical pages, ascending among the whole and among the others
     masks: Tensor  # int32 [places]  row of `bits` for a page seen in part; of no meaning else
     bits: Tensor  # int64 [masks, 64]  bit k of word q: whether the tile's query q sees page's key k
-    # int64 [tiles, kv_heads, words]  pages for which their means stand: bit p % 64 of word p // 64;
-    # None for none
+    # int64 [tiles, kv_heads, words]  pages for which their means stand, packed; None: none
     left: Tensor | None = None
 
+    def attended(self, first: int, queries: int) -> Tensor:
+        """How many (query, key) pairs the lists hold; what stands for unread pages is not counted.
 
-def packed(flags: Tensor) -> Tensor:
-    """bool [..., n] as the bits of int64 [..., ceil(n / 64)]."""
-    room = -(-flags.shape[-1] // PAGE) * PAGE
-    padded = torch.nn.functional.pad(flags, (0, room - flags.shape[-1])).unflatten(-1, (-1, PAGE))
-    return (padded.long() << torch.arange(PAGE, device=flags.device)).sum(-1)
+        Args:
+            first: position of the first query, in the first tile.
+            queries: how many there are; the last tile's others do not count.
+
+        Returns:
+            int64 [tiles, kv_heads].
+        """
+        tiles = self.counts.shape[0]
+        edge = (torch.arange(tiles + 1, device=self.bits.device) + first // PAGE) * PAGE
+        begins = (first - edge[:-1]).clamp(0, PAGE)  # of a tile's 64 queries, those that are there
+        ends = (first + queries - edge[:-1]).clamp(0, PAGE)
+        total = self.whole.long() * ((ends - begins) * PAGE)[:, None]
+        for begin, end in {*zip(begins.tolist(), ends.tolist(), strict=True)}:
+            seen = _ones(self.bits[:, begin:end])  # int64 [masks]
+            row = self.masks.long().clamp(0, max(len(seen) - 1, 0))
+            listed = seen[row] if len(seen) else torch.zeros_like(row)
+            before = F.pad(listed.cumsum(0), (1, 0))  # int64 [places + 1]
+            partial = before[self.starts + self.counts] - before[self.starts + self.whole]
+            here = ((begins == begin) & (ends == end))[:, None]
+            total = torch.where(here, total + partial, total)
+        return total
+
+    def validate(self, first: int, queries: int, keys: int, *, causal: bool = True) -> None:
+        """Check every promise of this class; it waits for the device, so it is for tests.
+
+        Args:
+            first: position of the first query.
+            queries: how many there are.
+            keys: how many keys there are; none behind them may be seen.
+            causal: whether a query sees only keys up to itself.
+
+        Raises:
+            KernelError: naming the first promise that does not hold.
+        """
+        if self.counts.shape[0] != -(-(first + queries) // PAGE) - first // PAGE:
+            raise KernelError("the lists' tiles are not those of the queries")
+        shapes = {part.shape for part in (self.starts, self.counts, self.whole)}
+        if (
+            len(shapes) > 1
+            or self.pages.shape != self.masks.shape
+            or self.bits.shape[1:] != (PAGE,)
+        ):
+            raise KernelError("the lists' shapes do not fit together")
+        wide, narrow = (self.starts, self.bits), (self.counts, self.whole, self.pages, self.masks)
+        if any(x.dtype != torch.int64 for x in wide) or any(x.dtype != torch.int32 for x in narrow):
+            raise KernelError("the lists have a dtype that is not theirs")
+        if bool(((self.whole < 0) | (self.whole > self.counts)).any()):
+            raise KernelError("a list has more pages that are seen whole than pages")
+        if bool(((self.starts < 0) | (self.starts + self.counts > len(self.pages))).any()):
+            raise KernelError("a list lies outside the places")
+        counts = self.counts.flatten().long()
+        number = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        place = torch.arange(len(number), device=counts.device)
+        place = place - (counts.cumsum(0) - counts)[number]  # in its list
+        where = self.starts.flatten()[number] + place
+        page, partial = self.pages[where].long(), place >= self.whole.flatten()[number]
+        if bool(((page < 0) | (page * PAGE >= keys)).any()):
+            raise KernelError("a list holds a page that does not exist")
+        same = (number[1:] == number[:-1]) & (partial[1:] == partial[:-1])
+        if bool((same & (page[1:] <= page[:-1])).any()):
+            raise KernelError("a list's pages do not ascend")
+        entry = number * -(-keys // PAGE) + page
+        if len(torch.unique(entry)) != len(entry):
+            raise KernelError("a list holds a page twice")
+        row = self.masks[where][partial].long()
+        if bool(((row < 0) | (row >= len(self.bits))).any()):
+            raise KernelError("a page that is seen in part has no mask")
+        tile = first // PAGE + number // self.counts.shape[1]
+        over = ((page + 1) * PAGE > keys) | ((page >= tile) if causal else (page < 0))
+        if bool((over & ~partial).any()):
+            raise KernelError("a page is seen whole that holds a key which may not be seen")
+        key = torch.arange(PAGE, device=page.device)
+        bits = unpacked(self.bits[row]).view(-1, PAGE, PAGE)  # [partial places, 64, 64]
+        at = page[partial, None, None] * PAGE + key
+        hidden = at >= keys
+        if causal:
+            hidden = hidden | (at > tile[partial, None, None] * PAGE + key[:, None])
+        if bool((bits & hidden).any()):
+            raise KernelError("a mask shows a key which may not be seen")
+        if self.left is not None and bool(unpacked(self.left).flatten(0, 1)[number, page].any()):
+            raise KernelError("a page is read, and its mean stands for it, too")
 
 
-def unpacked(words: Tensor) -> Tensor:
-    """The bits of int64 [..., words]: bool [..., words * 64]."""
-    place = torch.arange(PAGE, device=words.device)
-    return (words[..., None] >> place & 1).bool().flatten(-2)
+def _ones(words: Tensor) -> Tensor:
+    """int64 [masks], how many bits of int64 [masks, words] are set."""
+    rows = [unpacked(part).sum(1) for part in torch.split(words, 1024)]
+    return torch.cat(rows) if rows else words.new_zeros(0)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from kernels.bits import unpacked
 from kernels.page import PAGE
-from kernels.tiles import unpacked
 from kernels.torch_backend import bias_of, merge, plain_attention, prescaled, wide
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ def read_pages(
     whole = whole.view(*own.shape[:3], pages - 1)
     past = _past(segment, tiles, pages - 1)  # [tiles, pages - 1]
     whole.masked_fill_(~past[:, None], -torch.inf)
-    excess = _excess(tiled, cache, segment, scale)  # [kv_heads, tiles, rows]
+    variance = _variance(tiled, cache, segment, scale)  # [kv_heads, tiles, rows]
+    excess = variance / 2 + math.log(PAGE)
     mass = torch.logaddexp(own.logsumexp(-1), whole.logsumexp(-1) + excess)
     # Of a row that is none a page has little; what is no number is not little.
-    enough = mass - excess + (math.log(least) if least > 0 else -torch.inf)
+    error = (variance.expm1().log() - math.log(PAGE)) / 2  # log of it, over a page's mass
+    enough = mass - excess - error + math.log(least) if least > 0 else mass - torch.inf
     enough.masked_fill_(~there, torch.inf)
     read = ~(whole < enough[..., None]).all(2) & past  # [kv_heads, tiles, pages - 1]
     read[..., :1] |= past[:, :1]
@@ -77,7 +79,8 @@ def tile_attention(
 
     def flat(part: Tensor) -> Tensor:
         """[kv_heads, tiles, 64 * group, ...] to [tokens, heads, ...]."""
-        part = part.unflatten(2, (PAGE, group)).flatten(1, 2)[:, segment.start % PAGE :]
+        part = part.view(*part.shape[:2], PAGE, group, *part.shape[3:])
+        part = part.flatten(1, 2)[:, segment.start % PAGE :]
         return part[:, : segment.tokens].transpose(0, 1).flatten(1, 2)
 
     return flat(output).to(query.dtype), flat(lse), flat(own)
@@ -161,13 +164,13 @@ def _past(segment: Segment, tiles: int, pages: int, behind: int = 0) -> Tensor:
     return torch.arange(pages, device=device) < tile - behind
 
 
-def _excess(tiled: Tensor, cache: LayerCache, segment: Segment, scale: float) -> Tensor:
-    """By how much the log of a page's mass exceeds the score of its mean, by estimate.
+def _variance(tiled: Tensor, cache: LayerCache, segment: Segment, scale: float) -> Tensor:
+    """Of a query's scores on a page's keys, by estimate: [kv_heads, tiles, rows] (wide).
 
-    See `kernels.reference.stand_ins`; [kv_heads, tiles, rows] (wide).
+    See `kernels.reference.stand_ins`.
     """
-    size = tiled.to(wide(tiled.dtype)).square().sum(-1) * (scale * scale / 2)
-    return size * mean_spreads(cache, segment)[..., None] + math.log(PAGE)
+    size = tiled.to(wide(tiled.dtype)).square().sum(-1) * (scale * scale)
+    return size * mean_spreads(cache, segment)[..., None]
 
 
 def _attend_means(
@@ -193,6 +196,6 @@ def _attend_means(
     mask = seen[:, :, None]
     output, lse = plain_attention(tiled, keys, values, bias_of(mask, tiled.dtype), scale)
     # What is the same for all pages a softmax does not show.
-    lse = lse + _excess(tiled, cache, segment, scale)
+    lse = lse + (_variance(tiled, cache, segment, scale) / 2 + math.log(PAGE))
     empty = ~mask.any(-1)
     return output.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)

@@ -1,7 +1,7 @@
 """The attention layer: where every query decides where to look, and looks there.
 
-Read `LayerAttention.__call__` first. Keys are written, pages that filled are coded, and then
-each group of tokens attends: densely, by a fixed pattern, or to what `kernels.dynamic` selects.
+Read `LayerAttention.__call__` first. Pages that filled are coded, and then each group of tokens
+attends: densely, by a fixed pattern, or to what `kernels.dynamic` or `kernels.prefill` selects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from kernels.attention import Impl, dense_attention, dense_decode, selected_atte
 from kernels.budget import SAMPLE
 from kernels.dynamic import Attended
 from kernels.page import PAGE
-from kernels.policy import Dynamic
+from kernels.patterns.pattern import Pattern
+from kernels.policy import Dynamic, Pages
+from kernels.prefill import causal_density, choose, pattern_lists, tile_attention, visible_pairs
 from kernels.timing import Phases
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from kernels.cache import LayerCache, Rows
     from kernels.policy import Fixed
-    from models.step import SparseGroup, StepInput
+    from models.step import SparseGroup, StepInput, TileGroup
 
 KEY_BYTES = 12
 """Of a selected key: its position, and the log of what it stands for."""
@@ -47,11 +49,22 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class TileEntry:
+    """What the tokens of one group of tiles looked at in one layer, mean over them."""
+
+    layer: int
+    first: int  # place of the group's first token in the step
+    density: Tensor  # []  keys read over keys visible, mean over KV heads
+    coverage: Tensor  # [heads]  estimated share of the attention mass on them; nan: unknown
+
+
+@dataclass(frozen=True, slots=True)
 class Recorder:
     """Takes note of what a step's sparse rows looked at, layer by layer."""
 
     phases: Phases = field(default_factory=Phases)
     entries: list[Entry] = field(default_factory=list)
+    tiles: list[TileEntry] = field(default_factory=list)
 
     @property
     def audit(self) -> bool:
@@ -78,26 +91,21 @@ class LayerAttention:
     def __call__(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
         cache: LayerCache,
         step: StepInput,
         recorder: Recorder,
     ) -> Tensor:
-        """Write the step's keys, then attend.
+        """Code the pages that the step filled, then attend.
 
         Args:
             query: [tokens, heads, head_dim], rotated.
-            keys: [tokens, kv_heads, head_dim], rotated.
-            values: [tokens, kv_heads, head_dim].
-            cache: this layer's cache.
+            cache: this layer's cache, the step's keys and values in it.
             step: how each token attends.
             recorder: takes note of what sparse rows looked at.
 
         Returns:
             [tokens, heads, head_dim].
         """
-        cache.write(step.slots, keys, values)
         cache.code(step.filled)
         output = torch.empty_like(query)
         for run in step.dense:
@@ -108,8 +116,40 @@ class LayerAttention:
         if step.alone is not None:
             place, rows = step.alone.tokens, step.alone.rows.within(self.window)
             output[place], _ = dense_decode(query[place], cache, rows, self.scale, self.impl)
+        for tiled in step.tiled:
+            part = slice(tiled.first, tiled.first + tiled.segment.tokens)
+            output[part] = self._tiled(query[part], cache, tiled, recorder)
         for group in step.sparse:
             output[group.tokens] = self._selected(query[group.tokens], cache, group, recorder)
+        return output
+
+    def _tiled(
+        self, query: Tensor, cache: LayerCache, group: TileGroup, recorder: Recorder
+    ) -> Tensor:
+        segment, policy, scale, impl = group.segment, group.policy, self.scale, self.impl
+        windowed = self.window is not None and isinstance(policy, Pages)
+        if self.layer < group.dense_layers or windowed:
+            # A sliding window has few keys to leave out.
+            every = query.new_ones((), dtype=torch.float32)
+            recorder.tiles.append(
+                TileEntry(self.layer, group.first, every, every.expand(query.shape[1]))
+            )
+            return dense_attention(query, cache, segment, scale, self.window, impl)
+        if isinstance(policy, Pages):
+            selection = choose(query, cache, segment, policy.least, scale, impl)
+        else:
+            pattern = policy.pattern
+            if self.window is not None:
+                pattern = pattern & Pattern.parse(f"window:{self.window}")
+            selection = pattern_lists(pattern, segment, cache.kv_heads)
+        output, lse, own = tile_attention(query, cache, segment, selection, scale, impl)
+        if isinstance(policy, Pages):
+            density, coverage = causal_density(selection, segment), (own - lse).exp().mean(0)
+        else:
+            seen = visible_pairs(segment.start, segment.tokens, self.window)
+            density = selection.attended(segment.start, segment.tokens).float().mean(1).sum() / seen
+            coverage = torch.full_like(lse[0], torch.nan)
+        recorder.tiles.append(TileEntry(self.layer, group.first, density, coverage))
         return output
 
     def _selected(

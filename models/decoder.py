@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.impl = impl
-        make = _Make(dtype, device)
+        make = _Make(dtype, device, impl)
         self.model = Body(config, make, impl)
         self.lm_head = (
             None if config.tied else make.linear(config.hidden_size, config.vocab_size, bias=False)
@@ -70,9 +70,10 @@ class Decoder(nn.Module):
         """
         hidden: Tensor = self.model.embed_tokens(step.token_ids)  # [tokens, hidden_size]
         angles = self.rotary.angles(step.positions)
+        update: Tensor | None = None  # what the last part adds to the residual stream
         for layer, cache in zip(self.model.layers, caches, strict=True):
-            hidden = layer(hidden, angles, cache, step, recorder)
-        normed: Tensor = self.model.norm(hidden)  # [tokens, hidden_size]
+            hidden, update = layer(hidden, update, angles, cache, step, recorder)
+        _, normed = self.model.norm.add(hidden, update)
         return normed
 
     @property
@@ -113,21 +114,22 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = make.norm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, layer, make, impl)
         self.post_attention_layernorm = make.norm(config.hidden_size, config.norm_eps)
-        self.mlp = FeedForward(config, make)
+        self.mlp = FeedForward(config, make, impl)
 
     def forward(
         self,
         hidden: Tensor,
+        update: Tensor | None,
         angles: tuple[Tensor, Tensor],
         cache: LayerCache,
         step: StepInput,
         recorder: Recorder,
-    ) -> Tensor:
-        """One layer, [tokens, hidden_size] to the same."""
-        normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, angles, cache, step, recorder)
-        added: Tensor = self.mlp(self.post_attention_layernorm(hidden))  # [tokens, hidden_size]
-        return hidden + added
+    ) -> tuple[Tensor, Tensor]:
+        """One layer: the residual stream [tokens, hidden_size], and what is yet to be added."""
+        hidden, normed = self.input_layernorm.add(hidden, update)
+        update = self.self_attn(normed, angles, cache, step, recorder)
+        hidden, normed = self.post_attention_layernorm.add(hidden, update)
+        return hidden, self.mlp(normed)
 
 
 class Attention(nn.Module):
@@ -154,22 +156,37 @@ class Attention(nn.Module):
         recorder: Recorder,
     ) -> Tensor:
         """Attention of one layer, [tokens, hidden_size] to the same."""
-        heads = self.qkv(hidden).view(hidden.shape[0], -1, self.head_dim)
-        # [tokens, heads, head_dim], and twice [tokens, kv_heads, head_dim]
-        query, keys, values = torch.split(heads, self.parts, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, keys = self.q_norm(query), self.k_norm(keys)
-        query, keys = Rotary.rotate(query, angles), Rotary.rotate(keys, angles)
-        output = self.attend(query, keys, values, cache, step, recorder)
+        query = self._write(self.qkv(hidden), angles, cache, step)
+        output = self.attend(query, cache, step, recorder)
         projected: Tensor = self.o_proj(output.flatten(1))  # [tokens, hidden_size]
         return projected
+
+    def _write(
+        self, qkv: Tensor, angles: tuple[Tensor, Tensor], cache: LayerCache, step: StepInput
+    ) -> Tensor:
+        """Write the step's keys and values; its rotated queries [tokens, heads, head_dim]."""
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        if self.attend.impl is Impl.TRITON:
+            from kernels.gpu.rotate import rotate_and_write  # a CPU has no Triton
+
+            weights = None if norms is None else (norms[0].weight, norms[1].weight)
+            eps = 0.0 if norms is None else norms[0].eps
+            return rotate_and_write(qkv, angles, step.slots, cache, weights, eps, coded=False)
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
+        # [tokens, heads, head_dim], and twice [tokens, kv_heads, head_dim]
+        query, keys, values = torch.split(heads, self.parts, dim=1)
+        if norms is not None:
+            query, keys = norms[0](query), norms[1](keys)
+        cache.write(step.slots, Rotary.rotate(keys, angles), values)
+        return Rotary.rotate(query, angles)
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
-    def __init__(self, config: ModelConfig, make: _Make) -> None:
+    def __init__(self, config: ModelConfig, make: _Make, impl: Impl) -> None:
         super().__init__()
+        self.impl = impl
         outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = make.joint(outer, 2 * inner, bias=bias)
         self.gate_proj, self.up_proj = self.gate_up.parts([inner, inner])
@@ -177,8 +194,15 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Feed-forward of each token, [tokens, hidden_size] to the same."""
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)  # [tokens, intermediate_size] each
-        output: Tensor = self.down_proj(F.silu(gate) * up)
+        both = self.gate_up(hidden)  # [tokens, 2 * intermediate_size]
+        if self.impl is Impl.TRITON:
+            from kernels.gpu.layer import silu_mul  # a CPU has no Triton
+
+            inner = silu_mul(both)
+        else:
+            gate, up = both.chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+        output: Tensor = self.down_proj(inner)
         return output
 
 
@@ -186,10 +210,11 @@ class RMSNorm(nn.Module):
     """Root mean square norm (Zhang and Sennrich 2019), computed in float32 or wider."""
 
     def __init__(
-        self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str
+        self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str, impl: Impl
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.impl = impl
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,12 +223,21 @@ class RMSNorm(nn.Module):
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (wide * scale).to(x.dtype)
 
+    def add(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of both, [tokens, size], and its norm; None adds nothing."""
+        if self.impl is Impl.TRITON:
+            from kernels.gpu.layer import add_norm  # a CPU has no Triton
+
+            return add_norm(hidden, update, self.weight, self.eps)
+        total = hidden if update is None else hidden + update
+        return total, self(total)
+
 
 class _Make:
     """Builds modules with parameters allocated on one device in one dtype, and not filled."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, impl: Impl) -> None:
+        self.dtype, self.device, self.impl = dtype, device, impl
 
     def linear(self, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
         # By way of "meta", which skips torch's random initialisation of every weight.
@@ -218,4 +252,4 @@ class _Make:
         return empty.to_empty(device=self.device)
 
     def norm(self, size: int, eps: float) -> RMSNorm:
-        return RMSNorm(size, eps, self.dtype, self.device)
+        return RMSNorm(size, eps, self.dtype, self.device, self.impl)

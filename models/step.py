@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import Rows, Segment
-    from kernels.policy import Dynamic, Fixed
+    from kernels.policy import Dynamic, Fixed, Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,16 @@ class DenseGroup:
 
     segment: Segment
     first: int  # place of the segment's first token in the step; the rest follow it
+
+
+@dataclass(frozen=True, slots=True)
+class TileGroup:
+    """Consecutive tokens of one sequence, a part of its prompt, that read some pages of keys."""
+
+    segment: Segment
+    first: int  # place of the segment's first token in the step; the rest follow it
+    policy: Pages | Fixed
+    dense_layers: int = 0  # the model's first layers, which attend densely nevertheless
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +59,4 @@ class StepInput:
     dense: tuple[DenseGroup, ...]
     alone: DenseRows | None
     sparse: tuple[SparseGroup, ...]
+    tiled: tuple[TileGroup, ...] = ()

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from kernels.errors import KernelError
-from kernels.patterns import Pattern
+from kernels.patterns.pattern import Pattern
 from service.errors import ConfigError
 from service.sparsity import SparsityConfig
 

@@ -23,6 +23,7 @@ FALLBACKS = (
     ("short_context", "dense"),
     ("low_coverage", "dense"),
     ("kernel_error", "fixed"),
+    ("kernel_error", "dense"),
     ("overload", "fixed"),
     ("requested", "dense"),
     ("requested", "fixed"),
@@ -99,6 +100,14 @@ class Metrics:
         self._selected_keys = self._histogram(
             "attention_selected_keys", "Keys attended a row and KV head.", _KEYS, "layers"
         )
+        self._prefill_density = self._histogram(
+            "prefill_attention_density",
+            "Keys read over keys visible, a chunk of a prompt.",
+            _DENSITY,
+        ).labels(model_name)
+        self._prefill_coverage = self._histogram(
+            "prefill_attention_coverage", "Attention mass on them, a chunk of a prompt.", _COVERAGE
+        ).labels(model_name)
         self._audit_error = self._histogram(
             "attention_audit_coverage_error",
             "Distance of the estimated coverage from the exact one, in sampled steps.",
@@ -184,6 +193,12 @@ class Metrics:
         self._selected_keys.labels(self._model_name, layers).observe(selected_keys)
         if coverage is not None:
             self._coverage.labels(self._model_name, layers).observe(coverage)
+
+    def prefilled(self, density: float, coverage: float | None) -> None:
+        """A chunk of a prompt's attention, mean over layers."""
+        self._prefill_density.observe(density)
+        if coverage is not None:
+            self._prefill_coverage.observe(coverage)
 
     def audited(self, layers: str, error: float) -> None:
         """Estimated minus exact coverage of a sampled step in a group of layers."""

@@ -8,15 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kernels.budget import SAMPLE
 from kernels.errors import PatternError
-from kernels.patterns import Pattern
+from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
-from service.engine.types import SparsityParams
+from service.engine.types import PolicyName, SparsityParams
 
 CPU_DENSE_BELOW = 2048
 """Tokens from which on dynamic attention is the faster, about: `saccade bench decode` tells."""
 GPU_DENSE_BELOW = 32_768
 """The same on a GPU, by `tests/bench/decode.py`: for one sequence; fewer where several run
 together."""
+CPU_PREFILL_DENSE_BELOW = 4096
+GPU_PREFILL_DENSE_BELOW = 16_384
+"""Position in a prompt from which on reading some pages is the faster: `saccade bench prefill`."""
 
 
 class SparsityConfig(BaseModel):
@@ -56,6 +59,23 @@ class SparsityConfig(BaseModel):
     pattern: str = Field(
         default="sinks:16+window:1024", max_length=256, description="keys of the fixed policy"
     )
+    prefill: Literal["dynamic", "fixed", "dense"] | None = Field(
+        default=None,
+        description="how a prompt attends up to its last 128 tokens; by default as `policy` says",
+    )
+    prefill_coverage: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="where a prompt attends dynamically, pages of keys are read on which some query "
+        "finds 1 - prefill_coverage of its attention mass; by default `coverage`",
+    )
+    prefill_dense_below: int | None = Field(
+        default=None,
+        ge=0,
+        description="position in a prompt, in tokens, below which it attends densely; by default "
+        f"{GPU_PREFILL_DENSE_BELOW} on a GPU, {CPU_PREFILL_DENSE_BELOW} on a CPU",
+    )
     allow_brownout: bool = Field(default=True, description="for a later version; not used yet")
     dense_below: int | None = Field(
         default=None,
@@ -68,7 +88,7 @@ class SparsityConfig(BaseModel):
     @classmethod
     def _pattern_parses(cls, pattern: str) -> str:
         try:
-            return str(Pattern.parse(pattern))
+            return str(Pattern.parse_causal(pattern))
         except PatternError as error:
             raise ValueError(str(error)) from None
 
@@ -77,6 +97,12 @@ class SparsityConfig(BaseModel):
         if self.dense_below is not None:
             return self.dense_below
         return GPU_DENSE_BELOW if device.startswith("cuda") else CPU_DENSE_BELOW
+
+    def prefill_dense_below_on(self, device: str) -> int:
+        """The same of prompts before their tail."""
+        if self.prefill_dense_below is not None:
+            return self.prefill_dense_below
+        return GPU_PREFILL_DENSE_BELOW if device.startswith("cuda") else CPU_PREFILL_DENSE_BELOW
 
     def resolve(self) -> SparsityParams:
         """These defaults as the engine takes them.
@@ -92,8 +118,9 @@ class SparsityConfig(BaseModel):
         elif "max_keys" not in given:
             most = max(least, most)
         Dynamic(coverage=self.coverage, min_keys=least, max_keys=most)
+        policy: PolicyName = "dynamic" if self.policy == "auto" else self.policy
         return SparsityParams(
-            policy="dynamic" if self.policy == "auto" else self.policy,
+            policy=policy,
             coverage=self.coverage,
             min_keys=least,
             max_keys=most,
@@ -102,4 +129,6 @@ class SparsityConfig(BaseModel):
             min_coverage=self.min_coverage,
             pattern=self.pattern,
             allow_brownout=self.allow_brownout,
+            prefill=self.prefill or policy,
+            prefill_coverage=self.prefill_coverage or self.coverage,
         )

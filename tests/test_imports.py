@@ -61,7 +61,7 @@ rows = Rows(torch.arange(4)[None], torch.tensor([200]), torch.tensor([0]))
 query = torch.randn(1, 4, 16)
 found = attend(query, cache, rows, Dynamic(max_keys=150, min_keys=0), 0.25)
 assert found.output.shape == (1, 4, 16) and (found.coverage > 0).all()
-import kernels.patterns, kernels.reference
+import kernels.patterns.pattern, kernels.reference
 """,
         *("models", "service", "ray", "fastapi", "pydantic", "tokenizers", "transformers"),
     )

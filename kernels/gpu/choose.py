@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.prepare import LOG2E
-from kernels.gpu.tiles import ROWS, Summaries, log_excess, rows_at, rows_of
+from kernels.gpu.tiles import ROWS, SUMMED, Summaries, mean_spread, rows_at, rows_of, score_variance
 from kernels.page import PAGE
 from kernels.prefill import causal_bits
 from kernels.tiles import TileSelection
@@ -43,22 +43,24 @@ def choose(
         scale * LOG2E.value, math.log2(least) if least > 0 else -math.inf, segment.start, tokens,
         pages, summaries.room, cache.kv.shape[1],
         GROUP=group, PADDED=padded, ROWS=rows, ASKED=asked, DIM=head_dim,
-        WIDTH=triton.next_power_of_2(head_dim), PAGE=PAGE, num_warps=rows // 16, num_stages=2,
-        maxnreg=128 if small else None,
+        WIDTH=triton.next_power_of_2(head_dim), SUMMED=SUMMED, PAGE=PAGE,
+        num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
     )  # fmt: skip
     left = torch.empty(tiles, kv_heads, -(-pages // PAGE), dtype=torch.int64, device=device)
     listed = torch.empty(tiles * kv_heads * pages, dtype=torch.int32, device=device)
+    masks = torch.empty_like(listed)
+    starts = torch.empty(tiles, kv_heads, dtype=torch.int64, device=device)
     counts = torch.empty(2, tiles, kv_heads, dtype=torch.int32, device=device)
     _lists[tiles, kv_heads](
-        little, left, listed, counts[0], counts[1], segment.start // PAGE, pages,
+        little, left, listed, masks, starts, counts[0], counts[1], segment.start // PAGE, pages,
         UNITS=units, LISTED=LISTED, PAGE=PAGE, num_warps=4,
     )  # fmt: skip
     return TileSelection(
-        starts=torch.arange(0, tiles * kv_heads * pages, pages, device=device).view(tiles, -1),
+        starts=starts,
         counts=counts[0],
         whole=counts[1],
         pages=listed,
-        masks=torch.zeros_like(listed),
+        masks=masks,
         bits=causal_bits(device),
         left=left,
     )
@@ -68,7 +70,7 @@ def choose(
 def _little(
     query, kv, means, spreads, table, little, scale, least, start, tokens, pages, room, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ASKED: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """On which pages some queries of a tile find but little of their mass, each of them."""
     unit, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -90,8 +92,10 @@ def _little(
     peak = tl.max(score, 1)
     total = tl.sum(tl.exp2(score - peak[:, None]), 1)
     first = kv_head * room
-    tiles = tl.num_programs(0) * ROWS // (PAGE // ASKED * PADDED)
-    more = log_excess(mine, tl.load(spreads + kv_head * tiles + tile), scale)
+    variance = score_variance(mine, mean_spread(spreads + first, past, SUMMED), scale)
+    # To base 2: what a page's mass exceeds its mean's score by, and its error over its mass.
+    more = variance * (0.5 * 1.4426950408889634) + 6.0
+    error = tl.log2((tl.exp(variance) - 1.0) / PAGE) / 2
     for block in range(0, past, PAGE):
         score = tl.dot(mine, tl.trans(means.load([first + block, 0])), input_precision="ieee")
         score = tl.where((block + key < past)[None], score * scale + more[:, None], float("-inf"))
@@ -99,7 +103,7 @@ def _little(
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
         peak = higher
     # A row that is none finds little anywhere; what is not a number does not.
-    enough = tl.where(there, peak + tl.log2(total) + least - more, float("inf"))
+    enough = tl.where(there, peak + tl.log2(total) + least - error - more, float("inf"))
     little += (unit * tl.num_programs(1) + kv_head).to(tl.int64) * pages
     for block in range(0, past, PAGE):
         # Pages are the product's rows here, so that most of a page's queries share a thread.
@@ -110,7 +114,7 @@ def _little(
 
 @triton.jit(do_not_specialize=["first", "pages"])
 def _lists(
-    little, left, listed, counts, whole, first, pages,
+    little, left, listed, masks, starts, counts, whole, first, pages,
     UNITS: tl.constexpr, LISTED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip  # fmt: skip
     """A tile's pages in a row, ascending; its own is the last. And which pages it leaves."""
@@ -132,5 +136,7 @@ def _lists(
         tl.store(listed + pair * pages + place, page, read != 0)
         count += tl.sum(read, 0)
     tl.store(listed + pair * pages + count, past)
+    tl.store(masks + pair * pages + count, 0)
+    tl.store(starts + pair, pair * pages)
     tl.store(counts + pair, count + 1)
     tl.store(whole + pair, count)

@@ -34,6 +34,8 @@ def rotate_and_write(
     cache: LayerCache,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    *,
+    coded: bool = True,
 ) -> Tensor:
     """Rotate queries and keys, write keys and values, and code the pages that this completes.
 
@@ -41,11 +43,12 @@ def rotate_and_write(
         qkv: [rows, (heads + 2 * kv_heads) * head_dim], contiguous: queries, keys, values.
         angles: cosines and sines of the rows' positions, float32 [rows, 1, head_dim / 2];
             channel i turns with channel i + head_dim / 2.
-        slots: int64 [rows], physical page * 64 + offset of each row's key, at most one a page; -1
-            for a row that leaves the cache alone.
+        slots: int64 [rows], physical page * 64 + offset of each row's key; -1 for a row that leaves
+            the cache alone. Where pages are coded, at most one a page.
         cache: the layer's paged cache, in the dtype of `qkv`.
         norms: weights [head_dim] of the queries' and the keys' norms before the rotation, if any.
         eps: of these norms.
+        coded: whether pages are coded; else `LayerCache.code` has yet to be called.
 
     Returns:
         The rotated queries [rows, heads, head_dim].
@@ -55,13 +58,15 @@ def rotate_and_write(
     query = qkv.new_empty(rows, heads, head_dim)
     query_norm, key_norm = norms or (qkv, qkv)  # not read where there are none
     overlaps = overlap.possible(qkv.device)
-    _rotate_and_write[rows, heads + 2 * kv_heads + kv_heads * (PAGE // CODED)](
+    jobs = heads + 2 * kv_heads + coded * kv_heads * (PAGE // CODED)
+    _rotate_and_write[rows, jobs](
         qkv, *angles, slots, query_norm, key_norm, rotation(head_dim, torch.float32, qkv.device),
         query, cache.kv, cache.key_mean, cache.codes, cache.scale, cache.value_mean, cache.spread,
         eps, cache.kv.shape[1],
         HEADS=heads, KV_HEADS=kv_heads, DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
         NORMED=norms is not None, CODED=CODED, CHUNK=CHUNK, WORDS=words(head_dim), WORD=WORD,
-        PAGE=PAGE, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4, enable_fp_fusion=False,
+        PAGE=PAGE, OVERLAP=overlaps, launch_pdl=overlaps,
+        num_warps=4 if coded else 1, enable_fp_fusion=False,
     )  # fmt: skip
     return query
 

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
-from kernels.torch_tiles import mean_spreads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +25,10 @@ if TYPE_CHECKING:
 
 ROWS = 128
 """Queries times heads of a program; half as many where a head is wide."""
+GATHERED = 16
+"""Pages whose means a program brings together."""
+SUMMED = 1024
+"""Pages whose spreads a program adds up at once."""
 WIDE = 128
 """Channels beyond which it is."""
 
@@ -42,20 +44,23 @@ class Summaries:
     """What stands for a sequence's pages, laid out like pages of keys and values."""
 
     means: TensorDescriptor  # [kv_heads * room, 2 * head_dim]  of a page's keys and values, by 64
-    spreads: Tensor  # float32 [kv_heads, tiles]  see `kernels.torch_tiles.mean_spreads`
+    spreads: Tensor  # float32 [kv_heads, room]
     room: int  # pages, a multiple of 64
 
     @staticmethod
     def of(cache: LayerCache, segment: Segment) -> Summaries:
         """Those of all pages but the last tile's own, and zeros behind them."""
-        kv_heads, head_dim, table = cache.kv_heads, cache.head_dim, segment.block_table[:-1]
-        room = max(1, -(-table.shape[0] // PAGE)) * PAGE
-        means = torch.cat((cache.key_mean[:, table], cache.value_mean[:, table]), dim=-1)
-        means = F.pad(means, (0, 0, 0, room - table.shape[0])).view(kv_heads * room, 2 * head_dim)
-        block = [PAGE, triton.next_power_of_2(head_dim)]
-        return Summaries(
-            TensorDescriptor.from_tensor(means, block), mean_spreads(cache, segment), room
-        )
+        kv_heads, head_dim = cache.kv_heads, cache.head_dim
+        pages, width = len(segment.block_table) - 1, triton.next_power_of_2(head_dim)
+        room = max(1, -(-pages // PAGE)) * PAGE
+        means = cache.key_mean.new_empty(kv_heads * room, 2 * head_dim)
+        spreads = cache.spread.new_empty(kv_heads, room)
+        _gather[room // GATHERED, kv_heads](
+            cache.key_mean, cache.value_mean, cache.spread, segment.block_table, means, spreads,
+            pages, room, cache.kv.shape[1], DIM=head_dim, WIDTH=width, GATHERED=GATHERED,
+            num_warps=4,
+        )  # fmt: skip
+        return Summaries(TensorDescriptor.from_tensor(means, [PAGE, width]), spreads, room)
 
 
 def tile_attention(
@@ -83,7 +88,7 @@ def tile_attention(
         output, lses[0], lses[1], scale * LOG2E.value, segment.start, tokens,
         0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
         GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim, WIDTH=width, MEANS=left is not None,
-        PAGE=PAGE, num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
+        SUMMED=SUMMED, PAGE=PAGE, num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
     )  # fmt: skip
     return output, lses[0], lses[1]
 
@@ -93,7 +98,7 @@ def _tiles(
     query, kv, blocks, means, spreads, table, starts, counts, wholes, pages, masks, bits, left,
     output, lses, owns, scale, start, tokens, words, room, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, MEANS: tl.constexpr, PAGE: tl.constexpr,
+    WIDTH: tl.constexpr, MEANS: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Some queries of a tile, for one KV head."""
     # Later tiles have more to read: they begin first.
@@ -133,9 +138,9 @@ def _tiles(
     tl.store(owns + line, _lse(peak, total), there)
     if MEANS:
         past = start // PAGE + tile
-        tiles = tl.num_programs(0) * ROWS // (PAGE * PADDED)
-        spread = tl.load(spreads + kv_head * tiles + tile)
-        more = log_excess(mine, spread, scale)
+        # What a page's mass exceeds its mean's score by, to base 2; it has 64 keys.
+        variance = score_variance(mine, mean_spread(spreads + kv_head * room, past, SUMMED), scale)
+        more = variance * (0.5 * 1.4426950408889634) + 6.0
         for block in range(0, past, PAGE):
             word = tl.load(left + pair * words + block // PAGE)
             stands = ((word >> key.to(tl.int64)) & 1) != 0
@@ -147,6 +152,34 @@ def _tiles(
     tl.store(lses + line, _lse(peak, total), there)
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(output + line[:, None] * DIM + channel[None], result.to(mine.dtype), wide)
+
+
+@triton.jit(do_not_specialize=["pages", "room", "cache_pages"])
+def _gather(
+    key_means, value_means, cached, table, means, spreads, pages, room, cache_pages,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, GATHERED: tl.constexpr,
+):  # fmt: skip
+    """The summaries of some pages, from where they lie to where they follow each other."""
+    page, kv_head = tl.program_id(0) * GATHERED + tl.arange(0, GATHERED), tl.program_id(1)
+    channel, there = tl.arange(0, WIDTH), page < pages
+    at = (kv_head * cache_pages + tl.load(table + page, there, 0)).to(tl.int64)
+    to, inside = (kv_head * room + page).to(tl.int64), (channel < DIM)[None]
+    target = means + to[:, None] * (2 * DIM) + channel[None]
+    source = at[:, None] * DIM + channel[None]
+    some = there[:, None] & inside
+    tl.store(target, tl.load(key_means + source, some, 0.0), inside)
+    tl.store(target + DIM, tl.load(value_means + source, some, 0.0), inside)
+    tl.store(spreads + to, tl.load(cached + at, there, 0.0))
+
+
+@triton.jit
+def mean_spread(spreads, pages, SUMMED: tl.constexpr):
+    """Mean over the first `pages`, 0 where there are none."""
+    total = tl.zeros((SUMMED,), tl.float32)
+    for block in range(0, pages, SUMMED):
+        page = block + tl.arange(0, SUMMED)
+        total += tl.load(spreads + page, page < pages, 0.0)
+    return tl.sum(total, 0) / tl.maximum(pages, 1)
 
 
 @triton.jit
@@ -169,11 +202,10 @@ def rows_at(
 
 
 @triton.jit
-def log_excess(mine, spread, scale):
-    """By how much the log of a page's mass exceeds its mean's score, to base 2: [ROWS]."""
-    wide = mine.to(tl.float32)
-    # `scale` has log2(e) in it once, as it should be of the square; there are 64 keys.
-    return tl.sum(wide * wide, 1) * (scale * scale * spread * (0.5 / 1.4426950408889634)) + 6.0
+def score_variance(mine, spread, scale):
+    """Of rows' scores on a page's keys, to base e, where `scale` is to base 2: [ROWS]."""
+    wide, plain = mine.to(tl.float32), scale / 1.4426950408889634
+    return tl.sum(wide * wide, 1) * (plain * plain * spread)
 
 
 @triton.jit

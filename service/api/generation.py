@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from service.engine.types import PrefillReport
 from service.errors import GenerationError, UnavailableError
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Reports:
             coverage=_mean(coverages) if coverages else None,
             coverage_p5=min(lows, default=None),
             keys_attended=_mean([one.keys_attended for one in reports]),
+            prefill=_prefill_of(reports),
             fallbacks={
                 reason: sum(one.fallbacks.get(reason, 0) for one in reports) for reason in reasons
             },
@@ -165,8 +167,22 @@ class Reports:
         return {"sparsity": report_json(merged)}
 
 
+def _prefill_of(reports: Sequence[SparsityReport]) -> PrefillReport | None:
+    """Means over the prompts; choices of the same prompt say the same."""
+    prefills = [one.prefill for one in reports if one.prefill is not None]
+    if not prefills:
+        return None
+    coverages = [one.coverage for one in prefills if one.coverage is not None]
+    return PrefillReport(
+        prefills[0].policy,
+        _mean([one.density for one in prefills]),
+        _mean(coverages) if len(coverages) == len(prefills) else None,
+    )
+
+
 def report_json(report: SparsityReport) -> dict[str, object]:
     """A report as answers carry it."""
+    prefill = report.prefill
     return {
         "policy": report.policy,
         "density": round(report.density, 6),
@@ -174,6 +190,13 @@ def report_json(report: SparsityReport) -> dict[str, object]:
         "coverage_p5": None if report.coverage_p5 is None else round(report.coverage_p5, 6),
         "keys_attended": round(report.keys_attended, 1),
         "fallbacks": report.fallbacks,
+        "prefill": None
+        if prefill is None
+        else {
+            "policy": prefill.policy,
+            "density": round(prefill.density, 6),
+            "coverage": None if prefill.coverage is None else round(prefill.coverage, 6),
+        },
     }
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from kernels.errors import PatternError
-from kernels.patterns import Pattern
+from kernels.patterns.pattern import Pattern
 from service.config import LimitsConfig  # noqa: TC001  pydantic reads the annotations
 
 Prompt = str | list[int]
@@ -71,6 +71,8 @@ class SparsityRequest(_Request):
     dense_layers: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
     pattern: Annotated[str, Field(max_length=256)] | None = None
+    prefill: Literal["dynamic", "fixed", "dense"] | None = None
+    prefill_coverage: Annotated[float, Field(gt=0, le=1)] | None = None
     allow_brownout: bool | None = None
     explain: Literal[False] | None = None  # what it would ask for is not offered yet
 
@@ -78,7 +80,7 @@ class SparsityRequest(_Request):
     @classmethod
     def _pattern_parses(cls, pattern: str | None) -> str | None:
         try:
-            return None if pattern is None else str(Pattern.parse(pattern))
+            return None if pattern is None else str(Pattern.parse_causal(pattern))
         except PatternError as error:
             raise ValueError(str(error)) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels.errors import SaccadeError
-from kernels.patterns import Pattern
+from kernels.patterns.pattern import Pattern
 from service.engine.batch import policy_of
 from service.engine.sequence import Mode, Request, Sequence
 from service.errors import RequestError
@@ -49,7 +49,7 @@ def check_request(
         if not all(0 <= token < vocab for token in ids):
             raise RequestError(f"{name} must lie in 0 to {vocab - 1}", param=name)
     try:
-        Pattern.parse(sparsity.pattern)
+        Pattern.parse_causal(sparsity.pattern)
     except SaccadeError as error:
         raise RequestError(str(error), param="sparsity.pattern") from error
     probe = Sequence(Request("", (0,), sampling, sparsity, 0, lambda _: None, 0.0), 0, [0])

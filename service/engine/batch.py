@@ -11,9 +11,9 @@ import torch
 
 from kernels.cache import Rows, Segment
 from kernels.page import PAGE
-from kernels.patterns import Pattern
-from kernels.policy import Dynamic, Fixed
-from models.step import DenseGroup, DenseRows, SparseGroup, StepInput
+from kernels.patterns.pattern import Pattern
+from kernels.policy import Dynamic, Fixed, Pages
+from models.step import DenseGroup, DenseRows, SparseGroup, StepInput, TileGroup
 from service.engine.sequence import Mode, Sequence
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ def policy_of(sequence: Sequence, mode: Mode) -> Dynamic | Fixed:
         return dynamic_policy(wanted)
     # A fallback is not judged: that takes the same kernels as the selection that failed.
     return Fixed(Pattern.parse(wanted.pattern), judged=wanted.policy == "fixed")
+
+
+def prefill_policy(wanted: SparsityParams) -> Pages | Fixed:
+    """The kernel's policy for a prompt's tokens before its tail, where they are not dense."""
+    if wanted.prefill == "dynamic":
+        return Pages(wanted.prefill_coverage)
+    return Fixed(Pattern.parse(wanted.pattern))
 
 
 def dynamic_policy(wanted: SparsityParams) -> Dynamic:
@@ -65,12 +72,19 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
     filled: list[int] = []
     dense: list[DenseGroup] = []
     alone: list[_Span] = []
+    tiles: list[TileGroup] = []
     sparse: dict[tuple[Dynamic | Fixed, int, int], list[_Span]] = defaultdict(list)
     for item in work:
         sequence = item.sequence
         for span in _spans(item, len(tokens)):
             count = span.stop - span.start
-            if span.mode is Mode.DENSE and count == 1:
+            if span.mode is not Mode.DENSE and span.start < sequence.request.tail_start:
+                wanted = sequence.request.sparsity
+                segment = Segment.of(sequence.pages, span.start, count, device)
+                tiles.append(
+                    TileGroup(segment, span.first, prefill_policy(wanted), wanted.dense_layers)
+                )
+            elif span.mode is Mode.DENSE and count == 1:
                 alone.append(span)
             elif span.mode is Mode.DENSE:
                 segment = Segment.of(sequence.pages, span.start, count, device)
@@ -100,19 +114,21 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
             SparseGroup(*_rows(spans, device), policy, dense_layers)
             for (policy, dense_layers, _), spans in sparse.items()
         ),
+        tiled=tuple(tiles),
     )
 
 
 def _spans(item: Work, first: int) -> list[_Span]:
     sequence = item.sequence
+    tail = max(item.start, min(item.stop, sequence.request.tail_start))
+    # A prompt's tokens before its tail attend alike page by page: no need to ask for each.
+    asked = [*range(item.start, tail, PAGE), *range(tail, item.stop)]
     spans: list[_Span] = []
-    start = item.start
-    # The prompt before the tail is dense whatever the policy: no need to ask for each token.
-    position = max(start, min(item.stop, sequence.request.tail_start))
-    mode = Mode.DENSE if position > start else sequence.mode(start)
-    for here in range(position, item.stop):
+    start, mode = item.start, sequence.mode(item.start)
+    for here in asked[1:]:
         current = sequence.mode(here)
-        if current is not mode:
+        # Behind the tail's start tokens attend as rows, before it as tiles.
+        if current is not mode or here == tail:
             spans.append(_Span(sequence, mode, start, here, first + start - item.start))
             start, mode = here, current
     spans.append(_Span(sequence, mode, start, item.stop, first + start - item.start))

@@ -19,7 +19,7 @@ from service.engine.sampler import Ranked, Sampler, rank, rank_in_slices
 from service.engine.scheduler import Limits, Scheduler, Work
 from service.engine.sequence import Fallback, Mode, Request, Sequence, State
 from service.engine.stream import Stream
-from service.engine.tally import Looked, Tally
+from service.engine.tally import Looked, Prefilled, Tally
 from service.engine.types import Delta, Health, SamplingParams, SparsityParams, TokenLogprob
 from service.errors import EngineDeadError, OverloadedError, RequestError
 
@@ -69,6 +69,7 @@ class Engine:
         model_name: the name requests use.
         max_model_len: most tokens of a prompt and its answer; must fit the pool.
         dense_below: context under which the dynamic policy runs dense, tokens.
+        prefill_dense_below: the same of prompts before their tail.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Engine:
         model_name: str,
         max_model_len: int,
         dense_below: int,
+        prefill_dense_below: int = 0,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -93,6 +95,7 @@ class Engine:
         self._scheduler = Scheduler(pool, limits)
         self._limits = limits
         self._dense_below = dense_below
+        self._prefill_dense_below = prefill_dense_below
         self._ends = frozenset(config.eos_ids)
         self._inbox: queue.SimpleQueue[tuple[Request, int] | _Abort | None] = queue.SimpleQueue()
         self._arriving = 0  # sequences in the inbox
@@ -155,6 +158,7 @@ class Engine:
             self._dense_below,
             stream.emit,
             time.monotonic(),
+            prefill_dense_below=self._prefill_dense_below,
         )
         with self._lock:
             if self._stopping or not self._thread.is_alive():
@@ -266,23 +270,26 @@ class Engine:
             if item.sequence.started is None:
                 item.sequence.started = now
         looked: list[Looked] = []
+        prefilled: list[Prefilled] = []
         for outcome in self._runner.run(work):
             sequence = outcome.work.sequence
             if sequence.state is not State.RUNNING:
                 continue
             try:
-                self._advance(outcome, looked)
+                self._advance(outcome, looked, prefilled)
             except Exception as error:  # noqa: BLE001  one request's trouble stays its own
                 self._runner.check_device(error)
                 _log.error("request %s failed", sequence.request.id, exc_info=error)
                 self._finish(sequence, "", Ending("error"), error="sampling failed on this request")
         if looked:
             observe(self.metrics, looked)
+        for chunk in prefilled:
+            self.metrics.prefilled(chunk.mean_density, chunk.mean_coverage)
 
-    def _advance(self, outcome: Outcome, looked: list[Looked]) -> None:
+    def _advance(self, outcome: Outcome, looked: list[Looked], prefilled: list[Prefilled]) -> None:
         """Book one outcome: its keys, its statistics, and its next token if it has one.
 
-        What its tokens looked at for the first time is added to `looked`.
+        What its tokens looked at for the first time is added to `looked` and `prefilled`.
         """
         item, sequence = outcome.work, outcome.work.sequence
         request, progress = sequence.request, self._progress[sequence]
@@ -294,6 +301,12 @@ class Engine:
             progress.tally.fell_back(reason)
             self.metrics.fallback(reason.value, to.value, 1)
 
+        if outcome.prefilled is not None:
+            progress.tally.add_prefill(outcome.prefilled)
+            prefilled.append(outcome.prefilled)
+            for reason, tokens in outcome.fell_back.items():
+                progress.tally.fell_back(reason, tokens)
+                self.metrics.fallback(reason.value, Mode.DENSE.value, tokens)
         skip = decide(item, note)
         if outcome.looked is not None and skip < item.count:
             fresh = outcome.looked.cut(slice(skip, None))
@@ -393,7 +406,7 @@ class Engine:
             finish_reason=ending.reason if ending else None,
             stop_reason=ending.matched if ending else None,
             error=error,
-            sparsity=progress.tally.report(request.sparsity.policy) if ending else None,
+            sparsity=progress.tally.report(request.sparsity) if ending else None,
             prompt_logprobs=prompt_logprobs,
         )
         self._outbox.setdefault(request, []).append(delta)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from service.engine.tally import Looked
+from service.engine.tally import Looked, Prefilled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -45,6 +45,34 @@ def of_step(step: StepInput, recorder: Recorder, windows: Seq[int | None], heads
             exact[layer, place] = torch.cat(known).cpu().double()  # audits are of whole steps
     audited = None if exact is None else exact.numpy()
     return Looked(density.numpy(), keys.numpy(), coverage.numpy(), audited)
+
+
+def of_prefill(
+    step: StepInput, recorder: Recorder, place: int, tokens: int, layers: int, heads: int
+) -> Prefilled:
+    """What a prompt's tokens at `place` and on looked at, those before its tail.
+
+    Args:
+        step: the step.
+        recorder: its notes.
+        place: in the step, of the first of them.
+        tokens: how many.
+        layers: of the model.
+        heads: query heads of a layer.
+    """
+    density, coverage = np.zeros(layers), np.zeros((layers, heads))
+    sparse = 0
+    for group in step.tiled:
+        if not place <= group.first < place + tokens:
+            continue
+        sparse += group.segment.tokens
+        entries = [entry for entry in recorder.tiles if entry.first == group.first]
+        parts = torch.stack([torch.cat((one.density[None], one.coverage)) for one in entries])
+        found = parts.double().cpu().numpy() * group.segment.tokens  # [layers, 1 + heads]
+        density += found[:, 0]
+        coverage += found[:, 1:]
+    dense = tokens - sparse
+    return Prefilled(tokens, (density + dense) / tokens, (coverage + dense) / tokens)
 
 
 def of_replay(

@@ -7,12 +7,13 @@ its fallback; a request that breaks the model alone fails alone.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from kernels.page import PAGE
 from kernels.timing import Phases
 from models.attention import Recorder
 from service.engine import looked
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from models.step import StepInput
     from service.engine.replay import Replays
     from service.engine.scheduler import Work
-    from service.engine.tally import Looked
+    from service.engine.tally import Looked, Prefilled
     from service.metrics import Metrics
 
 AUDIT_EVERY = 256
@@ -60,6 +61,8 @@ class Outcome:
     hidden: Tensor | None
     looked: Looked | None
     error: str | None = None
+    prefilled: Prefilled | None = None  # of its tokens before the prompt's tail, if any
+    fell_back: dict[Fallback, int] = field(default_factory=dict)  # those of them that did
     # Of a replayed row, on the host.
     logits: Tensor | None = None  # float32 [vocab]
     finite: bool | None = None  # whether the hidden state is
@@ -98,8 +101,17 @@ class Runner:
         self._device = caches[0].kv.device
         self._sparse_steps = 0
         self._audit: bool | None = None  # whether this step is audited; None for every so many
-        self._trouble: str | None = None  # what went wrong with dynamic selection in this step
-        self.degraded: str | None = None  # why dynamic selection does not run at present
+        # What went wrong in this step with dynamic selection, and with sparse prefill.
+        self._trouble: str | None = None
+        self._prefill_trouble: str | None = None
+        # Why these do not run at present.
+        self._degraded: str | None = None
+        self._prefill_degraded: str | None = None
+
+    @property
+    def degraded(self) -> str | None:
+        """Why dynamic selection or sparse prefill does not run at present."""
+        return self._degraded or self._prefill_degraded
 
     def run(self, work: Seq[Work], audit: bool | None = None) -> list[Outcome]:
         """Compute `work`; one outcome each, in order, whatever happens to the others.
@@ -108,15 +120,18 @@ class Runner:
             work: what to compute.
             audit: whether sparse rows are audited; by default in one of `audit_every` steps.
         """
-        self._trouble = None
+        self._trouble = self._prefill_trouble = None
         self._audit = audit
         dynamic = any(dynamic_rows(item) for item in work)
+        sparse = any(prefills_sparsely(item) for item in work)
         outcomes = self._run(work)
         held = any(_held_by_error(item) for item in work)
         if self._trouble is not None:
-            self.degraded = self._trouble
+            self._degraded = self._trouble
         elif dynamic and not held:
-            self.degraded = None
+            self._degraded = None
+        if sparse:
+            self._prefill_degraded = self._prefill_trouble
         return outcomes
 
     def _run(self, work: Seq[Work]) -> list[Outcome]:
@@ -157,20 +172,31 @@ class Runner:
     def _judged(self, work: Seq[Work]) -> list[Outcome]:
         outcomes = self._forward(work)
         again: list[int] = []
+        fell_back: dict[int, dict[Fallback, int]] = {}
         for place, outcome in enumerate(outcomes):
-            reason = self._suspicion(outcome)
+            reason, body = self._suspicion(outcome), self._suspicion_of_prefill(outcome)
             if reason is not None:
                 hold(outcome.work, reason)
+            if body is not None:
+                hold_prefill(outcome.work)
+            if reason is not None or body is not None:
                 again.append(place)
+                fell_back[place] = {} if body is None else {body: body_of(outcome.work)}
         if again:
             redone = self._forward([work[place] for place in again])
             for place, outcome in zip(again, redone, strict=True):
-                outcomes[place] = outcome
+                outcomes[place] = replace(outcome, fell_back=fell_back[place])
         return _finite(outcomes)
 
     def _rescue(self, item: Work, error: Exception) -> Outcome:
         """One item alone failed: once more on the fixed pattern if it was dynamic, else give up."""
         failure = error
+        if prefills_sparsely(item):
+            _log.warning("sparse prefill failed, going on densely", exc_info=error)
+            self._prefill_trouble = f"sparse prefill failed: {type(error).__name__}"
+            hold_prefill(item)
+            [outcome] = self._run([item])
+            return replace(outcome, fell_back={Fallback.KERNEL_ERROR: body_of(item)})
         if dynamic_rows(item):
             _log.warning("dynamic selection failed, using the fixed pattern", exc_info=error)
             self._trouble = f"dynamic selection failed: {type(error).__name__}"
@@ -196,6 +222,20 @@ class Runner:
         floor = outcome.work.sequence.request.sparsity.min_coverage
         return Fallback.LOW_COVERAGE if floor > 0 and coverage.mean() < floor else None
 
+    def _suspicion_of_prefill(self, outcome: Outcome) -> Fallback | None:
+        """The same of the prompt's tokens before its tail."""
+        seen = outcome.prefilled
+        if seen is None or not prefills_sparsely(outcome.work):
+            return None
+        wanted = outcome.work.sequence.request.sparsity
+        if wanted.prefill == "fixed":  # whose coverage nobody estimates
+            return None
+        if not np.isfinite(seen.coverage).all():
+            self._prefill_trouble = "sparse prefill met scores that are not finite"
+            return Fallback.KERNEL_ERROR
+        low = 0 < wanted.min_coverage and seen.coverage.mean() < wanted.min_coverage
+        return Fallback.LOW_COVERAGE if low else None
+
     def _forward(self, work: Seq[Work]) -> list[Outcome]:
         if self._device.type == "cuda":  # of this thread: where Triton launches
             torch.cuda.set_device(self._device)
@@ -215,8 +255,12 @@ class Runner:
         seen = looked.of_step(step, recorder, self._windows, self._heads)
         outcomes, first = [], 0
         for item in work:
-            part = slice(first, first + item.count)
-            outcomes.append(Outcome(item, hidden[part], seen.cut(part)))
+            part, body, prefilled = slice(first, first + item.count), body_of(item), None
+            if body:
+                prefilled = looked.of_prefill(
+                    step, recorder, first, body, len(self._caches), self._heads
+                )
+            outcomes.append(Outcome(item, hidden[part], seen.cut(part), prefilled=prefilled))
             first += item.count
         return outcomes
 
@@ -225,6 +269,22 @@ def hold(item: Work, reason: Fallback) -> None:
     """Send the item's undecided tokens, and `HOLD` more, to the fallback for `reason`."""
     item.sequence.hold_reason = reason
     item.sequence.hold_until = item.stop + HOLD
+
+
+def body_of(item: Work) -> int:
+    """Tokens of the item that are of the prompt before its tail."""
+    return max(0, min(item.stop, item.sequence.request.tail_start) - item.start)
+
+
+def prefills_sparsely(item: Work) -> bool:
+    """Whether some of these do not attend densely."""
+    sequence, stop = item.sequence, item.start + body_of(item)
+    return any(sequence.mode(at) is not Mode.DENSE for at in range(item.start, stop, PAGE))
+
+
+def hold_prefill(item: Work) -> None:
+    """Have these attend densely, now and whenever they are computed again."""
+    item.sequence.dense_parts.append(range(item.start, item.start + body_of(item)))
 
 
 def _is_sparse(item: Work) -> bool:

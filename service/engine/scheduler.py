@@ -139,7 +139,13 @@ class Scheduler:
         left = len(sequence.tokens) - sequence.computed
         before_tail = sequence.request.tail_start - sequence.computed
         if before_tail > 0:
-            return min(before_tail, self.limits.prefill_chunk, budget)
+            chunk = self.limits.prefill_chunk
+            if sequence.request.sparsity.prefill == "dense":
+                return min(before_tail, chunk, budget)
+            # A page of queries decides together what it reads: it is not cut. The first prompt of a
+            # step finds room for one, as the budget has more than a tail's beside all decodes.
+            most = min(max(chunk, PAGE), budget)
+            return before_tail if before_tail <= most else most // PAGE * PAGE
         # The tail is judged as one: it is never cut, whatever the chunk size. Behind it a
         # sequence that was put back computes its generated tokens again.
         prompt_left = sequence.prompt_len - sequence.computed

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from kernels.page import PAGE
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -62,6 +64,7 @@ class Request:
     emit: Callable[[list[Delta]], None]  # hands deltas to the caller, from the engine's thread
     arrived: float  # seconds, monotonic
     sequences: list[Sequence] = field(default_factory=list)  # by choice
+    prefill_dense_below: int = 0  # as `dense_below`, of the prompt before its tail
 
     @property
     def tail_start(self) -> int:
@@ -82,6 +85,8 @@ class Sequence:
     computed: int = 0  # tokens whose keys are cached
     decided: int = 0  # positions before it keep the mode they first ran with, also when recomputed
     fallbacks: dict[int, Fallback] = field(default_factory=dict)  # by position, once decided
+    # Parts of the prompt that attend densely since something else failed there.
+    dense_parts: list[range] = field(default_factory=list)
     hold_until: int = 0  # positions before it repeat `hold_reason` instead of trying again
     hold_reason: Fallback = Fallback.LOW_COVERAGE
     started: float | None = None  # first step, seconds, monotonic
@@ -105,9 +110,17 @@ class Sequence:
         """
         policy = Mode(self.request.sparsity.policy)
         if position < self.request.tail_start:
-            return Mode.DENSE
+            return self._prefill_mode(position)
         fallback = self.fallback(position)
         return policy if fallback in (None, Fallback.REQUESTED) else fallback.to
+
+    def _prefill_mode(self, position: int) -> Mode:
+        """The same before the tail, where the tokens of a page attend alike."""
+        wanted = Mode(self.request.sparsity.prefill)
+        short = position // PAGE * PAGE < self.request.prefill_dense_below
+        if wanted is Mode.DYNAMIC and short:
+            return Mode.DENSE
+        return Mode.DENSE if any(position in part for part in self.dense_parts) else wanted
 
     def fallback(self, position: int) -> Fallback | None:
         """Why the token at `position`, in the tail or generated, leaves the dynamic policy."""

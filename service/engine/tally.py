@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service.engine.types import SparsityReport
+from service.engine.types import PrefillReport, SparsityReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from service.engine.sequence import Fallback
+    from service.engine.types import SparsityParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,26 @@ class Looked:
         return Looked(self.density[:, part], self.keys[:, part], self.coverage[:, part], exact)
 
 
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What consecutive tokens of a prompt, before its tail, looked at; means over them."""
+
+    tokens: int
+    density: NDArray[np.float64]  # [layers]  keys read over keys visible
+    coverage: NDArray[np.float64]  # [layers, heads]  estimated; 1 where dense, nan: unknown
+
+    @property
+    def mean_density(self) -> float:
+        """Mean over the layers."""
+        return float(self.density.mean())
+
+    @property
+    def mean_coverage(self) -> float | None:
+        """Mean over layers and heads; None: unknown."""
+        mean = float(self.coverage.mean())
+        return None if np.isnan(mean) else mean
+
+
 @dataclass(slots=True)
 class Tally:
     """Running sums; `report` turns them into what an answer carries."""
@@ -40,6 +61,7 @@ class Tally:
     keys: float = 0.0
     coverage: NDArray[np.float64] | None = None  # [layers, heads], summed over rows
     fallbacks: Counter[str] = field(default_factory=Counter)
+    prefilled: list[Prefilled] = field(default_factory=list)  # of a prompt, computed once
 
     def add(self, looked: Looked) -> None:
         """Count more tokens."""
@@ -49,24 +71,41 @@ class Tally:
         coverage = looked.coverage.sum(1)
         self.coverage = coverage if self.coverage is None else self.coverage + coverage
 
-    def fell_back(self, reason: Fallback) -> None:
-        """Count one token that left the dynamic policy."""
-        self.fallbacks[reason.value] += 1
+    def add_prefill(self, prefilled: Prefilled) -> None:
+        """Count more tokens of the prompt before its tail."""
+        self.prefilled.append(prefilled)
+
+    def fell_back(self, reason: Fallback, tokens: int = 1) -> None:
+        """Count tokens that left the dynamic policy."""
+        self.fallbacks[reason.value] += tokens
 
     def shared(self) -> Tally:
         """For another choice on the same prompt: it looked there too; its tokens count once."""
         coverage = None if self.coverage is None else self.coverage.copy()
-        return Tally(self.rows, self.density, self.keys, coverage)
+        tally = Tally(self.rows, self.density, self.keys, coverage)
+        tally.prefilled = self.prefilled
+        return tally
 
-    def report(self, policy: str) -> SparsityReport:
+    def report(self, sparsity: SparsityParams) -> SparsityReport:
         """Means over everything counted; coverage's 5th percentile is over layers and heads."""
         rows = max(self.rows, 1)
         mean = None if self.coverage is None else self.coverage / rows  # [layers, heads]
         return SparsityReport(
-            policy=policy,
+            policy=sparsity.policy,
             density=self.density / rows,
             coverage=None if mean is None else float(mean.mean()),
             coverage_p5=None if mean is None else float(np.percentile(mean, 5)),
             keys_attended=self.keys / rows,
             fallbacks=dict(self.fallbacks),
+            prefill=self._prefill_report(sparsity.prefill),
         )
+
+    def _prefill_report(self, policy: str) -> PrefillReport | None:
+        tokens = sum(one.tokens for one in self.prefilled)
+        if tokens == 0:
+            return None
+        density = sum(one.tokens * one.mean_density for one in self.prefilled) / tokens
+        coverages = [(one.tokens, one.mean_coverage) for one in self.prefilled]
+        known = [count * mean for count, mean in coverages if mean is not None]
+        coverage = sum(known) / tokens if len(known) == len(coverages) else None
+        return PrefillReport(policy, density, coverage)

@@ -61,6 +61,8 @@ class SparsityParams:
         min_coverage: estimated coverage under which the request falls back to dense; 0 is never.
         pattern: the fixed pattern, "sinks:16+window:1024"; also where a kernel error falls back to.
         allow_brownout: under overload the budget of this request may be cut.
+        prefill: how the prompt up to its tail attends.
+        prefill_coverage: see `kernels.policy.Pages`, where the prompt attends dynamically.
     """
 
     policy: PolicyName
@@ -72,6 +74,8 @@ class SparsityParams:
     min_coverage: float
     pattern: str
     allow_brownout: bool
+    prefill: PolicyName = "dense"
+    prefill_coverage: float = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,21 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """What the attention of a prompt did, but for its tail.
+
+    Attributes:
+        policy: how it was asked to attend.
+        density: keys read over keys visible, mean over layers, KV heads and tokens.
+        coverage: attention mass on the keys read, mean over layers and heads; None: unknown.
+    """
+
+    policy: str
+    density: float
+    coverage: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class SparsityReport:
     """What one choice's attention did; see the design for density and coverage.
 
@@ -101,6 +120,7 @@ class SparsityReport:
         coverage_p5: its 5th percentile.
         keys_attended: keys a row, mean over layers and KV heads.
         fallbacks: tokens that went elsewhere, by reason.
+        prefill: what the prompt's tokens before its tail did; None: there were none.
     """
 
     policy: str
@@ -109,6 +129,7 @@ class SparsityReport:
     coverage_p5: float | None
     keys_attended: float
     fallbacks: dict[str, int]
+    prefill: PrefillReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

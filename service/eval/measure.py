@@ -92,6 +92,7 @@ def _score(
         for reason, tokens in report.fallbacks.items()
         if reason != "requested"
     )
+    prefills = [report.prefill for report in reports if report.prefill is not None]
     total, count, n = counts
     return DocumentScore(
         policy=policy,
@@ -102,6 +103,8 @@ def _score(
         coverage=float(np.mean(coverages)) if coverages else None,
         fallbacks=fallbacks,
         calibration=calibration(audits),
+        prefill=prefills[0].policy if prefills else "dense",
+        prefill_density=float(np.mean([one.density for one in prefills])) if prefills else None,
     )
 
 

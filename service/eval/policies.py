@@ -26,7 +26,8 @@ class NamedPolicy:
 def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
     """Read `dense`, `dynamic`, `dynamic:coverage=0.95,max_keys=512`, `dynamic:k=512`, `fixed:...`.
 
-    `k` keys are neither fewer nor more (but for the fewest that a sample has), whatever mass they
+    `prefill=dynamic,prefill_coverage=0.98` has the prompt before its last 128 tokens attend sparsely, too;
+    else it is read densely. `k` keys are neither fewer nor more (but for the fewest that a sample has), whatever mass they
     carry; with `sampled=false` they are plain top-k. What follows `fixed:` is a pattern, such as
     `sinks:16+window:1024`.
 
@@ -50,7 +51,8 @@ def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
             "dynamic:k=512 or fixed:sinks:16+window:1024"
         )
     try:
-        merged = {**defaults.model_dump(exclude_unset=True), **fields}
+        # Prompts are read densely, once for all policies, unless a policy names it otherwise.
+        merged = {"prefill": "dense"} | {**defaults.model_dump(exclude_unset=True), **fields}
         return NamedPolicy(text.strip(), type(defaults).model_validate(merged).resolve())
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]

@@ -48,6 +48,8 @@ class DocumentScore:
         n: answers, one a reference; for a passage predicted tokens.
         density: mean over the document's questions.
         coverage: the same; None where it is not known.
+        prefill: how the document before the questions was asked to attend.
+        prefill_density: the same of it as `density`; None where it was all tail.
     """
 
     policy: str
@@ -58,6 +60,8 @@ class DocumentScore:
     coverage: float | None
     fallbacks: int
     calibration: Calibration
+    prefill: str = "dense"
+    prefill_density: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,12 @@ class Record:
 
     Attributes:
         phase: what ran under the policy: "decode" is the question and the answer, or the passage's
-            predicted tokens; the document before them was prefilled densely.
+            predicted tokens, and the document before them was prefilled densely; "prefill" is all.
         n: answers, one a reference, the same for every policy of the cell; for passages tokens.
         accuracy: share of the references that the answers mention, or of the continuations in
             which nothing planted stands; None for passages.
         low, high: 95% interval of the accuracy, or of the bits per byte; by document.
+        prefill_density: as in an answer's `sparsity`, mean; None: dense.
         density, coverage, fallbacks: as in an answer's `sparsity`, means and a sum.
         true_coverage: exact coverage of the audited tokens; None where none was audited.
         coverage_error: mean distance of the estimate from it, by layer, token and head.
@@ -105,6 +110,7 @@ class Record:
     loss: float | None = None
     loss_low: float | None = None
     loss_high: float | None = None
+    prefill_density: float | None = None
     own_text: bool = False
     commit: str = ""
     machine: str = ""
@@ -233,6 +239,11 @@ def _record(
         lost = differences(scores, dense) if passages else differences(dense, scores)
         loss = (ratio(lost), *interval(lost))
     known = [(one.coverage, one.n) for one in column if one.coverage is not None]
+    prefills = [
+        (one.prefill_density, one.n)
+        for one in column
+        if one.prefill != "dense" and one.prefill_density is not None
+    ]
     parts = [one.calibration for one in column]
     count = sum(part.count for part in parts)
     exact = np.concatenate([part.exact for part in parts])
@@ -240,7 +251,7 @@ def _record(
         task=task,
         context=context,
         policy=policy,
-        phase="decode",
+        phase="decode" if column[0].prefill == "dense" else "prefill",
         n=sum(one.n for one in column),
         documents=len(column),
         accuracy=None if passages else value,
@@ -257,5 +268,6 @@ def _record(
         loss=loss[0],
         loss_low=loss[1],
         loss_high=loss[2],
+        prefill_density=_mean(prefills) if prefills else None,
         scores=scores,
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from service.engine.runner import decide
 from service.engine.sequence import Mode
-from service.engine.tally import Looked, Tally
+from service.engine.tally import Looked, Prefilled, Tally
 from service.errors import GenerationError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Script:
     """A sequence, and notes of its steps; they are added up once, at the end."""
 
     sequence: Sequence
+    prefilled: tuple[Prefilled, ...] = ()
     _looked: list[Looked] = field(default_factory=list)
     _exact: list[NDArray[np.float64]] = field(default_factory=list)
     _estimated: list[NDArray[np.float64]] = field(default_factory=list)
@@ -66,14 +67,14 @@ class Script:
 
     def report(self) -> SparsityReport:
         """What the answer would carry."""
-        tally = Tally(fallbacks=self._fallbacks)
+        tally = Tally(fallbacks=self._fallbacks, prefilled=list(self.prefilled))
         if self._looked:
             density, keys, coverage = (
                 np.concatenate([getattr(one, name) for one in self._looked], axis=1)
                 for name in ("density", "keys", "coverage")
             )
             tally.add(Looked(density, keys, coverage))
-        return tally.report(self.sequence.request.sparsity.policy)
+        return tally.report(self.sequence.request.sparsity)
 
     def audit(self, layers: int, heads: int) -> Audit:
         """The audited tokens of a model with so many layers and heads."""

@@ -12,6 +12,7 @@ from service.errors import GenerationError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from service.engine.tally import Prefilled
     from service.eval.paper import Dictation, Exam
     from service.eval.room import Room
 
@@ -62,12 +63,14 @@ class Seat:
 
     Attributes:
         behind: most tokens that follow it.
+        prefilled: what its tokens before the tail looked at, once they are computed.
     """
 
     prompt: tuple[int, ...]
     shared: int
     behind: int
     pages: list[int]
+    prefilled: tuple[Prefilled, ...] = ()
 
 
 def groups(documents: Sequence[Document], room: Room) -> Iterator[list[Document]]:
@@ -103,17 +106,25 @@ def shared_pages(group: Sequence[Document]) -> list[list[int]]:
     return [list(range(start, start + one.pages)) for start, one in zip(starts, group, strict=True)]
 
 
-def seatings(group: Sequence[Document], room: Room) -> Iterator[list[Seat]]:
-    """The prompts of a group, in order: all at once, or in parts those of a document alone."""
+def seatings(
+    group: Sequence[Document], room: Room, prefilled: Sequence[tuple[Prefilled, ...]]
+) -> Iterator[list[Seat]]:
+    """The prompts of a group, in order: all at once, or in parts those of a document alone.
+
+    Args:
+        group: documents that have room together.
+        room: how much that is.
+        prefilled: of each document, what its shared tokens looked at.
+    """
     front = first = sum(one.pages for one in group)
     seats: list[Seat] = []
-    for document, shared in zip(group, shared_pages(group), strict=True):
+    for document, shared, looked in zip(group, shared_pages(group), prefilled, strict=True):
         own = document.own
         for prompt in document.prompts:
             if len(seats) == room.together or first + own > room.pages:
                 yield seats
                 seats, first = [], front
             pages = [*shared, *range(first, first + own)]
-            seats.append(Seat(prompt, document.shared, document.behind, pages))
+            seats.append(Seat(prompt, document.shared, document.behind, pages, looked))
             first += own
     yield seats

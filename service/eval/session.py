@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.decoder import Decoder
     from models.tokenizer import Tokenizer
+    from service.engine.tally import Prefilled
     from service.engine.types import SparsityParams, SparsityReport
     from service.eval.paper import Dictation, Exam
     from service.eval.room import Room
@@ -63,7 +64,8 @@ class Forced:
 class Session:
     """A model with room for some documents and their questions at a time.
 
-    Every document is prefilled densely once, and its questions are forked behind it. The last 128
+    Every document is prefilled once, for all policies that do so alike, and its questions are
+    forked behind it. The last 128
     tokens of every prompt, where the question is, and the answer attend under the policy, exactly
     as they do in the engine. All prompts that have room together run together, policy by policy.
 
@@ -98,11 +100,14 @@ class Session:
             GenerationError: the model failed on one of them, or there is no room for it.
         """
         found: list[list[Answer]] = [[] for _ in policies]
-        given = chain.from_iterable(exam.seeds or [None] * len(exam.tails) for exam in exams)
-        for seats in self._seated([Document.of_exam(exam) for exam in exams], policies[0]):
-            seeds = list(islice(given, len(seats)))
-            for answers, sparsity in zip(found, policies, strict=True):
-                answers += self._answered([_script(seat, sparsity) for seat in seats], seeds)
+        for alike in prefilled_alike(policies):
+            given = chain.from_iterable(exam.seeds or [None] * len(exam.tails) for exam in exams)
+            documents = [Document.of_exam(exam) for exam in exams]
+            for seats in self._seated(documents, policies[alike[0]]):
+                seeds = list(islice(given, len(seats)))
+                for number in alike:
+                    scripts = [_script(seat, policies[number]) for seat in seats]
+                    found[number] += self._answered(scripts, seeds)
         return [
             [list(islice(rest, len(exam.tails))) for exam in exams] for rest in map(iter, found)
         ]
@@ -113,8 +118,8 @@ class Session:
     ) -> list[list[Forced]]:
         """What it costs to predict the last tokens of given texts, each from all before it.
 
-        The tokens that make these predictions attend under the policy; the text before them is
-        prefilled densely.
+        The tokens that make these predictions attend under the policy, and so does the text before
+        them where the policy says so.
 
         Returns:
             Of each policy, of each dictation.
@@ -123,20 +128,21 @@ class Session:
             GenerationError: the model failed on one of them, or there is no room for it.
         """
         found: list[list[Forced]] = [[] for _ in policies]
-        given = iter(dictations)
-        documents = [Document.of_dictation(dictation) for dictation in dictations]
-        for seats in self._seated(documents, policies[0]):
-            texts = [dictation.tokens.tolist() for dictation in islice(given, len(seats))]
-            for costs, sparsity in zip(found, policies, strict=True):
-                scripts = [
-                    _script(seat, sparsity, text[:-1])
-                    for seat, text in zip(seats, texts, strict=True)
-                ]
-                costs += self._predicted(scripts, texts)
+        for alike in prefilled_alike(policies):
+            given = iter(dictations)
+            documents = [Document.of_dictation(dictation) for dictation in dictations]
+            for seats in self._seated(documents, policies[alike[0]]):
+                texts = [dictation.tokens.tolist() for dictation in islice(given, len(seats))]
+                for number in alike:
+                    scripts = [
+                        _script(seat, policies[number], text[:-1])
+                        for seat, text in zip(seats, texts, strict=True)
+                    ]
+                    found[number] += self._predicted(scripts, texts)
         return found
 
     def _seated(self, documents: Seq[Document], sparsity: SparsityParams) -> Iterator[list[Seat]]:
-        """Prompts that have room together, computed densely up to their tails."""
+        """Prompts that have room together, computed up to their tails."""
         for group in groups(documents, self._room):
             fronts = []
             for document, pages in zip(group, shared_pages(group), strict=True):
@@ -144,20 +150,31 @@ class Session:
                 prompt = (*document.prompts[0][: document.shared], *[0] * TAIL)
                 sequence = Sequence(_request(prompt, sparsity, 1), 0, list(prompt), pages=pages)
                 fronts.append(Work(sequence, 0, document.shared))
-            self._prefill(fronts)
-            for seats in seatings(group, self._room):
+            looked = self._prefill(fronts)
+            for seats in seatings(group, self._room, looked):
                 # What does not fill a page is every prompt's own, and the same for all policies.
                 sequences = [(seat.shared, _script(seat, sparsity).sequence) for seat in seats]
-                self._prefill(
-                    Work(one, shared, one.request.tail_start - shared) for shared, one in sequences
+                rest = self._prefill(
+                    [
+                        Work(one, shared, one.request.tail_start - shared)
+                        for shared, one in sequences
+                    ]
                 )
-                yield seats
+                yield [
+                    replace(seat, prefilled=(*seat.prefilled, *more))
+                    for seat, more in zip(seats, rest, strict=True)
+                ]
 
-    def _prefill(self, work: Iterable[Work]) -> None:
+    def _prefill(self, work: Seq[Work]) -> list[tuple[Prefilled, ...]]:
+        """Compute the work; what the tokens of each looked at."""
+        found: dict[Sequence, list[Prefilled]] = {item.sequence: [] for item in work}
         for step in steps(work, self._room.step):
             for outcome in self._runner.run(step):
                 if outcome.error is not None:
                     raise GenerationError(outcome.error)
+                if outcome.prefilled is not None:
+                    found[outcome.work.sequence].append(outcome.prefilled)
+        return [tuple(found[item.sequence]) for item in work]
 
     def _answered(self, scripts: list[Script], seeds: list[int | None]) -> list[Answer]:
         rngs = [None if seed is None else np.random.default_rng(seed) for seed in seeds]
@@ -221,6 +238,19 @@ class Session:
         return sequence.tokens[-1] in self._ends or sequence.generated >= most
 
 
+def prefilled_alike(policies: Seq[SparsityParams]) -> list[list[int]]:
+    """Numbers of the policies, those together under which a prompt is prefilled alike."""
+    groups: dict[object, list[int]] = {}
+    for number, one in enumerate(policies):
+        way = {
+            "dense": (),
+            "dynamic": (one.prefill_coverage, one.dense_layers),
+            "fixed": (one.pattern, one.dense_layers),
+        }[one.prefill]
+        groups.setdefault((one.prefill, *way), []).append(number)
+    return list(groups.values())
+
+
 def chosen(logits: Tensor, rngs: Seq[np.random.Generator | None]) -> list[int]:
     """The next token of each sequence: the likeliest, or sampled where it has a generator.
 
@@ -266,7 +296,8 @@ def _script(seat: Seat, sparsity: SparsityParams, tokens: list[int] | None = Non
     """A seat's sequence at the start of its tail; `tokens` where more is known than the prompt."""
     request = _request(seat.prompt, sparsity, seat.behind)
     known = list(seat.prompt) if tokens is None else list(tokens)
-    return Script(Sequence(request, 0, known, pages=seat.pages, computed=request.tail_start))
+    sequence = Sequence(request, 0, known, pages=seat.pages, computed=request.tail_start)
+    return Script(sequence, seat.prefilled)
 
 
 def _request(prompt: tuple[int, ...], sparsity: SparsityParams, max_tokens: int) -> Request:

@@ -13,7 +13,7 @@ from kernels.attention import Impl, selected_attention
 from kernels.budget import EACH, PROBE, SAMPLE
 from kernels.codes import rotation
 from kernels.page import PAGE
-from kernels.patterns import Pattern
+from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
 from kernels.sample import BITS
 from kernels.selection import Selection

@@ -10,7 +10,7 @@ from kernels.attention import Impl, dense_attention, selected_attention
 from kernels.cache import Segment
 from kernels.errors import KernelError
 from kernels.page import PAGE
-from kernels.patterns import Pattern
+from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
 
 SCALE = 0.25

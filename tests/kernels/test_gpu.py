@@ -17,7 +17,7 @@ from kernels.gpu.prepare import LOG2E
 from kernels.gpu.scan import CERTAIN, PLACE_BITS, PLACES, scan
 from kernels.masses import estimate_masses
 from kernels.page import PAGE
-from kernels.patterns import Pattern
+from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
 from kernels.timing import Phases
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kernels.attention import Impl
 from kernels.cache import LayerCache
 from kernels.codes import rotation
 from kernels.gpu.layer import add_norm, silu_mul
@@ -53,7 +54,7 @@ def assert_mostly_equal(actual, expected, dtype):
 
 
 def norm_of(size, dtype, seed=5):
-    norm = RMSNorm(size, 1e-5, dtype, DEVICE).requires_grad_(False)
+    norm = RMSNorm(size, 1e-5, dtype, DEVICE, Impl.TORCH).requires_grad_(False)
     norm.weight.copy_(1 + noise(size, seed=seed, dtype=dtype) / 4)
     return norm
 
@@ -200,7 +201,9 @@ def test_queries_and_cache_are_those_of_the_decoder(kv_heads, group, head_dim, n
     torch.testing.assert_close(ours.kv, theirs.kv, rtol=4 * eps, atol=4 * eps)
     torch.testing.assert_close(ours.key_mean, theirs.key_mean, rtol=4 * eps, atol=eps)
     torch.testing.assert_close(ours.value_mean, theirs.value_mean, rtol=4 * eps, atol=eps)
-    torch.testing.assert_close(ours.spread, theirs.spread, rtol=1e-2 if eps > 1e-4 else 1e-5, atol=0)
+    torch.testing.assert_close(
+        ours.spread, theirs.spread, rtol=1e-2 if eps > 1e-4 else 1e-5, atol=0
+    )
     torch.testing.assert_close(ours.scale, theirs.scale, rtol=2**-7, atol=0)
     assert_same_signs(ours, theirs)
 

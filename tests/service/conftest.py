@@ -194,6 +194,7 @@ def harness():
         prefill_chunk=512,
         step_tokens=1024,
         dense_below=0,
+        prefill_dense_below=0,
         seed=0,
         config=None,
         wrap=lambda model: model,
@@ -225,6 +226,7 @@ def harness():
             model_name="tiny",
             max_model_len=min(max_model_len, pages * 64),
             dense_below=dense_below,
+            prefill_dense_below=prefill_dense_below,
         )
         engine.start()
         started.append(engine)

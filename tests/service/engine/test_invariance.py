@@ -13,6 +13,8 @@ POLICIES = {
     "dynamic with a floor": dynamic(min_coverage=0.93),
     "fixed": dynamic(policy="fixed"),
     "dense": dynamic(policy="dense"),
+    "sparse prompt": dynamic(prefill="dynamic", prefill_coverage=0.7),
+    "fixed prompt": dynamic(prefill="fixed", pattern="sinks:4+window:100"),
 }
 
 

@@ -1,0 +1,105 @@
+"""What tiles of queries see of pages of keys: few different masks for many pairs of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.page import PAGE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.patterns.expression import Expression
+
+TABLE = 1 << 22
+"""Codes up to which a table may tell which occur; beyond it they are ordered."""
+DENSE = 16
+"""Codes for each pair of which a table tells faster which occur than an order does."""
+AT_ONCE = 256
+"""Masks that are made together."""
+WHOLE = -1
+"""In place of a mask's number: the page is seen whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What tiles see of pages, for a prompt's queries and keys.
+
+    Attributes:
+        expression: what is seen.
+        causal: whether a query sees nothing behind itself.
+        end: how many query positions there are, from 0 on; a tile that they end in is cut there.
+        keys: how many keys there are.
+    """
+
+    expression: Expression
+    causal: bool
+    end: int
+    keys: int
+
+    def at(self, tile: Tensor, page: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each tile sees of a page. One mask is made for all pairs that are alike.
+
+        Args:
+            tile: int64 [pairs].
+            page: int64 [pairs].
+
+        Returns:
+            The number of each pair's mask, int32 [pairs], `WHOLE` for all; how many pairs of a
+            query and a key it has, int32 [pairs]; and the masks, int64 [masks, 64].
+        """
+        if not len(tile):
+            none = tile.int()
+            return none, none, tile.new_zeros(0, PAGE)
+        kind, example = self._kinds(tile, page)
+        bits, seen, whole = self._masks(tile[example], page[example])
+        # Those that nobody sees, and those seen whole, need no mask.
+        partial = (seen > 0) & ~whole
+        number = (partial.cumsum(0) - 1).masked_fill_(~partial, WHOLE)
+        return number.int().index_select(0, kind), seen.int().index_select(0, kind), bits[partial]
+
+    def _kinds(self, tile: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
+        """Which pairs are alike: a number for each, from 0 on, and a pair for each number."""
+        code = (page == self.keys // PAGE).long()  # keys that do not exist
+        code += (tile == self.end // PAGE).long() * 2  # queries that do not
+        if self.causal:
+            code += ((page - tile).clamp(-1, 1) + 1) * 4
+        kind, kinds = code, 12
+        for primitive in self.expression.primitives:
+            own = primitive.code(tile, page, self.causal)
+            owns = int(own.max()) + 1
+            if kinds * owns > TABLE:
+                (kind, kinds), (own, owns) = _renumbered(kind, kinds), _renumbered(own, owns)
+            if owns > 1:
+                kind, kinds = kind * owns + own, kinds * owns
+        kind, kinds = _renumbered(kind, kinds)
+        number = torch.arange(len(kind), device=kind.device)
+        return kind, kind.new_empty(kinds).scatter_(0, kind, number)
+
+    def _masks(self, tile: Tensor, page: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each pair the mask, how many pairs of query and key it has, and whether it is all."""
+        place = torch.arange(PAGE, device=tile.device)
+        found = []
+        for some in torch.split(torch.arange(len(tile), device=tile.device), AT_ONCE):
+            query = tile[some, None, None] * PAGE + place[:, None]  # [some, 64, 1]
+            key = page[some, None, None] * PAGE + place  # [some, 1, 64]
+            seen = self.expression.allows(query, key, self.causal) & (key < self.keys)
+            there = query < self.end
+            seen = seen & there  # bool [some, 64, 64]
+            bits = (seen.long() << place).sum(-1)  # int64 [some, 64]
+            found.append((bits, seen.sum((1, 2)), (seen | ~there).all(-1).all(-1)))
+        bits, amount, whole = map(torch.cat, zip(*found, strict=True))
+        return bits, amount, whole
+
+
+def _renumbered(code: Tensor, most: int) -> tuple[Tensor, int]:
+    """The same distinctions as numbers from 0 on without gaps, and how many; there were `most`."""
+    if most > TABLE or most > DENSE * len(code):
+        values, number = torch.unique(code, return_inverse=True)
+        return number, len(values)
+    table = torch.zeros(most, dtype=torch.int64, device=code.device).scatter_(0, code, 1)
+    table = table.cumsum(0)
+    return table.index_select(0, code).sub_(1), int(table[-1])
