@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.page import PAGE
+from kernels.tiles import ALIKE, TURN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,17 +211,47 @@ def tile_attention(
     mask = mask.flatten(2).repeat_interleave(group, dim=1)  # [tokens, heads, keys]
     scores = torch.einsum("thd,hkd->thk", query.double() * scale, flat[:, :, 0])
     scores = scores.masked_fill(~mask, -torch.inf)
-    values, own = flat[:, :, 1], scores.logsumexp(-1)
+    own = scores.logsumexp(-1)
+    parts = [(scores, scores, flat[:, :, 1])]
     if selection.left is not None:
-        left = left.repeat_interleave(group, dim=1)  # [tokens, heads, pages]
-        there = left.any(0)[..., None]  # [heads, pages, 1]
-        means = stand_ins(query, cache, segment, scale)[0].masked_fill(~left, -torch.inf)
-        mean = cache.value_mean[:, segment.block_table].double().repeat_interleave(group, dim=0)
-        scores = torch.cat((scores, means), dim=-1)
-        values = torch.cat((values, mean.masked_fill(~there, 0.0)), dim=1)
-    lse = scores.logsumexp(-1)
-    weights = torch.where(scores.isneginf(), 0.0, (scores - lse[..., None]).exp())
-    return torch.einsum("thk,hkd->thd", weights, values), lse, own
+        parts += _left(query, cache, segment, left.repeat_interleave(group, dim=1), scale)
+    lse = torch.cat([counted for counted, _, _ in parts], dim=-1).logsumexp(-1)
+    output = torch.zeros_like(query, dtype=torch.float64)
+    for _, weighs, values in parts:
+        weights = torch.where(weighs.isneginf(), 0.0, (weighs - lse[..., None]).exp())
+        output += torch.einsum("thk,hkd->thd", weights, values)
+    return output, lse, own
+
+
+def _left(
+    query: Tensor, cache: LayerCache, segment: Segment, left: Tensor, scale: float
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What stands for pages: scores by which it counts, by which it weighs, and its values.
+
+    For most queries means do both. A query whose scores vary little within a page also has one key
+    of each page weigh 64 times, and count; means then weigh the difference of the mean value and
+    the key's, which is 0 on average over the keys of a page.
+    """
+    group, pages = query.shape[1] // cache.kv_heads, segment.block_table
+    whole, variance = stand_ins(query, cache, segment, scale)
+    alike = (variance < ALIKE)[..., None]  # [tokens, heads, 1]
+    number = torch.arange(len(pages), device=query.device)
+    some = cache.kv[:, pages, number * TURN % PAGE].double()  # [kv_heads, pages, 2, head_dim]
+    some = some.repeat_interleave(group, dim=0)
+    mean = cache.value_mean[:, pages].double().repeat_interleave(group, dim=0)
+    there = left.any(0)[..., None]  # [heads, pages, 1]
+    mean, some = mean.masked_fill(~there, 0.0), some.masked_fill(~there[..., None], 0.0)
+    one = torch.einsum("thd,hpd->thp", query.double() * scale, some[:, :, 0]) + math.log(PAGE)
+    plain = whole - variance[..., None] / 2
+    nothing = torch.full_like(whole, -torch.inf)
+    rough = whole.masked_fill(~left | alike, -torch.inf)
+    fine = plain.masked_fill(~(left & alike), -torch.inf)
+    one = one.masked_fill(~(left & alike), -torch.inf)
+    return [
+        (rough, rough, mean),
+        (nothing, fine, mean - some[:, :, 1]),
+        (one, one, some[:, :, 1]),
+    ]
 
 
 def marks(

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ALIKE = 0.5
+"""Variance of a query's scores within a page under which one key of it stands for it, too."""
+TURN = 37
+"""That key's place in page p is 37 p % 64: each of 64 pages on end has its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class TileSelection:
     """Prefill: the pages of keys that each page of queries attends to, in ragged lists.

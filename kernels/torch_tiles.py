@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from kernels.bits import unpacked
 from kernels.page import PAGE
+from kernels.tiles import ALIKE, TURN
 from kernels.torch_backend import bias_of, merge, plain_attention, prescaled, wide
 
 if TYPE_CHECKING:
@@ -176,26 +177,42 @@ def _variance(tiled: Tensor, cache: LayerCache, segment: Segment, scale: float) 
 def _attend_means(
     tiled: Tensor, cache: LayerCache, segment: Segment, seen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the means that stand for whole pages.
+    """Attention over what stands for whole pages; see `kernels.reference.tile_attention`.
 
     Args:
         tiled: [kv_heads, tiles, rows, head_dim] queries.
         cache: the layer's paged cache.
         segment: where the tiles stand.
-        seen: bool [kv_heads or 1, tiles, pages], of all pages but the last tile's own.
+        seen: bool [kv_heads, tiles, pages], of all pages but the last tile's own.
         scale: factor on the scores.
     """
     table, tiles = segment.block_table[:-1], tiled.shape[1]
     if table.shape[0] == 0:
         lse = tiled.new_full(tiled.shape[:-1], -torch.inf, dtype=wide(tiled.dtype))
         return torch.zeros_like(tiled), lse
-    keys, values = (
-        part[:, table][:, None].expand(-1, tiles, -1, -1)  # [kv_heads, tiles, pages, head_dim]
-        for part in (cache.key_mean, cache.value_mean)
-    )
-    mask = seen[:, :, None]
-    output, lse = plain_attention(tiled, keys, values, bias_of(mask, tiled.dtype), scale)
-    # What is the same for all pages a softmax does not show.
-    lse = lse + (_variance(tiled, cache, segment, scale) / 2 + math.log(PAGE))
-    empty = ~mask.any(-1)
+    bias = bias_of(seen[:, :, None], tiled.dtype)
+
+    def over(heads: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (x[:, None].expand(-1, tiles, -1, -1) for x in (keys, values))
+        output, lse = plain_attention(tiled[heads], keys, values, bias[heads], scale)
+        return output.to(lse.dtype), lse + math.log(PAGE)
+
+    every = torch.arange(cache.kv_heads, device=tiled.device)
+    means = cache.key_mean[:, table], cache.value_mean[:, table]  # [kv_heads, pages, head_dim]
+    output, lse = over(every, *means)
+    variance = _variance(tiled, cache, segment, scale)
+    alike = variance < ALIKE  # [kv_heads, tiles, rows]
+    found = every[alike.flatten(1).any(1)]
+    lse = lse + torch.where(alike, 0.0, variance / 2)
+    if len(found):
+        place = torch.arange(len(table), device=table.device) * TURN % PAGE
+        keys, values = cache.kv[found[:, None], table, place].unbind(2)
+        sampled, sampled_lse = over(found, keys, values)
+        # What means weigh but do not count, over what the sampled keys count.
+        off = output[found] - over(found, means[0][found], values)[0]
+        fine = sampled + off * (lse[found] - sampled_lse).exp()[..., None]
+        rows = alike[found]
+        output[found] = torch.where(rows[..., None], fine, output[found])
+        lse[found] = torch.where(rows, sampled_lse, lse[found])
+    empty = ~seen.any(-1)[..., None]  # [kv_heads, tiles, 1]
     return output.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
