@@ -86,8 +86,8 @@ class Pages:
     """Of a prompt: read whole pages by content, and the means of the others (`kernels.prefill`).
 
     Attributes:
-        coverage: 1 less what may be lost of a query's attention mass where sixteen pages are left
-            to their means that are just not worth reading.
+        coverage: 1 less what is lost of a query's attention mass where 64 pages are left to their
+            means that are just not worth reading.
 
     Raises:
         KernelError: when it is outside 0 to 1.
@@ -103,9 +103,9 @@ class Pages:
     def least(self) -> float:
         """Share of a query's mass from which on a page's error is too much.
 
-        Errors of pages are independent: those of sixteen make four times that of one.
+        Errors of pages are independent: those of 64 make eight times that of one.
         """
-        return (1.0 - self.coverage) / 4
+        return (1.0 - self.coverage) / 8
 
 
 Policy = Dense | Dynamic | Fixed

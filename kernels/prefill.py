@@ -12,6 +12,12 @@ tile. The page then carries 64 e^(u + v / 2), and a sum over 64 such weights is 
 sqrt((e^v - 1) / 64) of it. So heads that look at pages as a whole, or everywhere alike, read
 little, and a head that looks for single keys, which no mean tells of, reads nearly everything.
 
+What differs alike from page to page does not average out, though: where attention is nearly level,
+the keys that get a little more of it add up. So for a query whose v is small two keys of each page
+stand for it as well, and the means only weigh what the mean value has over theirs. That is right on
+average, and the less the scores vary the less by chance (the means are a control variate of the
+sample; Owen 2013, "Monte Carlo theory, methods and examples", 8.9).
+
 What a tile reads depends on its queries and the keys before it alone, not on the chunk in which it
 is computed, nor on who filled the cache: a page gets its means when it fills. (Of a tile that a
 chunk's edge cuts, each part decides for itself. The engine cuts at multiples of 64.)

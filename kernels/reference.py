@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.page import PAGE
-from kernels.tiles import ALIKE, TURN
+from kernels.tiles import ALIKE, SAMPLES, TURN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,30 +228,32 @@ def _left(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What stands for pages: scores by which it counts, by which it weighs, and its values.
 
-    For most queries means do both. A query whose scores vary little within a page also has one key
-    of each page weigh 64 times, and count; means then weigh the difference of the mean value and
-    the key's, which is 0 on average over the keys of a page.
+    For most queries means do both. For a query whose scores vary little within a page some of its
+    keys weigh for all, and count; means then weigh the difference of the mean value and those keys'
+    own, which is 0 on average over the keys of a page.
     """
     group, pages = query.shape[1] // cache.kv_heads, segment.block_table
     whole, variance = stand_ins(query, cache, segment, scale)
     alike = (variance < ALIKE)[..., None]  # [tokens, heads, 1]
     number = torch.arange(len(pages), device=query.device)
-    some = cache.kv[:, pages, number * TURN % PAGE].double()  # [kv_heads, pages, 2, head_dim]
-    some = some.repeat_interleave(group, dim=0)
     mean = cache.value_mean[:, pages].double().repeat_interleave(group, dim=0)
     there = left.any(0)[..., None]  # [heads, pages, 1]
-    mean, some = mean.masked_fill(~there, 0.0), some.masked_fill(~there[..., None], 0.0)
-    one = torch.einsum("thd,hpd->thp", query.double() * scale, some[:, :, 0]) + math.log(PAGE)
+    mean = mean.masked_fill(~there, 0.0)
     plain = whole - variance[..., None] / 2
     nothing = torch.full_like(whole, -torch.inf)
     rough = whole.masked_fill(~left | alike, -torch.inf)
     fine = plain.masked_fill(~(left & alike), -torch.inf)
-    one = one.masked_fill(~(left & alike), -torch.inf)
-    return [
-        (rough, rough, mean),
-        (nothing, fine, mean - some[:, :, 1]),
-        (one, one, some[:, :, 1]),
-    ]
+    parts, own = [(rough, rough, mean)], torch.zeros_like(mean)
+    for sample in range(SAMPLES):
+        place = (number * TURN + sample * (PAGE // SAMPLES)) % PAGE
+        keys, values = cache.kv[:, pages, place].double().unbind(2)  # [kv_heads, pages, head_dim]
+        keys = keys.repeat_interleave(group, dim=0).masked_fill(~there, 0.0)
+        values = values.repeat_interleave(group, dim=0).masked_fill(~there, 0.0)
+        score = torch.einsum("thd,hpd->thp", query.double() * scale, keys)
+        score = (score + math.log(PAGE / SAMPLES)).masked_fill(~(left & alike), -torch.inf)
+        parts.append((score, score, values))
+        own += values / SAMPLES
+    return [*parts, (nothing, fine, mean - own)]
 
 
 def marks(

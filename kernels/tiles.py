@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 ALIKE = 0.5
-"""Variance of a query's scores within a page under which one key of it stands for it, too."""
+"""Variance of a query's scores within a page under which some of its keys stand for it, too."""
+SAMPLES = 2
+"""How many: a power of two."""
 TURN = 37
-"""That key's place in page p is 37 p % 64: each of 64 pages on end has its own."""
+"""The first one's place in page p is 37 p % 64: of 64 pages on end all differ."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from kernels.bits import unpacked
 from kernels.page import PAGE
-from kernels.tiles import ALIKE, TURN
+from kernels.tiles import ALIKE, SAMPLES, TURN
 from kernels.torch_backend import bias_of, merge, plain_attention, prescaled, wide
 
 if TYPE_CHECKING:
@@ -194,7 +194,8 @@ def _attend_means(
 
     def over(heads: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = (x[:, None].expand(-1, tiles, -1, -1) for x in (keys, values))
-        output, lse = plain_attention(tiled[heads], keys, values, bias[heads], scale)
+        added = bias[heads].repeat(1, 1, 1, keys.shape[2] // bias.shape[3])
+        output, lse = plain_attention(tiled[heads], keys, values, added, scale)
         return output.to(lse.dtype), lse + math.log(PAGE)
 
     every = torch.arange(cache.kv_heads, device=tiled.device)
@@ -205,11 +206,17 @@ def _attend_means(
     found = every[alike.flatten(1).any(1)]
     lse = lse + torch.where(alike, 0.0, variance / 2)
     if len(found):
-        place = torch.arange(len(table), device=table.device) * TURN % PAGE
-        keys, values = cache.kv[found[:, None], table, place].unbind(2)
-        sampled, sampled_lse = over(found, keys, values)
+        place = torch.arange(len(table), device=table.device) * TURN
+        place = place + torch.arange(SAMPLES, device=table.device)[:, None] * (PAGE // SAMPLES)
+        # [heads, SAMPLES, pages, head_dim]
+        keys, values = cache.kv[found[:, None, None], table, place % PAGE].unbind(3)
+        sampled, sampled_lse = over(found, keys.flatten(1, 2), values.flatten(1, 2))
+        sampled_lse -= math.log(SAMPLES)
         # What means weigh but do not count, over what the sampled keys count.
-        off = output[found] - over(found, means[0][found], values)[0]
+        off = (
+            output[found]
+            - over(found, means[0][found], values.to(lse.dtype).mean(1).to(values.dtype))[0]
+        )
         fine = sampled + off * (lse[found] - sampled_lse).exp()[..., None]
         rows = alike[found]
         output[found] = torch.where(rows[..., None], fine, output[found])

@@ -90,7 +90,8 @@ class SparsityConfig(BaseModel):
         try:
             return str(Pattern.parse_causal(pattern))
         except PatternError as error:
-            raise ValueError(str(error)) from None
+            # In one line: what a log shows of a configuration has no room for a mark below it.
+            raise ValueError(str(error).partition("\n")[0]) from None
 
     def dense_below_on(self, device: str) -> int:
         """Context below which dense attention runs, tokens; a device is "cpu", "cuda", "cuda:1"."""

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
-from kernels.tiles import ALIKE, TURN
+from kernels.tiles import ALIKE, SAMPLES, TURN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class Summaries:
     """What stands for a sequence's pages, laid out like pages of keys and values."""
 
     means: TensorDescriptor  # [kv_heads * room, 2 * head_dim]  of a page's keys and values, by 64
-    samples: TensorDescriptor  # the same  a key of each page, and its value
+    samples: TensorDescriptor  # [SAMPLES * kv_heads * room, 2 * head_dim]  keys of theirs, values
     spreads: Tensor  # float32 [kv_heads, room]
     room: int  # pages, a multiple of 64
 
@@ -55,14 +55,16 @@ class Summaries:
         kv_heads, head_dim = cache.kv_heads, cache.head_dim
         pages, width = len(segment.block_table) - 1, triton.next_power_of_2(head_dim)
         room = max(1, -(-pages // PAGE)) * PAGE
-        means = cache.key_mean.new_empty(2, kv_heads * room, 2 * head_dim)
+        means = cache.key_mean.new_empty(1 + SAMPLES, kv_heads * room, 2 * head_dim)
         spreads = cache.spread.new_empty(kv_heads, room)
         _gather[room // GATHERED, kv_heads](
             cache.key_mean, cache.value_mean, cache.spread, cache.kv, segment.block_table,
-            means[0], means[1], spreads, pages, room, cache.kv.shape[1],
-            DIM=head_dim, WIDTH=width, GATHERED=GATHERED, TURN=TURN, PAGE=PAGE, num_warps=4,
+            means[0], means[1:], spreads, pages, room, cache.kv.shape[1],
+            DIM=head_dim, WIDTH=width, GATHERED=GATHERED, TURN=TURN, SAMPLES=SAMPLES, PAGE=PAGE,
+            num_warps=4,
         )  # fmt: skip
-        mean, sample = (TensorDescriptor.from_tensor(part, [PAGE, width]) for part in means)
+        parts = means[0], means[1:].flatten(0, 1)
+        mean, sample = (TensorDescriptor.from_tensor(part, [PAGE, width]) for part in parts)
         return Summaries(mean, sample, spreads, room)
 
 
@@ -80,31 +82,31 @@ def tile_attention(
     left = selection.left
     blocks = TensorDescriptor.from_tensor(cache.kv.view(-1, 2 * head_dim), [PAGE, width])
     # Where no means stand for pages, none are read.
-    summaries = (
-        Summaries.of(cache, segment) if left is not None else Summaries(blocks, blocks, lses, 0)
-    )
+    summaries = Summaries(blocks, blocks, lses, 0) if left is None else Summaries.of(cache, segment)
     small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
-    _tiles[tiles * (PAGE * padded // rows), kv_heads](
-        query.contiguous(), cache.kv, blocks, summaries.means, summaries.samples, summaries.spreads,
-        segment.block_table,
-        selection.starts.contiguous(), selection.counts.contiguous(),
-        selection.whole.contiguous(), selection.pages, selection.masks, selection.bits,
-        selection.bits if left is None else left.contiguous(),
-        output, lses[0], lses[1], scale * LOG2E.value, segment.start, tokens,
-        0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
-        GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim, WIDTH=width, MEANS=left is not None,
-        ALIKE=ALIKE, SUMMED=SUMMED, PAGE=PAGE, num_warps=rows // 16, num_stages=2,
-        maxnreg=128 if small else None,
-    )  # fmt: skip
+    for sampled in (False,) if left is None else (False, True):
+        _tiles[tiles * (PAGE * padded // rows), kv_heads](
+            query.contiguous(), cache.kv, blocks, summaries.means, summaries.samples,
+            summaries.spreads, segment.block_table,
+            selection.starts.contiguous(), selection.counts.contiguous(),
+            selection.whole.contiguous(), selection.pages, selection.masks, selection.bits,
+            selection.bits if left is None else left.contiguous(),
+            output, lses[0], lses[1], scale * LOG2E.value, segment.start, tokens,
+            0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
+            GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim, WIDTH=width,
+            MEANS=left is not None, SAMPLED=sampled, ALIKE=ALIKE, SAMPLES=SAMPLES, SUMMED=SUMMED,
+            PAGE=PAGE, num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
+        )  # fmt: skip
     return output, lses[0], lses[1]
 
 
 @triton.jit(do_not_specialize=["start", "tokens", "words", "room", "cache_pages"])
 def _tiles(
-    query, kv, blocks, means, samples, spreads, table, starts, counts, wholes, pages, masks, bits, left,
-    output, lses, owns, scale, start, tokens, words, room, cache_pages,
+    query, kv, blocks, means, samples, spreads, table, starts, counts, wholes, pages, masks, bits,
+    left, output, lses, owns, scale, start, tokens, words, room, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, MEANS: tl.constexpr, ALIKE: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr,
+    WIDTH: tl.constexpr, MEANS: tl.constexpr, SAMPLED: tl.constexpr, ALIKE: tl.constexpr,
+    SAMPLES: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Some queries of a tile, for one KV head."""
     # Later tiles have more to read: they begin first.
@@ -116,6 +118,13 @@ def _tiles(
     inside = channel < DIM
     wide = there[:, None] & inside[None]
     mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [ROWS, WIDTH]
+    past = start // PAGE + tile
+    if MEANS:
+        variance = score_variance(mine, mean_spread(spreads + kv_head * room, past, SUMMED), scale)
+        alike = variance < ALIKE
+        # Another launch has the other programs, so that these need no room for what they have not.
+        if (tl.max((alike & there).to(tl.int32), 0) > 0) != SAMPLED:
+            return
     pair = tile * tl.num_programs(1) + kv_head
     first = tl.load(starts + pair)
     whole, count = tl.load(wholes + pair), tl.load(counts + pair)
@@ -143,22 +152,20 @@ def _tiles(
         peak, total, sums = _add(score, values, scale, peak, total, sums)
     tl.store(owns + line, _lse(peak, total), there)
     if MEANS:
-        past = start // PAGE + tile
         # What a page's mass exceeds its mean's score by, to base 2; it has 64 keys.
-        variance = score_variance(mine, mean_spread(spreads + kv_head * room, past, SUMMED), scale)
-        alike = variance < ALIKE
         more = tl.where(alike, 0.0, variance * (0.5 * 1.4426950408889634)) + 6.0
-        some = tl.max(alike.to(tl.int32), 0) > 0
-        for block in range(0, past, PAGE):
+        # Two stages of keys besides would leave no room for a second program.
+        for block in tl.range(0, past, PAGE, num_stages=1 if SAMPLED else 2):
             word = tl.load(left + pair * words + block // PAGE)
             stands = ((word >> key.to(tl.int64)) & 1) != 0
             keys = means.load([kv_head * room + block, 0])
             score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + more[:, None]
             score = tl.where(stands[None], score, float("-inf"))
-            if some:
-                peak, total, sums = _add_with_sample(
-                    mine, score, means, samples, kv_head * room + block, stands, alike, scale,
-                    peak, total, sums, DIM,
+            if SAMPLED:
+                peak, total, sums = _add_with_samples(
+                    mine, score, means, samples, kv_head * room + block,
+                    tl.num_programs(1) * room, stands, alike, scale, peak, total, sums,
+                    DIM, SAMPLES,
                 )  # fmt: skip
             else:
                 values = means.load([kv_head * room + block, DIM])
@@ -172,7 +179,7 @@ def _tiles(
 def _gather(
     key_means, value_means, cached, kv, table, means, samples, spreads, pages, room, cache_pages,
     DIM: tl.constexpr, WIDTH: tl.constexpr, GATHERED: tl.constexpr, TURN: tl.constexpr,
-    PAGE: tl.constexpr,
+    SAMPLES: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """The summaries of some pages, from where they lie to where they follow each other."""
     page, kv_head = tl.program_id(0) * GATHERED + tl.arange(0, GATHERED), tl.program_id(1)
@@ -184,9 +191,12 @@ def _gather(
     some = there[:, None] & inside
     tl.store(means + target, tl.load(key_means + source, some, 0.0), inside)
     tl.store(means + target + DIM, tl.load(value_means + source, some, 0.0), inside)
-    sample = kv + (at * PAGE + page * TURN % PAGE)[:, None] * (2 * DIM) + channel[None]
-    tl.store(samples + target, tl.load(sample, some, 0.0), inside)
-    tl.store(samples + target + DIM, tl.load(sample + DIM, some, 0.0), inside)
+    for sample in tl.static_range(SAMPLES):
+        key = at * PAGE + (page * TURN + sample * (PAGE // SAMPLES)) % PAGE
+        own = kv + key[:, None] * (2 * DIM) + channel[None]
+        tl.store(samples + target, tl.load(own, some, 0.0), inside)
+        tl.store(samples + target + DIM, tl.load(own + DIM, some, 0.0), inside)
+        samples += (tl.num_programs(1) * room).to(tl.int64) * (2 * DIM)
     tl.store(spreads + to, tl.load(cached + at, there, 0.0))
 
 
@@ -239,26 +249,30 @@ def _add(score, values, scale, peak, total, sums):
 
 
 @triton.jit
-def _add_with_sample(
-    mine, score, means, samples, place, stands, alike, scale, peak, total, sums, DIM: tl.constexpr
+def _add_with_samples(
+    mine, score, means, samples, place, apart, stands, alike, scale, peak, total, sums,
+    DIM: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """The same with means, by their scores, and one key of each page for rows that are alike.
+    """The same with means, by their scores, and some keys of each page for rows that are alike.
 
     Such a row counts the keys alone, and weighs the means' values less the keys', too.
     """
-    keys = samples.load([place, 0])
-    one = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + 6.0
-    one = tl.where(stands[None] & alike[:, None], one, float("-inf"))
-    higher = tl.maximum(peak, tl.maximum(tl.max(score, 1), tl.max(one, 1)))
+    higher = tl.maximum(peak, tl.max(score, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
     shrink = tl.exp2(peak - safe)
-    of_means, of_keys = tl.exp2(score - safe[:, None]), tl.exp2(one - safe[:, None])
-    total = total * shrink + tl.sum(tl.where(alike[:, None], of_keys, of_means), 1)
+    of_means = tl.exp2(score - safe[:, None])
+    total = total * shrink + tl.sum(tl.where(alike[:, None], 0.0, of_means), 1)
     values = means.load([place, DIM])
     sums = tl.dot(of_means.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
-    less = of_keys - tl.where(alike[:, None], of_means, 0.0)
-    values = samples.load([place, DIM])
-    sums = tl.dot(less.to(values.dtype), values, sums, input_precision="ieee")
+    of_means = tl.where(alike[:, None], of_means / SAMPLES, 0.0)
+    for sample in tl.static_range(SAMPLES):
+        keys = samples.load([place + sample * apart, 0])
+        one = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + 6.0
+        one = tl.exp2(one - safe[:, None]) / SAMPLES
+        one = tl.where(stands[None] & alike[:, None], one, 0.0)
+        total += tl.sum(one, 1)
+        values = samples.load([place + sample * apart, DIM])
+        sums = tl.dot((one - of_means).to(values.dtype), values, sums, input_precision="ieee")
     return higher, total, sums
 
 

@@ -140,7 +140,7 @@ class Pattern:
 
         Args:
             first: position of the first query, a multiple of 64.
-            queries: how many queries; what the last tile lacks sees nothing and is seen by none.
+            queries: how many; those that the last tile lacks see nothing.
             keys: how many keys there are, from position 0 on.
             device: where the lists are made.
             kv_heads: number of KV heads.

@@ -34,11 +34,11 @@ class Random(Primitive):
     draws half as many (of an odd number a coin decides about the last), so that a block sees
     `count` others on average.
 
-    BigBird's published code places them otherwise. It draws among all blocks but those that its
-    window and its global blocks hold, and in short inputs (up to 2r + 5 blocks) or by a plan of
-    lengths only among the first ones; it draws anew for each head, from the state of a common
-    generator; and at inference the released encoder takes block 0 for each of them. Here window and
-    global blocks may be drawn, too, and all heads share what is drawn.
+    BigBird's published code places them otherwise. It leaves out the blocks that its window and its
+    global blocks hold, and draws only among an input's first blocks: 16 of the usual lengths, else
+    2r + 5. It draws for each head, from the state of a common generator, and transformers takes
+    block 0 in place of each where it does not train. Here any earlier block may be drawn, and all
+    heads share what is drawn.
     """
 
     count: int
