@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from kernels.cache import LayerCache, Segment
 
+TOGETHER = 128
+"""Pages that a program scores at once."""
 LISTED = 512
 """Pages that a program lists at once."""
 
@@ -35,7 +37,7 @@ def choose(
     tiles = pages - segment.start // PAGE
     rows, padded = rows_of(group, head_dim, asked)
     units = PAGE // asked * padded // rows
-    summaries = Summaries.of(cache, segment)
+    summaries = Summaries.of(cache, segment, TOGETHER)
     little = torch.empty(tiles * units, kv_heads, pages, dtype=torch.int8, device=device)
     small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
     _little[tiles * units, kv_heads](
@@ -43,7 +45,7 @@ def choose(
         scale * LOG2E.value, math.log2(least) if least > 0 else -math.inf, segment.start, tokens,
         pages, summaries.room, cache.kv.shape[1],
         GROUP=group, PADDED=padded, ROWS=rows, ASKED=asked, DIM=head_dim,
-        WIDTH=triton.next_power_of_2(head_dim), SUMMED=SUMMED, PAGE=PAGE,
+        WIDTH=triton.next_power_of_2(head_dim), SUMMED=SUMMED, TOGETHER=TOGETHER, PAGE=PAGE,
         num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
     )  # fmt: skip
     left = torch.empty(tiles, kv_heads, -(-pages // PAGE), dtype=torch.int64, device=device)
@@ -70,7 +72,8 @@ def choose(
 def _little(
     query, kv, means, spreads, table, little, scale, least, start, tokens, pages, room, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ASKED: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, SUMMED: tl.constexpr, TOGETHER: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     """On which pages some queries of a tile find but little of their mass, each of them."""
     unit, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -87,29 +90,30 @@ def _little(
     stored = (past * PAGE + key < start + tokens)[:, None] & inside[None]
     slot = (kv_head * cache_pages + tl.load(table + past)).to(tl.int64) * PAGE + key
     keys = tl.load(kv + slot[:, None] * (2 * DIM) + channel[None], stored, 0.0)
-    score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale
-    score = tl.where(key[None] <= number[:, None], score, float("-inf"))
-    peak = tl.max(score, 1)
-    total = tl.sum(tl.exp2(score - peak[:, None]), 1)
+    near = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale
+    near = tl.where(key[None] <= number[:, None], near, float("-inf"))
+    peak = tl.max(near, 1)
+    total = tl.sum(tl.exp2(near - peak[:, None]), 1)
     first = kv_head * room
     variance = score_variance(mine, mean_spread(spreads + first, past, SUMMED), scale)
+    other = tl.arange(0, TOGETHER)
     # To base 2: what a page's mass exceeds its mean's score by, and its error over its mass.
     more = variance * (0.5 * 1.4426950408889634) + 6.0
     error = tl.log2((tl.exp(variance) - 1.0) / PAGE) / 2
-    for block in range(0, past, PAGE):
+    for block in range(0, past, TOGETHER):
         score = tl.dot(mine, tl.trans(means.load([first + block, 0])), input_precision="ieee")
-        score = tl.where((block + key < past)[None], score * scale + more[:, None], float("-inf"))
+        score = tl.where((block + other < past)[None], score * scale + more[:, None], float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
         peak = higher
     # A row that is none finds little anywhere; what is not a number does not.
     enough = tl.where(there, peak + tl.log2(total) + least - error - more, float("inf"))
     little += (unit * tl.num_programs(1) + kv_head).to(tl.int64) * pages
-    for block in range(0, past, PAGE):
+    for block in range(0, past, TOGETHER):
         # Pages are the product's rows here, so that most of a page's queries share a thread.
         turned = tl.dot(means.load([first + block, 0]), tl.trans(mine), input_precision="ieee")
         under = tl.min((turned * scale < enough[None]).to(tl.int32), 1).to(tl.int8)
-        tl.store(little + block + key, under, block + key < past)
+        tl.store(little + block + other, under, block + other < past)
 
 
 @triton.jit(do_not_specialize=["first", "pages"])

@@ -50,11 +50,17 @@ class Summaries:
     room: int  # pages, a multiple of 64
 
     @staticmethod
-    def of(cache: LayerCache, segment: Segment) -> Summaries:
-        """Those of all pages but the last tile's own, and zeros behind them."""
+    def of(cache: LayerCache, segment: Segment, together: int = PAGE) -> Summaries:
+        """Those of all pages but the last tile's own, and zeros behind them.
+
+        Args:
+            cache: the layer's paged cache.
+            segment: where the tiles stand.
+            together: pages that are read at once, 64 or a multiple.
+        """
         kv_heads, head_dim = cache.kv_heads, cache.head_dim
         pages, width = len(segment.block_table) - 1, triton.next_power_of_2(head_dim)
-        room = max(1, -(-pages // PAGE)) * PAGE
+        room = max(1, -(-pages // together)) * together
         means = cache.key_mean.new_empty(1 + SAMPLES, kv_heads * room, 2 * head_dim)
         spreads = cache.spread.new_empty(kv_heads, room)
         _gather[room // GATHERED, kv_heads](
@@ -64,7 +70,7 @@ class Summaries:
             num_warps=4,
         )  # fmt: skip
         parts = means[0], means[1:].flatten(0, 1)
-        mean, sample = (TensorDescriptor.from_tensor(part, [PAGE, width]) for part in parts)
+        mean, sample = (TensorDescriptor.from_tensor(part, [together, width]) for part in parts)
         return Summaries(mean, sample, spreads, room)
 
 
@@ -73,17 +79,18 @@ def tile_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.prefill.tile_attention`."""
     tokens, heads, head_dim = query.shape
-    kv_heads, group = cache.kv_heads, heads // cache.kv_heads
+    kv_heads, group, device = cache.kv_heads, heads // cache.kv_heads, query.device
     width = triton.next_power_of_2(head_dim)
     rows, padded = rows_of(group, head_dim, 1)
     tiles = selection.counts.shape[0]
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lses = torch.empty(2, tokens, heads, device=query.device)
+    lses = torch.empty(2, tokens, heads, device=device)
     left = selection.left
     blocks = TensorDescriptor.from_tensor(cache.kv.view(-1, 2 * head_dim), [PAGE, width])
     # Where no means stand for pages, none are read.
     summaries = Summaries(blocks, blocks, lses, 0) if left is None else Summaries.of(cache, segment)
     small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
+    kinds = torch.empty(tiles * (PAGE * padded // rows), kv_heads, dtype=torch.int8, device=device)
     for sampled in (False,) if left is None else (False, True):
         _tiles[tiles * (PAGE * padded // rows), kv_heads](
             query.contiguous(), cache.kv, blocks, summaries.means, summaries.samples,
@@ -91,7 +98,7 @@ def tile_attention(
             selection.starts.contiguous(), selection.counts.contiguous(),
             selection.whole.contiguous(), selection.pages, selection.masks, selection.bits,
             selection.bits if left is None else left.contiguous(),
-            output, lses[0], lses[1], scale * LOG2E.value, segment.start, tokens,
+            kinds, output, lses[0], lses[1], scale * LOG2E.value, segment.start, tokens,
             0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
             GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim, WIDTH=width,
             MEANS=left is not None, SAMPLED=sampled, ALIKE=ALIKE, SAMPLES=SAMPLES, SUMMED=SUMMED,
@@ -103,7 +110,7 @@ def tile_attention(
 @triton.jit(do_not_specialize=["start", "tokens", "words", "room", "cache_pages"])
 def _tiles(
     query, kv, blocks, means, samples, spreads, table, starts, counts, wholes, pages, masks, bits,
-    left, output, lses, owns, scale, start, tokens, words, room, cache_pages,
+    left, kinds, output, lses, owns, scale, start, tokens, words, room, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, MEANS: tl.constexpr, SAMPLED: tl.constexpr, ALIKE: tl.constexpr,
     SAMPLES: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr,
@@ -119,12 +126,19 @@ def _tiles(
     wide = there[:, None] & inside[None]
     mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [ROWS, WIDTH]
     past = start // PAGE + tile
+    kinds += unit * tl.num_programs(1) + kv_head
+    if SAMPLED:  # noqa: SIM102  (known when it is compiled)
+        if tl.load(kinds) == 0:
+            return
     if MEANS:
         variance = score_variance(mine, mean_spread(spreads + kv_head * room, past, SUMMED), scale)
         alike = variance < ALIKE
-        # Another launch has the other programs, so that these need no room for what they have not.
-        if (tl.max((alike & there).to(tl.int32), 0) > 0) != SAMPLED:
-            return
+        if not SAMPLED:
+            # The next launch has such programs, so that others need no room for what they have not.
+            some = tl.max((alike & there).to(tl.int32), 0)
+            tl.store(kinds, some.to(tl.int8))
+            if some != 0:
+                return
     pair = tile * tl.num_programs(1) + kv_head
     first = tl.load(starts + pair)
     whole, count = tl.load(wholes + pair), tl.load(counts + pair)

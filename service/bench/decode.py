@@ -7,7 +7,6 @@ queries change from one repeat to the next, so that nothing is found in a GPU's 
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from kernels.cache import LayerCache, Rows, Segment
 from kernels.codes import words
 from kernels.page import PAGE
 from kernels.policy import Dynamic
+from service.bench.clock import seconds_of
 from service.bench.record import Record, table
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class _Bench:
         """What runs a way over all sets once: microseconds of each."""
         if self.device.type != "cuda":
             way(0)
-            return lambda: _seconds(lambda: way(0)) * 1e6
+            return lambda: seconds_of(lambda: way(0), self.device) * 1e6
         for _ in range(2):
             way(0)
         torch.cuda.synchronize()
@@ -233,19 +233,4 @@ class _Bench:
             for number in range(sets):
                 way(number)
         graph.replay()
-        return lambda: _device_us(graph.replay) / sets
-
-
-def _seconds(way: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    way()
-    return time.perf_counter() - start
-
-
-def _device_us(way: Callable[[], object]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    way()
-    stop.record()
-    stop.synchronize()
-    return 1e3 * float(start.elapsed_time(stop))
+        return lambda: seconds_of(graph.replay, self.device) * 1e6 / sets

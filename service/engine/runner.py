@@ -233,7 +233,7 @@ class Runner:
         if not np.isfinite(seen.coverage).all():
             self._prefill_trouble = "sparse prefill met scores that are not finite"
             return Fallback.KERNEL_ERROR
-        low = 0 < wanted.min_coverage and seen.coverage.mean() < wanted.min_coverage
+        low = wanted.min_coverage > 0 and seen.coverage.mean() < wanted.min_coverage
         return Fallback.LOW_COVERAGE if low else None
 
     def _forward(self, work: Seq[Work]) -> list[Outcome]:

@@ -9,7 +9,6 @@ import torch
 
 from kernels.attention import Impl, dense_attention
 from kernels.cache import LayerCache, Segment
-from kernels.errors import KernelError
 from kernels.page import PAGE
 from kernels.prefill import choose, tile_attention
 
