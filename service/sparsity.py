@@ -67,8 +67,8 @@ class SparsityConfig(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="where a prompt attends dynamically, pages of keys are read on which some query "
-        "finds 1 - prefill_coverage of its attention mass; by default `coverage`",
+        description="where a prompt attends dynamically, 1 less what of a query's attention mass "
+        "may be lost to the means of pages that are not read; by default `coverage`",
     )
     prefill_dense_below: int | None = Field(
         default=None,

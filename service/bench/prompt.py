@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,7 +73,8 @@ def measure(
         for turn in tqdm(range(repeats + 1), unit="turn", desc=f"{tokens} tokens"):
             for name in names:
                 notes: list[torch.Tensor] = []
-                seconds = seconds_of(lambda: _run(decoder, caches, ids, chunk, name, notes), device)
+                way = partial(_run, decoder, caches, ids, chunk, name, notes)
+                seconds = seconds_of(way, device)
                 if turn:
                     turns[name].append(seconds)
                 if notes:

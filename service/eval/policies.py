@@ -26,10 +26,10 @@ class NamedPolicy:
 def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:
     """Read `dense`, `dynamic`, `dynamic:coverage=0.95,max_keys=512`, `dynamic:k=512`, `fixed:...`.
 
-    `prefill=dynamic,prefill_coverage=0.98` has the prompt before its last 128 tokens attend sparsely, too;
-    else it is read densely. `k` keys are neither fewer nor more (but for the fewest that a sample has), whatever mass they
-    carry; with `sampled=false` they are plain top-k. What follows `fixed:` is a pattern, such as
-    `sinks:16+window:1024`.
+    `prefill=dynamic,prefill_coverage=0.98` has the prompt before its last 128 tokens attend
+    sparsely, too; else it is read densely. `k` keys are neither fewer nor more (but for the fewest
+    that a sample has), whatever mass they carry; with `sampled=false` they are plain top-k. What
+    follows `fixed:` is a pattern, such as `sinks:16+window:1024`.
 
     Raises:
         ConfigError: naming what cannot be read.

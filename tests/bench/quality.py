@@ -64,8 +64,10 @@ TOP = (f"dynamic:k=160,{PLAIN}", f"dynamic:k=160,{PLAIN},min_coverage=0.9")
 MORE = tuple(f"dynamic:k={k},{PLAIN}" for k in (112, 128, 144, 192, 256, 384))
 """The same at other budgets, for the curve."""
 BUDGETS = (*(f"dynamic:k={2**power}" for power in range(6, 13)), "dynamic:k=512,sampled=false")
+SPARSE_PROMPT = ("dense", "dynamic:coverage=0.98,prefill=dynamic")
+"""The document before the questions attends sparsely, too."""
 HARDEST = ("multi-key", 65_536)
-SHORT, LONG = (4096, 8192, 16_384), tuple(WINDOW)
+SHORT, LONG, PREFILLED = (4096, 8192, 16_384), tuple(WINDOW), (16_384, 32_768)
 
 PARTS = (
     *(
@@ -89,6 +91,8 @@ PARTS = (
     Part("text", ("text",), (2048, 32_768), DYNAMIC, own_text=True),
     Part("text", ("repeats",), (32_768,), DYNAMIC, own_text=True),
     Part("text", ("free-text",), (2048, 32_768), DYNAMIC, own_text=True),
+    Part("prefill", (*SOME, "majority"), PREFILLED, SPARSE_PROMPT),
+    Part("prefill", ("text",), PREFILLED, SPARSE_PROMPT, own_text=True),
     # Not beside dense: so few documents say nothing of a loss, and much of the estimates.
     Part("calibration", ("needle", *SOME, "majority"), LONG, BUDGETS, documents=12, answers=0),
     # Last, since one question a document makes a thousand of them.
