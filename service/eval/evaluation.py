@@ -77,7 +77,7 @@ class Evaluation:
             "text": None if text_dir is None else text_dir.name,
             # Questions attend under their policy at any context: noted is the same number whatever
             # the device, so that an evaluation goes on on another.
-            "sparsity": sparsity.model_dump(exclude_none=True)
+            "sparsity": sparsity.model_dump(exclude_none=True, exclude={"prefill_dense_below"})
             | {"dense_below": sparsity.dense_below_on("cpu")},
             "majority": {"margin": MARGIN, "votes": VOTES, "tokens_a_vote": TOKENS_A_VOTE},
         }

@@ -24,7 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 from service.envelope import as_json, current_commit, envelope  # noqa: E402  (runs uninstalled)
 
-FILES = ("tests/kernels/test_gpu.py", "tests/kernels/test_layer.py", "tests/models/test_graph.py")
+FILES = (
+    "tests/kernels/test_gpu.py",
+    "tests/kernels/test_layer.py",
+    "tests/kernels/test_prefill.py",
+    "tests/models/test_graph.py",
+)
 
 
 @dataclass(frozen=True, slots=True)

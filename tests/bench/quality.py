@@ -1,6 +1,7 @@
 """Measures the quality table, and writes the README's quality section and plot from it.
 
 python tests/bench/quality.py --measure --text-dir NOVELS   # every part; again to go on
+python tests/bench/quality.py --measure --text-dir NOVELS --parts prefill   # sparse prompts
 python tests/bench/quality.py                               # README.md and quality.svg
 python tests/bench/quality.py --check   # 1 when README.md is not what would be written
 
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # the script also runs uninstalled
 
-from quality_tables import tables  # noqa: E402
+from quality_tables import prompt_table, tables  # noqa: E402
 
 from service.eval.plot import draw  # noqa: E402
 from service.eval.record import Record  # noqa: E402
@@ -103,28 +104,41 @@ QUESTIONS, SEED = 10, 0
 MODEL = ROOT / "models/checkpoints/saccade-12m"
 README = ROOT / "README.md"
 RESULTS = ROOT / "tests/bench/results/quality.json"
+PROMPTS = RESULTS.with_name("quality-prefill.json")
+"""Of the part `prefill`, which measures dense attention beside it, on the same machine."""
 PLOT = RESULTS.with_suffix(".svg")
 BEGIN = "<!-- quality: written by tests/bench/quality.py -->"
 END = "<!-- end of quality -->"
 UNTOLD = ("--output", "--commit", "--plot")  # options that say nothing about the numbers
 
 
-def section(saved: dict[str, Any]) -> str:
-    """The section's text, markers not included."""
+def section(saved: dict[str, Any], prompts: dict[str, Any] | None = None) -> str:
+    """The section's text, markers not included.
+
+    Args:
+        saved: the results.
+        prompts: those of the part `prefill`, if there are any.
+    """
     settings, torch = saved["settings"], saved["versions"]["torch"]
     records = [Record(**record) for record in saved["records"]]
     first, *rest = tables(records)
-    made = "; ".join(dict.fromkeys(f"{r.machine}, commit {r.commit}" for r in records))
+    sparse = [Record(**record) for record in prompts["records"]] if prompts is not None else []
+    if prompts is not None:
+        first = f"{first}\n\n{prompt_table(sparse)}\n\n({_made(sparse)}, {prompts['date']}.)"
     parts = [
         first,
         f"![Accuracy against density]({PLOT.relative_to(ROOT).as_posix()})",
         *rest,
-        _missing(records),
+        _missing([*records, *sparse]),
         f"```sh\n{_command(saved['command'])}\n```",
-        f"({made}, torch {torch}, {saved['date']}, seed {settings['seed']}; every row, with its "
-        f"interval:\n[{RESULTS.name}]({RESULTS.relative_to(ROOT).as_posix()}).)",
+        f"({_made(records)}, torch {torch}, {saved['date']}, seed {settings['seed']}; every row, "
+        f"with its interval:\n[{RESULTS.name}]({RESULTS.relative_to(ROOT).as_posix()}).)",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _made(records: Sequence[Record]) -> str:
+    return "; ".join(dict.fromkeys(f"{r.machine}, commit {r.commit}" for r in records))
 
 
 def _missing(records: Sequence[Record]) -> str:
@@ -149,7 +163,7 @@ def _missing(records: Sequence[Record]) -> str:
     return f"Not measured yet, of the command's parts:\n{lines}."
 
 
-def rendered(readme: str, saved: dict[str, Any]) -> str:
+def rendered(readme: str, saved: dict[str, Any], prompts: dict[str, Any] | None = None) -> str:
     """The README with its section anew.
 
     Raises:
@@ -159,7 +173,7 @@ def rendered(readme: str, saved: dict[str, Any]) -> str:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         sys.exit(f"README.md must hold the lines {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{section(saved)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{section(saved, prompts)}\n{END}{tail}"
 
 
 def cells_of(parts: Sequence[Part], questions: int = QUESTIONS) -> list[Cell]:
@@ -231,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     saved = json.loads(RESULTS.read_text(encoding="utf-8"))
     readme = README.read_text(encoding="utf-8")
-    wanted = rendered(readme, saved)
+    prompts = json.loads(PROMPTS.read_text(encoding="utf-8")) if PROMPTS.exists() else None
+    wanted = rendered(readme, saved, prompts)
     if options.check:
         if wanted != readme:
             print("README.md is not what the results say: run python tests/bench/quality.py")
@@ -248,15 +263,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--check", action="store_true", help="write nothing")
     add("--measure", action="store_true", help="run what the results file does not have yet")
-    add("--parts", default=",".join(names), help=f"a list of {', '.join(names)}")
+    usual = ",".join(name for name in names if name != "prefill")
+    add("--parts", default=usual, help=f"a list of {', '.join(names)}")
     add("--text-dir", type=Path, help="folder of novels, .txt files")
-    add("--output", type=Path, default=RESULTS, help="where the results go")
+    add("--output", type=Path, help="where the results go; by default where they belong")
     add("--model", type=Path, default=MODEL, help="checkpoint folder")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--workers", type=int, default=1, help="processes, each with a model")
     add("--drawers", type=int, help="processes that draw documents")
     add("--commit", help="commit to note where there is no repository")
     options = parser.parse_args(arguments)
+    if options.output is None:
+        options.output = PROMPTS if options.parts == "prefill" else RESULTS
     unknown = set(options.parts.split(",")) - set(names)
     if unknown:
         parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {names}")

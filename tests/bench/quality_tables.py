@@ -93,6 +93,44 @@ def _criterion(records: Sequence[Record]) -> str:
     return f"What is asked of `{JUDGED}`, in brackets, and what it does: {'; '.join(said)}."
 
 
+def prompt_table(records: Sequence[Record]) -> str:
+    """Documents that attended sparsely themselves: what that costs, and what they read."""
+    sparse = sorted(
+        (r for r in records if r.phase == "prefill"), key=lambda r: (r.context, not r.asked)
+    )
+    dense = {(r.task, r.context): r for r in records if r.policy == "dense"}
+    rows = [
+        (
+            f"`{r.task}`",
+            f"{r.context:,}",
+            f"{r.n:,}",
+            _score(dense[r.task, r.context]),
+            _score(r),
+            _loss(r.loss, r.loss_low, r.loss_high),
+            f"{r.prefill_density:.1%}" if r.prefill_density is not None else "",
+            f"{r.density:.1%}",
+        )
+        for r in sparse
+    ]
+    said = "; ".join(
+        f"at {row.context:,} tokens {100 * row.loss:.1f} points "
+        f"({100 * row.loss_low:.1f} to {100 * row.loss_high:.1f})"
+        for row in pooled(records)
+    )
+    return _table(
+        "The document before the questions attends sparsely, too "
+        f"(`{sparse[0].policy}`).\nLost over all tasks together: {said}. The density is that of "
+        "the document, and of the questions and answers;\n`text` is in bits per byte:",
+        ("task", "context", "answers", "dense", "sparse", "loss", "document", "answers read"),
+        rows,
+    )
+
+
+def _score(record: Record) -> str:
+    value = record.bits_per_byte if record.accuracy is None else record.accuracy
+    return f"{value:.3f}"
+
+
 def _met(holds: bool, most: str) -> str:
     return most if holds else f"{most}: missed"
 

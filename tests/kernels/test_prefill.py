@@ -9,8 +9,11 @@ import torch
 
 from kernels.attention import Impl, dense_attention
 from kernels.cache import LayerCache, Segment
+from kernels.errors import KernelError
 from kernels.page import PAGE
-from kernels.prefill import choose, tile_attention
+from kernels.patterns.pattern import Pattern
+from kernels.prefill import choose, pattern_lists, tile_attention
+from kernels.reference import masked_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAST = 0.5
@@ -108,3 +111,59 @@ def test_reading_every_page_is_dense_attention(prompt, impl):
     dense = dense_attention(one.query, one.cache, one.segment, one.scale, impl=Impl.REFERENCE)
     torch.testing.assert_close(output, dense, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(lse, own)
+
+
+PATTERNS = [
+    "full",
+    "window:100",
+    "window:4000",  # wider than any prompt here
+    "sinks:4+window:70",
+    "global:3+dilated:5,3",
+    "strided:7+window:9",
+    "fixed:16,3",
+    "block_local:50",
+    "axial:10,13",
+    "random:1,3+window:2",
+    "block_local:64&sinks:4",  # most queries see nothing
+    "global:1+window:9@bidirectional",
+]
+
+
+@pytest.mark.parametrize("impl", [Impl.REFERENCE, *BACKENDS])
+@pytest.mark.parametrize("text", PATTERNS)
+def test_attention_over_a_patterns_lists_is_a_masked_softmax(prompt, text, impl):
+    pattern, one = Pattern.parse(text), prompt("odd" if "@" in text else "cut")
+    stop = one.segment.start + one.tokens
+    selection = pattern_lists(pattern, one.segment, one.cache.kv_heads)
+    output, lse, own = one.attend(selection, impl)
+    mask = pattern.mask(one.tokens, stop, one.segment.start).to(DEVICE)  # [tokens, keys]
+    heads = one.query.shape[1]
+    pages = one.cache.kv[:, one.segment.block_table].flatten(1, 2)[:, :stop]
+    keys, values = pages.repeat_interleave(heads // one.cache.kv_heads, dim=0).unbind(2)
+    expected, expected_lse = masked_attention(
+        one.query,
+        keys.expand(one.tokens, -1, -1, -1),
+        values.expand(one.tokens, -1, -1, -1),
+        mask[:, None].expand(-1, heads, -1),
+        one.scale,
+    )
+    torch.testing.assert_close(output.double(), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=2e-5)
+    assert torch.equal(lse, own)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_low_precision_is_near_the_reference(prompt, impl):
+    one = prompt("behind-pages", dtype=torch.float16)
+    selection = one.choose(Impl.REFERENCE)
+    expected = one.attend(selection, Impl.REFERENCE)
+    for ours, theirs in zip(one.attend(selection, impl), expected, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=4e-3, atol=4e-3)
+
+
+def test_what_does_not_fit_is_refused(prompt):
+    one, other = prompt("cut"), prompt("odd")
+    with pytest.raises(KernelError, match="tiles"):
+        one.attend(other.choose(Impl.TORCH), Impl.TORCH)
+    with pytest.raises(KernelError, match="segment has"):
+        choose(one.query[1:], one.cache, one.segment, LEAST, one.scale)

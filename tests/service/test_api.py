@@ -67,6 +67,7 @@ def test_a_completion_has_openais_shape_and_the_report():
         "coverage_p5": 0.9,
         "keys_attended": 100.0,
         "fallbacks": {"low_coverage": 1},
+        "prefill": None,
     }
 
 

@@ -20,8 +20,15 @@ LENGTH = 1500
 BODY = LENGTH - 128
 
 
+def level(decoder):
+    """The model with smaller queries: its attention is level enough to leave pages."""
+    for layer in decoder.model.layers:
+        layer.self_attn.q_proj.weight.mul_(0.15)
+    return decoder
+
+
 def run(harness, sparsity, **settings):
-    one = harness(**settings)
+    one = harness(wrap=level, **settings)
     [deltas] = one.run(one.generate(prompt_of(LENGTH), greedy(12), sparsity))
     return one, deltas
 
@@ -35,6 +42,14 @@ def test_a_sparse_prompt_is_reported_apart_from_the_answer(harness):
     assert report.fallbacks == {}
     assert counter(one, "prefill_attention_density_count") == 3  # chunks of 512, 512, 348
     assert last(run(harness, DENSE)[1]).prefill.density == 1.0
+
+
+def test_what_a_prompt_reads_does_not_depend_on_its_chunks(harness):
+    expected = run(harness, SPARSE)[1]
+    for chunk, step in ((64, 136), (200, 1024), (4096, 4096)):
+        deltas = run(harness, SPARSE, prefill_chunk=chunk, step_tokens=step)[1]
+        assert tokens_of(deltas) == tokens_of(expected)
+        assert last(deltas).coverage == pytest.approx(last(expected).coverage, abs=1e-9)
 
 
 def test_a_prompt_that_is_all_tail_has_nothing_to_report(harness):
@@ -108,7 +123,7 @@ def test_a_failed_chunk_stays_dense_when_it_is_computed_again(harness, monkeypat
         return choose(query, cache, segment, *args)
 
     monkeypatch.setattr(attention, "choose", fail_once)
-    one, deltas = run(harness, SPARSE)
+    _, deltas = run(harness, SPARSE)
     assert last(deltas).fallbacks == {"kernel_error": 512}
     assert calls[4:] == [1024] * 3  # the second chunk is not tried again
 
@@ -122,7 +137,7 @@ def test_scores_that_are_no_numbers_go_dense(harness, monkeypatch):
         return output, lse, torch.full_like(own, torch.nan)
 
     monkeypatch.setattr(attention, "tile_attention", broken)
-    one, deltas = run(harness, SPARSE)
+    _, deltas = run(harness, SPARSE)
     assert tokens_of(deltas) == expected
     assert last(deltas).fallbacks == {"kernel_error": BODY}
     assert last(deltas).prefill.density == 1.0
@@ -137,7 +152,7 @@ def test_coverage_under_the_requests_floor_goes_dense(harness):
 
 
 def test_choices_share_what_their_prompt_did(harness):
-    one = harness()
+    one = harness(wrap=level)
     [deltas] = one.run(one.generate(prompt_of(LENGTH), greedy(3), SPARSE, n=2))
     first, second = (delta.sparsity for delta in deltas if delta.sparsity is not None)
     assert first.prefill == second.prefill is not None
