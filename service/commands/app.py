@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from service.commands.bench import decode, engine
+from service.commands.bench import decode, engine, prefill
 from service.commands.evaluate import evaluate
 from service.commands.generate import generate
 from service.commands.serve import serve
@@ -21,5 +21,6 @@ app.command()(generate)
 app.command("eval")(evaluate)
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 bench.command()(decode)
+bench.command()(prefill)
 bench.command()(engine)
 app.add_typer(bench, name="bench")

@@ -13,10 +13,13 @@ from typing import Annotated
 import torch
 import typer
 
+from kernels.page import PAGE
 from models.loader import usable_device
 from service.bench import decode as decode_bench
 from service.bench import engine as engine_bench
 from service.bench import plot as decode_plot
+from service.bench import prefill as prefill_bench
+from service.bench import prompt as prompt_bench
 from service.bench.cell import Cell, bandwidth_of
 from service.bench.shapes import SHAPES, shape_of
 from service.engine.build import machine_name
@@ -63,6 +66,38 @@ def decode(
         output.write_text(as_json(head, records))
 
 
+def prefill(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    lengths: Annotated[str, typer.Option(help="Tokens of a prompt, a list.")] = "8192,32768",
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the pages, drawn at random, for one way.")
+    ] = 0.1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 5,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="On a GPU, also FlexAttention, compiled first.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the records as JSON.")] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to note where there is no repository.")
+    ] = None,
+) -> None:
+    """Time a prompt's attention in one layer: sparse, dense, and torch's over contiguous keys."""
+    _check_dtype(dtype)
+    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", lengths):
+        raise ConfigError(f"--lengths must be numbers such as 8192,32768, not {lengths}")
+    place, shape = usable_device(device), decode_bench.Shape()
+    options = prefill_bench.Options(share, repeats, flex)
+    wanted = [int(length) for length in lengths.split(",")]
+    records = prefill_bench.measure(wanted, place, DTYPES[dtype], shape, options)
+    print(prefill_bench.table(records))
+    if output is not None:
+        settings = asdict(shape) | {"dtype": dtype} | asdict(options)
+        command = shlex.join(["saccade", "bench", "prefill", *sys.argv[3:]])
+        head = envelope(command, commit or current_commit(), machine_name(place), settings)
+        output.write_text(as_json(head, records))
+
+
 def engine(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3.1-8b",
     cells: Annotated[
@@ -74,6 +109,10 @@ def engine(
     layers: Annotated[int | None, typer.Option(min=1, help="Layers; the shape's own.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are shown.")] = 20,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a row that make a turn.")] = 8,
+    prompt: Annotated[
+        int, typer.Option(min=0, help="Tokens of a prompt to time instead of decode steps.")
+    ] = 0,
+    chunk: Annotated[int, typer.Option(min=64, help="Of its tokens a step.")] = 4096,
     bandwidth: Annotated[
         float | None, typer.Option(help="TB/s that reading reaches; by the device's name.")
     ] = None,
@@ -82,10 +121,27 @@ def engine(
         str | None, typer.Option(help="Commit to note where there is no repository.")
     ] = None,
 ) -> None:
-    """Time whole decode steps of a model of random weights: dynamic and dense, as CUDA graphs."""
+    """Time whole decode steps of a model of random weights: dynamic and dense, as CUDA graphs.
+
+    Or, with --prompt, a whole prompt up to its first token.
+    """
     _check_dtype(dtype)
     config, wanted = shape_of(shape, layers), _cells(cells)
     place = usable_device(device)
+    if prompt:
+        if chunk % PAGE or prompt % chunk:
+            raise ConfigError(
+                f"--prompt must be a multiple of --chunk, and that of {PAGE}: not {prompt} and "
+                f"{chunk}"
+            )
+        prompts = prompt_bench.measure(config, prompt, chunk, place, DTYPES[dtype], repeats)
+        print(prompt_bench.table(prompts))
+        if output is not None:
+            settings = {"shape": shape, "layers": config.layers, "dtype": dtype, "repeats": repeats}
+            command = shlex.join(["saccade", "bench", "engine", *sys.argv[3:]])
+            head = envelope(command, commit or current_commit(), machine_name(place), settings)
+            output.write_text(as_json(head, prompts))
+        return
     if place.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             "saccade bench engine needs a GPU; for a trial without one set TRITON_INTERPRET=1"
