@@ -164,6 +164,7 @@ def _tiles(
         score = tl.dot(mine, tl.trans(keys), input_precision="ieee")
         score = tl.where(seen, score, float("-inf"))
         peak, total, sums = _add(score, values, scale, peak, total, sums)
+    peak = peak * scale  # to base 2, as what follows is
     tl.store(owns + line, _lse(peak, total), there)
     if MEANS:
         # What a page's mass exceeds its mean's score by, to base 2; it has 64 keys.
@@ -253,10 +254,13 @@ def score_variance(mine, spread, scale):
 @triton.jit
 def _add(score, values, scale, peak, total, sums):
     """Some more scores and values into a running softmax; `scale` brings scores to base 2."""
-    higher = tl.maximum(peak, tl.max(score, 1) * scale)
+    higher = tl.maximum(peak, tl.max(score, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
-    shrink = tl.exp2(peak - safe)
-    mass = tl.exp2(score * scale - safe[:, None])
+    shrink = tl.exp2((peak - safe) * scale)
+    if values.dtype == tl.float32:
+        mass = tl.exp2((score - safe[:, None]) * scale)  # the more exact
+    else:
+        mass = tl.exp2(score * scale - (safe * scale)[:, None])  # one instruction less
     total = total * shrink + tl.sum(mass, 1)
     sums = tl.dot(mass.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
     return higher, total, sums

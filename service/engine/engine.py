@@ -49,6 +49,7 @@ class _Progress:
     tally: Tally = field(default_factory=Tally)
     prompt_ranked: list[Ranked] = field(default_factory=list)  # of prompt tokens 1, 2, ...
     opened: bool = False  # whether its first delta is out
+    prefilled: int = 0  # positions before it have been counted, but for the tail's
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +302,9 @@ class Engine:
             progress.tally.fell_back(reason)
             self.metrics.fallback(reason.value, to.value, 1)
 
-        if outcome.prefilled is not None:
+        # A sequence that was put back computes its prompt again, which is counted once.
+        if outcome.prefilled is not None and item.start >= progress.prefilled:
+            progress.prefilled = item.stop
             progress.tally.add_prefill(outcome.prefilled)
             prefilled.append(outcome.prefilled)
             for reason, tokens in outcome.fell_back.items():

@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 POLICIES: dict[str, dict[str, object]] = {
     "dense": {"policy": "dense"},
     "dynamic": {"policy": "dynamic"},
-    "sinks:16+window:512": {"policy": "fixed", "pattern": "sinks:16+window:512"},
+    "sinks:16+window:512": {
+        "policy": "fixed",
+        "pattern": "sinks:16+window:512",
+        "prefill": "dense",
+    },
 }
 
 

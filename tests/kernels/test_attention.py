@@ -49,8 +49,8 @@ def in_low_precision(query, keys, values, mask, scale, log_weight=None):
 def assert_as_exact(actual, plain, exact):
     """At most twice the error that the same sums make in low precision; see CONTRIBUTING."""
     allowed = 2 * max((one.double() - exact).abs().max() for one in plain)
-    # Over few elements chance alone moves the largest error by a last bit or two.
-    allowed = max(allowed, 2 * torch.finfo(actual.dtype).eps * max(exact.abs().max(), 1.0))
+    # Over few elements chance alone moves the largest error by two or three last bits.
+    allowed = max(allowed, 3 * torch.finfo(actual.dtype).eps * max(exact.abs().max(), 1.0))
     assert torch.isfinite(actual).all()
     assert (actual.double() - exact).abs().max() <= allowed
 

@@ -39,9 +39,10 @@ def quality():
 
 def test_the_parts_are_what_was_asked_for(quality):
     cells = quality.cells_of(quality.PARTS)
-    assert len({(c.task, c.context, p.name) for c in cells for p in c.policies}) == sum(
-        len(c.policies) for c in cells
-    )  # no record is measured twice
+    usual = quality.cells_of([part for part in quality.PARTS if part.name != "prefill"])
+    assert len({(c.task, c.context, p.name) for c in usual for p in c.policies}) == sum(
+        len(c.policies) for c in usual
+    )  # no record is measured twice, but that sparse prompts are beside dense ones of their own
     for one in cells:
         assert isinstance(one, Cell)
         compared = len(one.policies) > 1 and one.policies[0].name == "dense"
