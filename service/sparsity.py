@@ -17,8 +17,10 @@ CPU_DENSE_BELOW = 2048
 GPU_DENSE_BELOW = 32_768
 """The same on a GPU, by `tests/bench/decode.py`: for one sequence; fewer where several run
 together."""
-PREFILL_DENSE_BELOW = 8192
-"""Position in a prompt from which on reading some pages is the faster: `saccade bench prefill`."""
+CPU_PREFILL_DENSE_BELOW = 16_384
+GPU_PREFILL_DENSE_BELOW = 8192
+"""Position in a prompt from which on reading some pages is the faster: `saccade bench prefill`; on
+a CPU some heads of the bundled model, which read nearly all, put it off."""
 
 
 class SparsityConfig(BaseModel):
@@ -69,10 +71,11 @@ class SparsityConfig(BaseModel):
         description="where a prompt attends dynamically, 1 less what of a query's attention mass "
         "may be lost to the means of pages that are not read; by default `coverage`",
     )
-    prefill_dense_below: int = Field(
-        default=PREFILL_DENSE_BELOW,
+    prefill_dense_below: int | None = Field(
+        default=None,
         ge=0,
-        description="position in a prompt, in tokens, below which it attends densely",
+        description="position in a prompt, in tokens, below which it attends densely; by default "
+        f"{GPU_PREFILL_DENSE_BELOW} on a GPU, {CPU_PREFILL_DENSE_BELOW} on a CPU",
     )
     allow_brownout: bool = Field(default=True, description="for a later version; not used yet")
     dense_below: int | None = Field(
@@ -96,6 +99,12 @@ class SparsityConfig(BaseModel):
         if self.dense_below is not None:
             return self.dense_below
         return GPU_DENSE_BELOW if device.startswith("cuda") else CPU_DENSE_BELOW
+
+    def prefill_dense_below_on(self, device: str) -> int:
+        """Position in a prompt below which it attends densely, tokens; devices as above."""
+        if self.prefill_dense_below is not None:
+            return self.prefill_dense_below
+        return GPU_PREFILL_DENSE_BELOW if device.startswith("cuda") else CPU_PREFILL_DENSE_BELOW
 
     def resolve(self) -> SparsityParams:
         """These defaults as the engine takes them.

@@ -117,7 +117,7 @@ def build_engine(config: ServiceConfig) -> Engine:
         model_name=config.model_name,
         max_model_len=max_model_len,
         dense_below=config.sparsity.dense_below_on(device.type),
-        prefill_dense_below=config.sparsity.prefill_dense_below,
+        prefill_dense_below=config.sparsity.prefill_dense_below_on(device.type),
     )
 
 
