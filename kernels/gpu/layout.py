@@ -10,6 +10,7 @@ import triton
 
 from kernels.budget import PROBE
 from kernels.codes import words
+from kernels.gpu.lanes import HEADS
 from kernels.page import PAGE
 from kernels.sample import SEGMENT
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 HELD = 3 * PAGE
 """Keys that are always read, with room: a page of sinks, and the recent window's two."""
+
+
+SPANS = 256
+"""Most programs that share a line's keys: each leaves a part of the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,40 +50,56 @@ class Layout:
         return int(triton.next_power_of_2(self.group))
 
     @property
-    def octets(self) -> int:
-        """Bytes of a key's code."""
-        return 8 * words(self.head_dim)
+    def words(self) -> int:
+        """Words of 32 bits of a key's code."""
+        return 2 * words(self.head_dim)
 
     @property
-    def together(self) -> int:
-        """Pages whose codes make a row of a product: 32 bytes of codes and 8 columns at least."""
-        return max(1, 32 // self.octets, 8 // self.padded)
+    def steps(self) -> int:
+        """Products that a key's code takes, of 128 bits each."""
+        return -(-self.words // 4)
+
+    @property
+    def sets(self) -> int:
+        """Sets of heads that are multiplied at once."""
+        return -(-self.padded // HEADS)
 
     @property
     def segments(self) -> int:
         """Lines of marks (`kernels.sample`) of a row."""
         return -(-self.pages // SEGMENT)
 
+    @property
+    def span(self) -> int:
+        """Segments that a program takes."""
+        return int(triton.next_power_of_2(-(-self.segments // SPANS)))
+
+    @property
+    def spans(self) -> int:
+        """Programs that share a line's segments."""
+        return -(-self.segments // self.span)
+
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
     """What the kernels leave for each other. Scores are base-2 logs of masses."""
 
-    steps: Tensor  # int8 [lines, 8, together * padded, together * octets]  queries by bit
+    planes: Tensor  # int32 [lines, sets, steps, 4, 32]  queries' signs, as lanes take them
     factors: Tensor  # float32 [lines, 3, padded]  of a code's sum, of its scale and its square
     held: Tensor  # float32 [lines, padded, HELD]  exact scores of the keys always read
     centres: Tensor  # float32 [lines, pages, padded]  scores of the pages' means
     probes: Tensor  # float32 [lines, pages * PROBE, padded]  scores of the probed keys
     norm: Tensor  # float32 [lines, padded]
     marks: Tensor  # int32 [lines]  -1 where all keys are read
-    marked: Tensor  # int32 [lines, segments, SEGMENT * 64]  place and length of the keys met
-    counts: Tensor  # int32 [lines, segments]  how many these are
+    marked: Tensor  # int64 [lines, spans, span * SEGMENT * 64]  position and length of keys met
+    slots: Tensor  # int32, likewise  where they lie in the cache
+    counts: Tensor  # int32 [lines, spans]  how many these are
 
     @staticmethod
     def of(layout: Layout, device: torch.device) -> Scratch:
         """Memory for one step's selection in one layer."""
         lines, padded, pages = layout.lines, layout.padded, layout.pages
-        wide, deep = layout.together * padded, layout.together * layout.octets
+        places = (lines, layout.spans, layout.span * SEGMENT * PAGE)
 
         def floats(*size: int) -> Tensor:
             return torch.empty(lines, *size, device=device)
@@ -87,13 +108,14 @@ class Scratch:
             return torch.empty(lines, *size, dtype=torch.int32, device=device)
 
         return Scratch(
-            steps=torch.empty(lines, 8, wide, deep, dtype=torch.int8, device=device),
+            planes=whole(layout.sets, layout.steps, 4, 32),
             factors=floats(3, padded),
             held=floats(padded, HELD),
             centres=floats(pages, padded),
             probes=floats(pages * PROBE, padded),
             norm=floats(padded),
             marks=whole(),
-            marked=whole(layout.segments, SEGMENT * PAGE),
-            counts=whole(layout.segments),
+            marked=torch.empty(places, dtype=torch.int64, device=device),
+            slots=torch.empty(places, dtype=torch.int32, device=device),
+            counts=whole(layout.spans),
         )

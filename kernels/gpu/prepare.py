@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from kernels.codes import NOISE, rotation
-from kernels.gpu.codes import LEVELS, PLACES
+from kernels.gpu import overlap
+from kernels.gpu.lanes import LEVELS, PLANES, WORD
 from kernels.gpu.launch import tile_of
 from kernels.gpu.layout import HELD
 from kernels.page import PAGE
@@ -38,33 +39,37 @@ def prepare(
 ) -> None:
     """Rotate and quantise the queries, and score the sinks and the recent window exactly."""
     wide = query.dtype if query.dtype != torch.float64 else torch.float32
+    overlaps = overlap.possible(query.device)
     _prepare[layout.lines, 1 + HELD // PAGE](
         query, rotation(layout.head_dim, wide, query.device), cache.kv, rows.block_tables,
-        rows.starts, rows.lengths, scratch.steps, scratch.factors, scratch.held,
+        rows.starts, rows.lengths, scratch.planes, scratch.factors, scratch.held,
         scale, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
         cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, TILE=tile_of(layout.group),
         DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim),
-        OCTETS=layout.octets, TOGETHER=layout.together, HELD=HELD, PAGE=PAGE,
-        CHANNELS=min(CHANNELS, triton.next_power_of_2(layout.head_dim)), num_warps=4,
+        STEPS=layout.steps, SETS=layout.sets, HELD=HELD, PAGE=PAGE,
+        CHANNELS=min(CHANNELS, triton.next_power_of_2(layout.head_dim)),
+        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["sinks", "queries", "kv_heads", "table_stride", "cache_pages"])
 def _prepare(
-    query, rotated, kv, tables, starts, lengths, steps, factors, held,
+    query, rotated, kv, tables, starts, lengths, planes, factors, held,
     scale, sinks, queries, kv_heads, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, OCTETS: tl.constexpr, TOGETHER: tl.constexpr, HELD: tl.constexpr,
-    PAGE: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, STEPS: tl.constexpr, SETS: tl.constexpr, HELD: tl.constexpr,
+    PAGE: tl.constexpr, CHANNELS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line: its query, or a page of the keys always read."""
+    overlap.begin(OVERLAP)
+    overlap.wait(OVERLAP)
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, channel = tl.arange(0, TILE), tl.arange(0, WIDTH)
     inside = channel < DIM
     if part == 0:
-        across = tl.arange(0, OCTETS * 8)
-        turned = tl.zeros((TILE, OCTETS * 8), tl.float32)
+        across = tl.arange(0, STEPS * 128)
+        turned = tl.zeros((TILE, STEPS * 128), tl.float32)
         for first in tl.static_range(0, WIDTH, CHANNELS):
             some = first + tl.arange(0, CHANNELS)
             piece = tl.load(
@@ -79,9 +84,8 @@ def _prepare(
             )  # [CHANNELS, channels]
             turned = tl.dot(piece, matrix, turned, input_precision="ieee")
         _quantise(
-            turned * (scale * LOG2E), head, across,
-            steps + line * (8 * TOGETHER * PADDED * TOGETHER * OCTETS),
-            factors + line * (3 * PADDED), PADDED, TOGETHER, OCTETS,
+            turned * (scale * LOG2E), head, planes + line * (SETS * STEPS * 4 * 32),
+            factors + line * (3 * PADDED), PADDED, TILE, STEPS, DIM,
         )  # fmt: skip
     else:
         mine = tl.load(
@@ -111,25 +115,27 @@ def _prepare(
 
 @triton.jit
 def _quantise(
-    turned, head, channel, steps, factors,
-    PADDED: tl.constexpr, TOGETHER: tl.constexpr, OCTETS: tl.constexpr,
+    turned, head, planes, factors,
+    PADDED: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """The rotated query in whole steps, once for each page of a product's row."""
+    """The rotated query in odd numbers of steps, sign by sign, as `kernels.gpu.lanes` takes it."""
     step = tl.maximum(tl.max(tl.abs(turned), 1), 1e-30) / LEVELS  # [TILE]
-    octet, bit = channel // 8, channel % 8
-    # What a bit is worth where it stands, over -128: see `kernels.gpu.codes`.
-    part = tl.where(bit % PLACES == 1, -1.0, tl.where(bit % PLACES == 0, 2.0, 4.0))[None]
-    whole = tl.floor(turned / step[:, None] * part + 0.5)  # [TILE, channels]
-    there = (head < PADDED)[:, None]
-    columns: tl.constexpr = TOGETHER * PADDED
-    deep: tl.constexpr = TOGETHER * OCTETS
-    for own in tl.static_range(TOGETHER):
-        for other in tl.static_range(TOGETHER):
-            value = whole if own == other else tl.zeros_like(whole)
-            place = (bit[None] * columns + own * PADDED + head[:, None]) * deep + other * OCTETS
-            tl.store(steps + place + octet[None], value.to(tl.int8), there)
-    total = tl.sum(whole / tl.abs(part) * tl.where(part < 0, -1.0, 1.0), 1) * step
+    whole = tl.floor((turned / step[:, None] + (LEVELS + 1)) / 2)  # [TILE, channels]
+    whole = tl.minimum(tl.maximum(whole, 0), LEVELS).to(tl.int32)
+    words: tl.constexpr = STEPS * 128 // WORD
+    word, bit = tl.arange(0, words)[None], tl.arange(0, WORD)[None, None]
+    # Channels that are there: those behind agree with nothing.
+    there = tl.minimum(tl.maximum(DIM - word * WORD, 0), WORD)
+    there = tl.where(there == WORD, -1, (1 << (there % WORD)) - 1)
+    place = ((head // 4)[:, None] * STEPS + word // 4) * (4 * 32)
+    place += (head % 4)[:, None] * 8 + word % 4
+    for plane in tl.static_range(PLANES):
+        target = planes + place + (plane % 2 * 64 + plane // 2 * 4)
+        signs = tl.reshape((whole >> plane) & 1, (TILE, words, WORD))
+        signs = tl.sum(signs << bit, 2)  # [TILE, words]
+        tl.store(target, signs & there, (head < max(PADDED, 4))[:, None])
+        tl.store(target + 32, ~signs & there, (head < max(PADDED, 4))[:, None])
     size = tl.sum(turned * turned, 1)
-    tl.store(factors + head, step / 64, head < PADDED)
-    tl.store(factors + PADDED + head, -total, head < PADDED)
+    tl.store(factors + head, step * 2, head < PADDED)
+    tl.store(factors + PADDED + head, step * (-LEVELS * DIM), head < PADDED)
     tl.store(factors + 2 * PADDED + head, size * (HALF_NOISE / LOG2E), head < PADDED)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from kernels.budget import EACH, PROBE
-from kernels.gpu.codes import estimate, load_factors, load_steps, signed_sums
+from kernels.gpu import overlap
+from kernels.gpu.lanes import estimate, load_factors, load_planes, signed_sums
 from kernels.gpu.layout import HELD
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache, Rows
     from kernels.gpu.layout import Layout, Scratch
 
-CHUNK = 8
-"""Pages a program takes, for each of those whose codes stand side by side."""
+CHUNK = 16
+"""Pages that a program takes."""
 BLOCK = 2048
 """Probed keys whose shares are added up at once."""
 
@@ -53,17 +54,19 @@ def probe(
         scratch: what is read and written.
         fewest: marks that a line gets at the least.
     """
-    parts = -(-layout.pages // (CHUNK * layout.together))
+    parts = -(-layout.pages // CHUNK)
     masses = torch.empty(layout.lines, parts, layout.padded, device=query.device)
+    overlaps = overlap.possible(query.device)
     _probe[layout.lines, parts](
-        query, cache.key_mean, cache.codes.view(torch.int8), cache.scale, rows.block_tables,
-        rows.starts, rows.lengths, scratch.steps, scratch.factors, scratch.centres,
+        query, cache.key_mean, cache.codes.view(torch.int32), cache.scale, rows.block_tables,
+        rows.starts, rows.lengths, scratch.planes, scratch.factors, scratch.centres,
         scratch.probes, masses,
         scale, sinks, rows.queries, layout.kv_heads, layout.pages, rows.block_tables.stride(0),
         cache.kv.shape[1],
-        GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
-        WIDTH=triton.next_power_of_2(layout.head_dim), OCTETS=layout.octets,
-        TOGETHER=layout.together, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH, PAGE=PAGE, num_warps=1,
+        GROUP=layout.group, PADDED=layout.padded, HEADS=max(8, layout.padded),
+        DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim), SETS=layout.sets,
+        STEPS=layout.steps, WORDS=layout.words, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH, PAGE=PAGE,
+        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
     )  # fmt: skip
     shares = torch.empty(layout.lines, layout.pages * PROBE, device=query.device)
     _settle[(layout.lines,)](
@@ -71,7 +74,8 @@ def probe(
         scratch.norm, scratch.marks,
         sinks, parts, layout.kv_heads, layout.pages, 4 if limits.shape[0] > 1 else 0,
         GROUP=layout.group, PADDED=layout.padded, PARTS=triton.next_power_of_2(parts),
-        HELD=HELD, BLOCK=BLOCK, PROBE=PROBE, EACH=EACH, SAMPLE=fewest, PAGE=PAGE, num_warps=4,
+        HELD=HELD, BLOCK=BLOCK, PROBE=PROBE, EACH=EACH, SAMPLE=fewest, PAGE=PAGE,
+        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
 
 
@@ -79,81 +83,111 @@ def probe(
     do_not_specialize=["sinks", "queries", "kv_heads", "pages", "table_stride", "cache_pages"]
 )
 def _probe(
-    query, means, codes, scales, tables, starts, lengths, steps, factors, centres, probes, masses,
+    query, means, codes, scales, tables, starts, lengths, planes, factors, centres, probes, masses,
     scale, sinks, queries, kv_heads, pages, table_stride, cache_pages,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    OCTETS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr, PROBE: tl.constexpr,
-    EACH: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr,
+    CHUNK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A part of one line's pages."""
+    """A part of one line's pages, by one warp: see `kernels.gpu.lanes`.
+
+    What it reads of the cache is of pages that were full before this step, and need not be waited
+    for.
+    """
+    overlap.begin(OVERLAP)
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, kv_head = line // kv_heads, line % kv_heads
     start, stop = tl.load(starts + row), tl.maximum(tl.load(lengths + row) // PAGE - 1, 0)
-    columns: tl.constexpr = TOGETHER * PADDED
-    deep: tl.constexpr = TOGETHER * OCTETS
-    masses += (line * tl.num_programs(1) + part) * PADDED + tl.arange(0, PADDED)
-    first = part * (TOGETHER * CHUNK)
-    if (first >= stop) | ((first + TOGETHER * CHUNK) * PAGE <= start):
-        tl.store(masses, tl.full((PADDED,), float("-inf"), tl.float32))
+    first = part * CHUNK
+    masses += (line * tl.num_programs(1) + part) * PADDED
+    if (first >= stop) | ((first + CHUNK) * PAGE <= start):
+        overlap.wait(OVERLAP)
+        padded = tl.arange(0, PADDED)
+        tl.store(masses + padded, tl.full((PADDED,), float("-inf"), tl.float32))
         return
     table, base = tables + (row // queries) * table_stride, kv_head * cache_pages
-    # Of a product's row r the pages r // PROBE, CHUNK behind that, and so on, side by side.
-    tested, column, octet = tl.arange(0, CHUNK * PROBE), tl.arange(0, columns), tl.arange(0, deep)
-    head, ahead = column % PADDED, tested // PROBE
-    line_steps = load_steps(steps, line, deep, columns)
-    line_factors = load_factors(factors, line, head[None], PADDED)
-    # The means of the pages side by side, one behind the other.
-    channel = tl.arange(0, WIDTH)
-    own = first + tl.arange(0, TOGETHER)[None] * CHUNK + tl.arange(0, CHUNK)[:, None]
-    cached = base + tl.load(table + tl.minimum(own, stop - 1))  # [CHUNK, TOGETHER]
+    own, channel, heads = first + tl.arange(0, CHUNK), tl.arange(0, WIDTH), tl.arange(0, HEADS)
+    cached = base + tl.load(table + own, own < stop, 0)
     mean = tl.load(
-        means + cached[:, :, None] * DIM + channel[None, None],
-        (own < stop)[:, :, None] & (channel < DIM)[None, None],
+        means + cached[:, None] * DIM + channel[None],
+        (own < stop)[:, None] & (channel < DIM)[None],
         0.0,
-    )
-    # Where the probed keys have their codes, and their scales.
-    data, sizes = tl.zeros((CHUNK * PROBE, deep), tl.int64), ()
-    for beside in tl.static_range(TOGETHER):
-        own = first + beside * CHUNK + ahead  # [CHUNK * PROBE]
-        key = own * 7 % EACH * PROBE + tested % PROBE
-        cached = base + tl.load(table + own, own < stop, 0)
-        one = cached * (OCTETS * PAGE) + key * 8
-        data = tl.where((octet // OCTETS == beside)[None], one[:, None], data)
-        sizes += (tl.load(scales + cached * PAGE + key),)  # type: ignore[assignment]
-    data += (octet % OCTETS // 8 * (PAGE * 8) + octet % 8)[None]
-    data = tl.load(codes + tl.max_contiguous(tl.multiple_of(data, (1, 8)), (1, 8)))
-    across = tl.arange(0, TOGETHER * WIDTH)
+    )  # [CHUNK, WIDTH]
+    # Lanes (g, t) have the probed keys of pages g and 8 + g, one product each.
+    lane = tl.arange(0, 32)
+    column, member = lane // 4, lane % 4
+    low, high = first + column, first + CHUNK // 2 + column
+    low_cached = base + tl.load(table + low, low < stop, 0)
+    high_cached = base + tl.load(table + high, high < stop, 0)
+    low_key, high_key = low * 7 % EACH * PROBE, high * 7 % EACH * PROBE
+    low_words, high_words, low_sizes, high_sizes = (), (), (), ()
+    inner = codes + member // 2 * (2 * PAGE) + member % 2
+    for probed in tl.static_range(PROBE):
+        for step in tl.static_range(STEPS):
+            there, word = step * 4 + member < WORDS, inner + (step * 4 * PAGE + probed * 2)
+            low_words += (tl.load(word + low_cached * (WORDS * PAGE) + low_key * 2, there, 0),)  # type: ignore[assignment]
+            high_words += (tl.load(word + high_cached * (WORDS * PAGE) + high_key * 2, there, 0),)  # type: ignore[assignment]
+        size = tl.load(scales + low_cached * PAGE + low_key + probed)
+        low_sizes += (size.to(tl.float32),)  # type: ignore[assignment]
+        size = tl.load(scales + high_cached * PAGE + high_key + probed)
+        high_sizes += (size.to(tl.float32),)  # type: ignore[assignment]
+    overlap.wait(OVERLAP)
     mine = tl.load(
-        query + (line * GROUP + head)[None] * DIM + (across % WIDTH)[:, None],
-        ((across // WIDTH)[:, None] == (column // PADDED)[None])
-        & (head < GROUP)[None] & (across % WIDTH < DIM)[:, None],
+        query + (line * GROUP + heads)[:, None] * DIM + channel[None],
+        (heads < GROUP)[:, None] & (channel < DIM)[None],
         0.0,
-    )  # fmt: skip  # [TOGETHER * WIDTH, columns]
-    mean = tl.reshape(mean, (CHUNK, TOGETHER * WIDTH))
-    centre = tl.dot(mean, mine, input_precision="ieee") * (scale * LOG2E)
+    )  # [HEADS, WIDTH]
+    centre = tl.dot(mean, tl.trans(mine), input_precision="ieee") * (scale * LOG2E)
     # Heads that are none are of no mass.
-    centre = tl.where((head < GROUP)[None], centre, float("-inf"))  # [CHUNK, columns]
-    own = first + tl.arange(0, CHUNK)[:, None] + (column // PADDED * CHUNK)[None]
-    tl.store(centres + (line * pages + own) * PADDED + head[None], centre, own < stop)
-    centre = tl.broadcast_to(centre[:, None], (CHUNK, PROBE, columns))
-    centre = tl.reshape(centre, (CHUNK * PROBE, columns))
-    size = tl.broadcast_to(sizes[0][:, None], (CHUNK * PROBE, columns))  # type: ignore[misc]
-    for beside in tl.static_range(1, TOGETHER):
-        size = tl.where((column // PADDED == beside)[None], sizes[beside][:, None], size)
-    score = estimate(signed_sums(data, line_steps), size.to(tl.float32), line_factors, centre)
-    own = first + ahead[:, None] + (column // PADDED * CHUNK)[None]
-    key = own * 7 % EACH * PROBE + (tested % PROBE)[:, None]
-    position = own * PAGE + key
-    free = (own < stop) & (position >= start) & (position >= sinks)
-    score = tl.where(free, score, float("-inf"))
-    place = (line * pages + own) * PROBE + (tested % PROBE)[:, None]
-    tl.store(probes + place * PADDED + head[None], score, own < stop)
-    # Side by side stand the same heads.
-    score = tl.reshape(score, (CHUNK * PROBE, TOGETHER, PADDED))
-    peak = tl.max(tl.max(score, 0), 0)  # [PADDED]
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.sum(tl.exp2(score - peak[None, None]), 0), 0)
-    tl.store(masses, peak + tl.log2(total))
+    centre = tl.where((heads < GROUP)[None], centre, float("-inf"))  # [CHUNK, HEADS]
+    centres += line * pages * PADDED
+    tl.store(
+        centres + own[:, None] * PADDED + heads[None],
+        centre,
+        (own < stop)[:, None] & (heads < PADDED)[None],
+    )
+    tl.debug_barrier()
+    for some in tl.static_range(SETS):
+        set_planes = load_planes(planes + (line * SETS + some) * (STEPS * 4 * 32), STEPS)
+        set_factors = load_factors(factors, line, PADDED, some)
+        head = some * 4 + member
+        there = head < PADDED
+        low_centre = tl.load(centres + low * PADDED + head, there & (low < stop), float("-inf"))
+        high_centre = tl.load(centres + high * PADDED + head, there & (high < stop), float("-inf"))
+        scores = ()
+        peak = tl.full((32,), float("-inf"), tl.float32)
+        for probed in tl.static_range(PROBE):
+            words = (), ()
+            for step in tl.static_range(STEPS):
+                words = (
+                    words[0] + (low_words[probed * STEPS + step],),
+                    words[1] + (high_words[probed * STEPS + step],),
+                )
+            sums = signed_sums(words[0], words[1], set_planes, STEPS)
+            score = estimate(sums[0], low_sizes[probed], set_factors, low_centre)
+            position = low * PAGE + low_key + probed
+            score = tl.where((position >= start) & (position >= sinks), score, float("-inf"))
+            place = (line * pages + low) * PROBE + probed
+            tl.store(probes + place * PADDED + head, score, there & (low < stop))
+            next_score = estimate(sums[1], high_sizes[probed], set_factors, high_centre)
+            position = high * PAGE + high_key + probed
+            free = (position >= start) & (position >= sinks)
+            next_score = tl.where(free, next_score, float("-inf"))
+            place = (line * pages + high) * PROBE + probed
+            tl.store(probes + place * PADDED + head, next_score, there & (high < stop))
+            scores += (score, next_score)  # type: ignore[assignment]
+            peak = tl.maximum(peak, tl.maximum(score, next_score))
+        safe = tl.where(peak == float("-inf"), 0.0, peak)
+        total = tl.zeros((32,), tl.float32)
+        for number in tl.static_range(2 * PROBE):
+            total += tl.exp2(scores[number] - safe)
+        peak = tl.reshape(peak, (8, 4))
+        most = tl.max(peak, 0)
+        most = tl.where(most == float("-inf"), 0.0, most)
+        total = tl.sum(tl.reshape(total, (8, 4)) * tl.exp2(peak - most[None]), 0)
+        head = some * 4 + tl.arange(0, 4)
+        tl.store(masses + head, most + tl.log2(total), head < PADDED)
 
 
 @triton.jit(do_not_specialize=["sinks", "parts", "kv_heads", "pages", "stride"])
@@ -162,9 +196,11 @@ def _settle(
     sinks, parts, kv_heads, pages, stride,
     GROUP: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr,
     BLOCK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, SAMPLE: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line: `kernels.masses` norm, `kernels.budget.marks`."""
+    overlap.begin(OVERLAP)
+    overlap.wait(OVERLAP)
     line = tl.program_id(0).to(tl.int64)
     row = line // kv_heads
     head, part, key = tl.arange(0, PADDED), tl.arange(0, PARTS), tl.arange(0, HELD // 3)

@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 
 from kernels import sample
-from kernels.gpu.codes import INTERPRETED, estimate, load_factors, load_steps, signed_sums
-from kernels.page import PAGE, PAGE_BITS
+from kernels.gpu import overlap
+from kernels.gpu.lanes import add_heads, estimate, load_factors, load_planes, signed_sums
+from kernels.gpu.layout import HELD
+from kernels.gpu.look import BLOCK, CERTAIN, EACH, POSITION_BITS, look_here
+from kernels.gpu.prepare import LOG2E
+from kernels.page import PAGE
 from kernels.sample import SEGMENT, STRIDE
 
 if TYPE_CHECKING:
@@ -18,17 +22,12 @@ if TYPE_CHECKING:
 
     from kernels.cache import LayerCache, Rows
     from kernels.gpu.layout import Layout, Scratch
+    from kernels.gpu.look import Look
 
 BITS = tl.constexpr(sample.BITS)
-CERTAIN = tl.constexpr(1 << sample.BITS)
-"""Length of a key that is read for certain."""
 STEP = tl.constexpr(sample.STEP - (1 << 32))  # as int32
 TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
-PLACE_BITS = tl.constexpr(PAGE_BITS + SEGMENT.bit_length() - 1)
-"""Of a key's place in its segment; its length stands above."""
-PLACES = tl.constexpr(SEGMENT * PAGE)
-"""Keys of a segment."""
 ROUND = tl.constexpr(1.0 * 2**23)
 """Added to it, a number is rounded to a whole one, which its last bits then are."""
 
@@ -41,6 +40,7 @@ def scan(
     scratch: Scratch,
     shares: Tensor | None = None,
     masses: Tensor | None = None,
+    look: Look | None = None,
 ) -> None:
     """Score every key that is free, and note those on which a mark falls.
 
@@ -51,148 +51,226 @@ def scan(
         layout: the launch's sizes.
         scratch: what is read and written.
         shares: float32 [lines, pages * 64], takes every free key's share, where wanted.
-        masses: float32 [lines, segments, padded], takes each segment's mass by head, over the norm,
+        masses: float32 [lines, spans, padded], takes each program's mass by head, over the norm,
             where wanted.
+        look: attention to the keys met and to those always read, where wanted.
     """
-    _scan[layout.lines, layout.segments](
-        cache.codes.view(torch.int8), cache.scale, rows.block_tables, rows.starts, rows.lengths,
-        scratch.steps, scratch.factors, scratch.centres, scratch.norm, scratch.marks,
-        scratch.marked, scratch.counts,
-        scratch.norm if shares is None else shares, scratch.norm if masses is None else masses,
-        sinks, rows.queries, layout.kv_heads, layout.pages, rows.block_tables.stride(0),
-        cache.kv.shape[1],
-        GROUP=layout.group, PADDED=layout.padded, OCTETS=layout.octets,
-        TOGETHER=layout.together, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
-        SHARES=shares is not None, MASSES=masses is not None,
-        num_warps=1, num_stages=2, maxnreg=128,
+    overlaps = overlap.possible(cache.codes.device)
+    unused, looks = scratch.norm, look is not None
+    width = triton.next_power_of_2(layout.head_dim)
+    _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
+        cache.codes.view(torch.int32), cache.scale, rows.block_tables, rows.starts, rows.lengths,
+        scratch.planes, scratch.factors, scratch.centres, scratch.norm, scratch.marks,
+        scratch.marked, scratch.slots, scratch.counts,
+        unused if shares is None else shares, unused if masses is None else masses,
+        look.query if looks else unused, cache.kv, look.outputs if looks else unused,
+        look.lses if looks else unused, look.owns if looks else unused,
+        look.scale * LOG2E.value if looks else 0.0,
+        sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,
+        rows.block_tables.stride(0), cache.kv.shape[1],
+        GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
+        WORDS=layout.words, SPAN=layout.span, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
+        SHARES=shares is not None, MASSES=masses is not None, LOOKS=looks,
+        HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, EACH=EACH,
+        BYTES=2 * layout.head_dim * cache.kv.itemsize, OVERLAP=overlaps,
+        launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=128 if looks else 80,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["sinks", "queries", "kv_heads", "pages", "table_stride", "cache_pages"]
-)
+    do_not_specialize=[
+        "sinks", "queries", "kv_heads", "pages", "spans", "table_stride", "cache_pages"
+    ]
+)  # fmt: skip
 def _scan(
-    codes, scales, tables, starts, lengths, steps, factors, centres, norm, marks,
-    marked, counts, shares, masses,
-    sinks, queries, kv_heads, pages, table_stride, cache_pages,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, OCTETS: tl.constexpr, TOGETHER: tl.constexpr,
-    SEGMENT: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, SHARES: tl.constexpr,
-    MASSES: tl.constexpr,
+    codes, scales, tables, starts, lengths, planes, factors, centres, norm, marks,
+    marked, slots, counts, shares, masses, query, kv, outputs, lses, owns,
+    scale, sinks, queries, kv_heads, pages, spans, table_stride, cache_pages,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr,
+    WORDS: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr,
+    PAGE: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr, LOOKS: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr,
+    BYTES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one line."""
-    line, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Some segments of one line, or some of its keys always read: see `kernels.gpu.lanes`.
+
+    A page's keys are 8 rows of 8. The products leave what belongs to column g in lanes 4 g to
+    4 g + 3, and the sum over heads leaves two keys in each, so that the lanes' keys follow each
+    other as on the line.
+    """
+    overlap.begin(OVERLAP)
+    line, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, kv_head = line // kv_heads, line % kv_heads
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-    stop = tl.maximum(length // PAGE - 1, 0)
-    columns: tl.constexpr = TOGETHER * PADDED
-    deep: tl.constexpr = TOGETHER * OCTETS
-    key, octet, head = tl.arange(0, PAGE), tl.arange(0, deep), tl.arange(0, PADDED)
-    beside, column = tl.arange(0, TOGETHER), tl.arange(0, STRIDE)
-    place = line * tl.num_programs(1) + segment
-    number = tl.load(marks + line)
-    low = tl.maximum(segment * SEGMENT, start // PAGE // TOGETHER * TOGETHER)
-    high = tl.where(number == 0, 0, tl.minimum((segment + 1) * SEGMENT, stop))
+    low = tl.maximum(span * (SPAN * SEGMENT), start // PAGE)
+    high = tl.minimum((span + 1) * (SPAN * SEGMENT), tl.maximum(length // PAGE - 1, 0))
     first = tl.maximum(start, sinks)  # key that is free
-    line_steps = load_steps(steps, line, deep, columns)
-    line_factors = load_factors(factors, line, head[None, None], PADDED)
-    whole = tl.load(norm + line * PADDED + head)[None]
-    # Units of the line for a mass of 1 in one head; where all keys are read, whatever the mass.
-    stretch = tl.where(number < 0, float("inf"), number.to(tl.float32) * (CERTAIN / GROUP))
+    lane = tl.arange(0, 32)
+    column, member = lane // 4, lane % 4
     table = tables + (row // queries) * table_stride
-    codes += kv_head * cache_pages * (OCTETS * PAGE)
-    scales += kv_head * cache_pages * PAGE
+    # Words of 64 bits stand one after another, each of all keys.
+    codes += kv_head * cache_pages * (WORDS * PAGE)
+    codes += member // 2 * (2 * PAGE) + column * 2 + member % 2
+    scales += kv_head * cache_pages * PAGE + column
     centres += line * pages * PADDED
     shares += line * pages * PAGE
-    marked += place * (SEGMENT * PAGE)
-    # Where in a page's codes each byte lies: words of 8 bytes, one word of all keys after another.
-    inner = (octet % OCTETS // 8 * (PAGE * 8) + octet % 8)[None] + key[:, None] * 8
-    end_of_line = ((segment * STEP + kv_head.to(tl.int32) * TURN) >> DROPPED) & (CERTAIN - 1)
-    by_head = tl.zeros((TOGETHER, PADDED), tl.float32)
-    for pair in range(low, high, 2 * TOGETHER):
-        # Twice, since Triton brings the steps into the order of the products once a turn.
-        for half in tl.static_range(2):
-            page = pair + half * TOGETHER
-            cached = tl.load(table + tl.minimum(page + octet // OCTETS, high - 1))
-            data = cached[None] * (OCTETS * PAGE) + inner
-            data = tl.max_contiguous(tl.multiple_of(data, (1, 8)), (1, 8))
-            data = tl.load(codes + data)  # [64, deep]
-            own = tl.minimum(page + beside, high - 1)
-            size = scales + (tl.load(table + own) * PAGE)[None] + column[:, None]  # [8, TOGETHER]
-            centre = tl.load(centres + own[:, None] * PADDED + head[None]) - whole
-            # Keys at the start of a page that are not free, all of a page that is none: by column.
-            taken = tl.where(page + beside < high, first - (page + beside) * PAGE, PAGE)
-            taken = taken[None] - column[:, None]
-            sums = _by_rank(signed_sums(data, line_steps), STRIDE, TOGETHER, PADDED)
-            # Keys of a column follow each other on the line.
-            lengths_of, ends, end = (), (), tl.zeros((STRIDE, TOGETHER), tl.int32)
-            for rank in tl.static_range(PAGE // STRIDE):
-                scale = tl.load(size + rank * STRIDE).to(tl.float32)
-                score = estimate(sums[rank], scale[:, :, None], line_factors, centre[None])
-                mass = tl.exp2(score)  # [8, TOGETHER, PADDED]
-                share = tl.sum(mass, 2)
-                free = taken <= rank * STRIDE
+    place = line * spans + span
+    marked += place * (SPAN * SEGMENT * PAGE)
+    slots += place * (SPAN * SEGMENT * PAGE)
+    kv += kv_head * cache_pages * (PAGE * 2 * DIM)
+    # Pages that were full before this step need not be waited for.
+    cached = tl.load(table + low, low < high, 0)
+    words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
+    next_cached = tl.load(table + low + 1, low + 1 < high, 0)
+    overlap.wait(OVERLAP)
+    number = tl.load(marks + line)
+    high = tl.where(number == 0, 0, high)
+    # Units of the line for a mass of 1 in one head; where all keys are read, whatever the mass.
+    stretch = tl.where(number < 0, float("inf"), number.to(tl.float32) * (CERTAIN / GROUP))
+    line_planes, line_factors, wholes = (), (), ()
+    for some in tl.static_range(SETS):
+        set_planes = planes + (line * SETS + some) * (STEPS * 4 * 32)
+        line_planes += (load_planes(set_planes, STEPS),)  # type: ignore[assignment]
+        line_factors += (load_factors(factors, line, PADDED, some),)  # type: ignore[assignment]
+        head = some * 4 + member
+        whole = tl.load(norm + line * PADDED + head, head < PADDED, 0.0)
+        wholes += (whole,)  # type: ignore[assignment]
+    key = member * (2 * STRIDE) + column  # the first of a lane's two
+    turn = kv_head.to(tl.int32) * TURN
+    segment, noted = low // SEGMENT, low * 0
+    end_of_line = ((segment * STEP + turn) >> DROPPED) & (CERTAIN - 1)
+    by_head = tl.zeros((SETS, 32), tl.float32)
+    means = _load_means(centres, low, low < high, PADDED, SETS)
+    for page in range(low, high):
+        own, own_words, own_sizes, centre = cached, words, sizes, means
+        cached = next_cached
+        words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
+        means = _load_means(centres, page + 1, page + 1 < high, PADDED, SETS)
+        next_cached = tl.load(table + page + 2, page + 2 < high, 0)
+        if (page % SEGMENT == 0) & (page > low):
+            segment += 1
+            noted += end_of_line >> BITS
+            end_of_line = ((segment * STEP + turn) >> DROPPED) & (CERTAIN - 1)
+        taken = first - page * PAGE
+        zero = tl.zeros((32,), tl.float32)
+        total = (zero, zero, zero, zero)
+        for block in tl.static_range(PAGE // (2 * STRIDE)):
+            lows, highs = (), ()
+            for step in tl.static_range(STEPS):
+                lows += (own_words[block * 2 * STEPS + step],)  # type: ignore[assignment]
+                highs += (own_words[(block * 2 + 1) * STEPS + step],)  # type: ignore[assignment]
+            low_size = own_sizes[block * 2].to(tl.float32)
+            high_size = own_sizes[block * 2 + 1].to(tl.float32)
+            chosen = tl.where(column // 2 == block, 1.0, 0.0)
+            for some in tl.static_range(SETS):
+                low_sums, high_sums = signed_sums(lows, highs, line_planes[some], STEPS)
+                low_mass = tl.exp2(
+                    estimate(low_sums, low_size, line_factors[some], centre[some] - wholes[some])
+                )
+                high_mass = tl.exp2(
+                    estimate(high_sums, high_size, line_factors[some], centre[some] - wholes[some])
+                )
+                total = add_heads(low_mass, high_mass, chosen, total)
                 if MASSES:
-                    by_head += tl.sum(tl.where(free[:, :, None], mass, 0.0), 0)
-                if SHARES:
-                    position = (page + beside)[None] * PAGE + rank * STRIDE + column[:, None]
-                    share_of = tl.where(free, share / GROUP, 0.0)
-                    tl.store(shares + position, share_of, position < high * PAGE)
-                # What is no number is the greatest. The last bits are then a whole number.
-                drawn = tl.minimum(share * stretch + ROUND, ROUND + CERTAIN)
-                drawn = drawn.to(tl.int32, bitcast=True) & (2 * CERTAIN - 1)
-                drawn = tl.where(free, drawn, 0)
-                end += drawn
-                lengths_of += (drawn,)  # type: ignore[assignment]
-                ends += (end,)  # type: ignore[assignment]
-            # Columns of a page follow each other, and pages.
-            total = tl.reshape(tl.trans(end), (TOGETHER * STRIDE,))
-            begin = end_of_line + tl.cumsum(total, 0) - total
-            begin = tl.trans(tl.reshape(begin, (TOGETHER, STRIDE)))
-            place_of = ((page - segment * SEGMENT) + beside)[None] * PAGE + column[:, None]
-            for rank in tl.static_range(PAGE // STRIDE):
-                after = begin + ends[rank]
-                slot = (after - lengths_of[rank]) >> BITS
-                note = (place_of + rank * STRIDE) | (lengths_of[rank] << PLACE_BITS)
-                _store_where_it_lies(marked + slot, note, after >> BITS, slot)
-            end_of_line += tl.sum(total, 0)
+                    at = block * (2 * STRIDE) + column
+                    mass = tl.where(at >= taken, low_mass, 0.0)
+                    mass += tl.where(at + STRIDE >= taken, high_mass, 0.0)
+                    by_head += tl.where(tl.arange(0, SETS)[:, None] == some, mass[None], 0.0)
+        drawn = _drawn(total[0], stretch, key >= taken)
+        next_drawn = _drawn(total[2], stretch, key + STRIDE >= taken)
+        if SHARES:
+            share = shares + page * PAGE + key
+            tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0))
+            tl.store(share + STRIDE, tl.where(key + STRIDE >= taken, total[2] / GROUP, 0.0))
+        both = drawn + next_drawn
+        end = end_of_line + tl.cumsum(both, 0)
+        end_of_page = end_of_line + tl.sum(both, 0)
+        if (end_of_page >> BITS) > (end_of_line >> BITS):
+            position, slot = page * PAGE + key, (own * PAGE).to(tl.int32) + key
+            met = _mark(marked, slots, noted, position, slot, drawn, end - next_drawn)
+            next_met = _mark(
+                marked, slots, noted, position + STRIDE, slot + STRIDE, next_drawn, end
+            )
+            if LOOKS and OVERLAP:
+                data = kv + slot.to(tl.int64) * (2 * DIM)
+                _fetch(data, met, BYTES)
+                _fetch(data + STRIDE * (2 * DIM), next_met, BYTES)
+        end_of_line = end_of_page
     if MASSES:
-        by_head = tl.sum(by_head, 0)
-        tl.store(masses + place * PADDED + tl.arange(0, PADDED), by_head)
-    tl.store(counts + place, end_of_line >> BITS)
+        head = tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None]
+        mass = tl.sum(tl.reshape(by_head, (SETS, 8, 4)), 1)
+        tl.store(masses + place * PADDED + head, mass, head < PADDED)
+    noted += end_of_line >> BITS
+    if span < spans:
+        tl.store(counts + place, noted)
+    if LOOKS:
+        tl.debug_barrier()
+        look_here(
+            query + line * (GROUP * DIM), kv, table, marked, slots, outputs, lses, owns, scale,
+            line * GROUP, span, spans, start, length, number == 0, noted, sinks,
+            GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE,
+        )  # fmt: skip
 
 
 @triton.jit
-def _by_rank(sums, STRIDE: tl.constexpr, TOGETHER: tl.constexpr, PADDED: tl.constexpr):
-    """[64, columns] as 8 tensors [8, TOGETHER, PADDED]: all first keys of the columns, and so on.
-
-    A thread holds keys that lie 8 apart, so that none leaves its thread.
-    """
-    sums = tl.reshape(sums, (2, 2, 2, STRIDE, TOGETHER, PADDED))
-    even, odd = tl.split(tl.permute(sums, (3, 4, 5, 0, 1, 2)))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    rank_0, rank_4 = tl.split(a)
-    rank_1, rank_5 = tl.split(b)
-    rank_2, rank_6 = tl.split(c)
-    rank_3, rank_7 = tl.split(d)
-    return rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6, rank_7
+def _load_means(centres, page, there, PADDED: tl.constexpr, SETS: tl.constexpr):
+    """Scores of a page's mean, of head t of each set: float32 [32] each."""
+    means = ()
+    for some in tl.static_range(SETS):
+        head = some * 4 + tl.arange(0, 32) % 4
+        mean = tl.load(centres + page * PADDED + head, there & (head < PADDED), float("-inf"))
+        means += (mean,)  # type: ignore[assignment]
+    return means
 
 
 @triton.jit
-def _store_where_it_lies(pointers, values, one, other):
-    """Store where one is more than the other.
+def _load_page(
+    codes, scales, cached, member,
+    STEPS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """A page's codes and scales: of each row of keys the words of a lane, int32 [32], and scale."""
+    words, sizes = (), ()
+    codes += cached * (WORDS * PAGE)
+    scales += cached * PAGE
+    for row in tl.static_range(PAGE // STRIDE):
+        for step in tl.static_range(STEPS):
+            word = codes + (step * (4 * PAGE) + row * (2 * STRIDE))
+            if WORDS % 4 == 0:
+                words += (tl.load(word),)  # type: ignore[assignment]
+            else:
+                words += (tl.load(word, step * 4 + member < WORDS, 0),)  # type: ignore[assignment]
+        sizes += (tl.load(scales + row * STRIDE),)  # type: ignore[assignment]
+    return words, sizes
 
-    Triton would first bring everything into the order in which memory is written fastest; that
-    costs far more than it saves where next to nothing is written.
-    """
-    if INTERPRETED:
-        tl.store(pointers, values, one > other)
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.gt.s32 p, $3, $4; @p st.global.b32 [$1], $2; } // $0",
-            "=r,l,r,r,r",
-            [pointers.to(tl.int64), values, one, other],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+
+@triton.jit
+def _drawn(share, stretch, free):
+    """A key's length on the line. What is no number is the greatest."""
+    drawn = tl.minimum(share * stretch + ROUND, ROUND + CERTAIN)
+    # The last bits are now a whole number.
+    drawn = drawn.to(tl.int32, bitcast=True) & (2 * CERTAIN - 1)
+    return tl.where(free, drawn, 0)
+
+
+@triton.jit
+def _mark(marked, slots, noted, position, slot, drawn, end):
+    """Note the keys on which a mark falls: one that lies up to `end`, as long as is drawn."""
+    mark = (end - drawn) >> BITS
+    met = (end >> BITS) > mark
+    tl.store(slots + noted + mark, slot, met)
+    tl.store(marked + noted + mark, position | (drawn.to(tl.int64) << POSITION_BITS), met)
+    return met
+
+
+@triton.jit
+def _fetch(pointers, wanted, BYTES: tl.constexpr):
+    """Bring keys that will be read soon into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $3; } // $0",
+        "=r,l,r,n",
+        [pointers.to(tl.int64), wanted.to(tl.int32), BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

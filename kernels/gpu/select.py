@@ -8,7 +8,8 @@ import torch
 
 from kernels.gpu.decode import choose, look_over
 from kernels.gpu.layout import HELD
-from kernels.gpu.scan import CERTAIN, PLACE_BITS, PLACES, scan
+from kernels.gpu.look import CERTAIN, POSITION_BITS, POSITIONS
+from kernels.gpu.scan import scan
 from kernels.page import PAGE
 from kernels.sample import greatest
 from kernels.selection import Selection
@@ -64,14 +65,13 @@ def _greatest(
 
 def _selection(rows: Rows, sinks: int, layout: Layout, scratch: Scratch) -> Selection:
     """The keys always read and those that marks fell on."""
-    counts = scratch.counts  # [lines, segments]
+    counts = scratch.counts  # [lines, spans]
     device = counts.device
     number = torch.arange(int(counts.max()) if counts.numel() else 0, device=device)
-    there = number < counts[..., None]  # [lines, segments, most]
+    there = number < counts[..., None]  # [lines, spans, most]
     key = scratch.marked[..., : len(number)]
-    first = torch.arange(layout.segments, device=device)[:, None] * PLACES.value
-    position = (first + key % PLACES.value).flatten(1)  # [lines, places]
-    weight = -((key >> PLACE_BITS.value).double() / CERTAIN.value).log().float().flatten(1)
+    position = (key & POSITIONS.value).flatten(1)  # [lines, places]
+    weight = -((key >> POSITION_BITS.value).double() / CERTAIN.value).log().float().flatten(1)
     held, seen = (x.repeat_interleave(layout.kv_heads, dim=0) for x in _held(rows, sinks))
     there = torch.cat((there.flatten(1), seen), dim=-1)
     position = torch.cat((position, held), dim=-1)
