@@ -110,11 +110,11 @@ def look_here(
     inside, there = channel < DIM, head < GROUP
     wide = inside[:, None] & there[None]
     # Sinks, the recent window's two pages, or what was met.
-    part, met_here = span - spans, span < spans
+    part, met_here = span - spans, span + 0 * member < spans  # [BLOCK]
     stop = tl.maximum(length // PAGE - 1, 0) * PAGE
     always = tl.where(part < PAGE // EACH, 0, stop - PAGE) + part * EACH
     end = tl.where(part < PAGE // EACH, tl.minimum(stop, sinks), length)
-    total = tl.where(met_here, noted, EACH)
+    total = tl.where(span < spans, noted, EACH)
     # Where the mass is not finite nothing was drawn, and that shows.
     plain = tl.where(lost, float("nan"), CERTAIN * 1.0)
     mine = tl.load(query + head[None] * DIM + channel[:, None], wide, 0.0)  # [WIDTH, HEADS]

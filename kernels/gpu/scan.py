@@ -140,12 +140,12 @@ def _scan(
     segment, noted = low // SEGMENT, low * 0
     end_of_line = ((segment * STEP + turn) >> DROPPED) & (CERTAIN - 1)
     by_head = tl.zeros((SETS, 32), tl.float32)
-    means = _load_means(centres, low, low < high, PADDED, SETS)
+    means = _load_means(centres, low, high, PADDED, SETS)
     for page in range(low, high):
         own, own_words, own_sizes, centre = cached, words, sizes, means
         cached = next_cached
         words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
-        means = _load_means(centres, page + 1, page + 1 < high, PADDED, SETS)
+        means = _load_means(centres, page + 1, high, PADDED, SETS)
         next_cached = tl.load(table + page + 2, page + 2 < high, 0)
         if (page % SEGMENT == 0) & (page > low):
             segment += 1
@@ -213,12 +213,13 @@ def _scan(
 
 
 @triton.jit
-def _load_means(centres, page, there, PADDED: tl.constexpr, SETS: tl.constexpr):
+def _load_means(centres, page, high, PADDED: tl.constexpr, SETS: tl.constexpr):
     """Scores of a page's mean, of head t of each set: float32 [32] each."""
     means = ()
     for some in tl.static_range(SETS):
         head = some * 4 + tl.arange(0, 32) % 4
-        mean = tl.load(centres + page * PADDED + head, there & (head < PADDED), float("-inf"))
+        there = (head < PADDED) & (page + 0 * head < high)
+        mean = tl.load(centres + page * PADDED + head, there, float("-inf"))
         means += (mean,)  # type: ignore[assignment]
     return means
 
