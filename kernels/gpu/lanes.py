@@ -30,7 +30,15 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Triton's interpreter has no assembler."""
 
 
-@triton.jit
+def inlined(function):
+    """`triton.jit` for a small function; in the interpreter the function itself.
+
+    A call of a compiled function costs the interpreter a thousand times what an operation does.
+    """
+    return function if INTERPRETED.value else triton.jit(function)
+
+
+@inlined
 def _count(low, high, plane, other, sums):
     """Four `sums` int32 [32] and the number of bits in which keys and planes agree.
 
@@ -49,7 +57,7 @@ def _count(low, high, plane, other, sums):
     )
 
 
-@triton.jit
+@inlined
 def add_heads(low, high, chosen, sums):
     """`sums` and the four heads' sums of chosen keys.
 
@@ -60,11 +68,12 @@ def add_heads(low, high, chosen, sums):
         sums: four float32 [32]: lane (g, t) has twice the sum of key g, and twice that of 8 + g.
     """
     if INTERPRETED:
-        # [8, 4] lanes of (g, t): which t takes them.
-        taken = tl.reshape(tl.max(tl.reshape(chosen, (4, 8)), 1), (1, 4))
-        a = tl.reshape(tl.sum(tl.reshape(low, (8, 4)), 1)[:, None] * taken, (32,))
-        b = tl.reshape(tl.sum(tl.reshape(high, (8, 4)), 1)[:, None] * taken, (32,))
-        sums = (sums[0] + a, sums[1] + a, sums[2] + b, sums[3] + b)
+        columns = tl.trans(tl.reshape(chosen, (8, 4)))
+        a, b = tl.split(tl.reshape(tl.dot(tl.reshape(low, (8, 4)), columns), (8, 4, 2)))
+        c, d = tl.split(tl.reshape(tl.dot(tl.reshape(high, (8, 4)), columns), (8, 4, 2)))
+        sums = tuple(
+            one + tl.reshape(more, (32,)) for one, more in zip(sums, (a, b, c, d), strict=True)
+        )
     else:
         sums = tl.inline_asm_elementwise(
             "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32"
@@ -83,7 +92,7 @@ def add_heads(low, high, chosen, sums):
     return sums
 
 
-@triton.jit
+@inlined
 def load_planes(planes, STEPS: tl.constexpr):
     """Four heads' queries as `signed_sums` takes them: `STEPS * 4` int32 [32].
 
@@ -98,7 +107,7 @@ def load_planes(planes, STEPS: tl.constexpr):
     return words
 
 
-@triton.jit
+@inlined
 def signed_sums(low, high, planes, STEPS: tl.constexpr):
     """In how many channels a key's sign and the query's agree, each plane counting by its weight.
 
@@ -125,30 +134,29 @@ def signed_sums(low, high, planes, STEPS: tl.constexpr):
     return first, second
 
 
-@triton.jit
-def _sums(words, planes, STEPS: tl.constexpr):
+def _sums(words, planes, STEPS):
     """What `signed_sums` says of one key a lane, without tensor cores."""
-    total = tl.zeros((8, 8), tl.float32)
-    for step in tl.static_range(STEPS):
+    total = tl.full((8, 8), 0.0, tl.float32)
+    for step in range(STEPS):
         word = tl.reshape(words[step], (8, 4))
         signs, others = _bits(word), _bits(~word)  # [8, 128]
-        for tile in tl.static_range(2):
-            plane = _bits(tl.reshape(planes[step * 4 + tile * 2], (8, 4)))  # [heads * 2, 128]
-            other = _bits(tl.reshape(planes[step * 4 + tile * 2 + 1], (8, 4)))
-            agreed = signs[:, None] * plane[None] + others[:, None] * other[None]
-            total += tl.sum(agreed, 2) * (1 + tile)
-    factor = tl.where(tl.arange(0, 2) == 0, 1.0, 4.0)
-    return tl.reshape(tl.sum(tl.reshape(total, (8, 4, 2)) * factor[None, None], 2), (32,))
+        for tile in range(2):
+            plane, other = (
+                _bits(tl.reshape(one, (8, 4))) for one in planes[step * 4 + tile * 2 :][:2]
+            )
+            agreed = tl.dot(signs, tl.trans(plane)) + tl.dot(others, tl.trans(other))
+            total += agreed * (1.0 + tile)  # [keys, heads * 2]
+    first, second = tl.split(tl.reshape(total, (8, 4, 2)))
+    return tl.reshape(first + second * 4.0, (32,))
 
 
-@triton.jit
 def _bits(words):
     """int32 [8, 4] as float32 [8, 128]."""
     bits = (words[:, :, None] >> tl.arange(0, 32)[None, None]) & 1
     return tl.reshape(bits.to(tl.float32), (8, 128))
 
 
-@triton.jit
+@inlined
 def load_factors(factors, line, PADDED: tl.constexpr, SET: tl.constexpr):
     """Head t's factors of a sum, of a code's scale and of its square: float32 [32] each."""
     head = SET * 4 + tl.arange(0, 32) % 4
@@ -160,7 +168,7 @@ def load_factors(factors, line, PADDED: tl.constexpr, SET: tl.constexpr):
     )
 
 
-@triton.jit
+@inlined
 def estimate(sums, size, factors, centre):
     """Base-2 logs of masses from the sums, the keys' scales and the scores of the pages' means."""
     return size * (sums * factors[0] + (factors[1] - factors[2] * size)) + centre

@@ -10,7 +10,14 @@ import triton.language as tl
 
 from kernels import sample
 from kernels.gpu import overlap
-from kernels.gpu.lanes import add_heads, estimate, load_factors, load_planes, signed_sums
+from kernels.gpu.lanes import (
+    add_heads,
+    estimate,
+    inlined,
+    load_factors,
+    load_planes,
+    signed_sums,
+)
 from kernels.gpu.layout import HELD
 from kernels.gpu.look import BLOCK, CERTAIN, EACH, POSITION_BITS, look_here
 from kernels.gpu.prepare import LOG2E
@@ -212,7 +219,7 @@ def _scan(
         )  # fmt: skip
 
 
-@triton.jit
+@inlined
 def _load_means(centres, page, high, PADDED: tl.constexpr, SETS: tl.constexpr):
     """Scores of a page's mean, of head t of each set: float32 [32] each."""
     means = ()
@@ -224,7 +231,7 @@ def _load_means(centres, page, high, PADDED: tl.constexpr, SETS: tl.constexpr):
     return means
 
 
-@triton.jit
+@inlined
 def _load_page(
     codes, scales, cached, member,
     STEPS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr,
@@ -244,7 +251,7 @@ def _load_page(
     return words, sizes
 
 
-@triton.jit
+@inlined
 def _drawn(share, stretch, free):
     """A key's length on the line. What is no number is the greatest."""
     drawn = tl.minimum(share * stretch + ROUND, ROUND + CERTAIN)
@@ -253,7 +260,7 @@ def _drawn(share, stretch, free):
     return tl.where(free, drawn, 0)
 
 
-@triton.jit
+@inlined
 def _mark(marked, slots, noted, position, slot, drawn, end):
     """Note the keys on which a mark falls: one that lies up to `end`, as long as is drawn."""
     mark = (end - drawn) >> BITS
@@ -263,7 +270,7 @@ def _mark(marked, slots, noted, position, slot, drawn, end):
     return met
 
 
-@triton.jit
+@inlined
 def _fetch(pointers, wanted, BYTES: tl.constexpr):
     """Bring keys that will be read soon into the L2 cache."""
     tl.inline_asm_elementwise(
