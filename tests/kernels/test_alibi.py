@@ -176,7 +176,7 @@ def test_a_sample_stands_for_all(paged, impl):
     for row in range(4):
         _, expected, mass = exact(case, query, row)
         assert (found.output[row].double() - expected).norm() <= 0.25 * expected.norm()
-        assert (found.lse[row] - mass).abs().max() < 0.1
+        assert (found.lse[row] - mass).abs().max() < 0.3
 
 
 def test_estimated_scores_fall_by_the_exact_distance(paged):
