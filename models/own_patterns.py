@@ -145,8 +145,13 @@ class PatternAttention:
 
     def _counts(self, segment: Segment, recorder: Recorder) -> Tensor:
         """Keys that each token of a segment sees, int64 [tokens, kv_heads]."""
-        lists = self._lists(segment, self.patterns, recorder)
-        return lists.attended_by_query(segment.start, segment.tokens)
+        where = "counts", self.patterns, id(segment)
+        if where not in recorder.shared:
+            lists = self._lists(segment, self.patterns, recorder)
+            recorder.shared[where] = lists.attended_by_query(segment.start, segment.tokens)
+        found = recorder.shared[where]
+        assert isinstance(found, torch.Tensor)
+        return found
 
     def _note(
         self,
