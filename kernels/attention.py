@@ -37,9 +37,7 @@ class Impl(StrEnum):
     """Triton's kernels: for a GPU, in bfloat16, float16 and float32, heads of most sizes."""
 
     @staticmethod
-    def of(
-        device: torch.device, dtype: torch.dtype, head_dim: int, group: int, *, biased: bool = False
-    ) -> Impl:
+    def of(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> Impl:
         """The fastest that can run.
 
         Args:
@@ -47,10 +45,8 @@ class Impl(StrEnum):
             dtype: its own and its cache's.
             head_dim: channels of a head.
             group: query heads of a KV head.
-            biased: whether scores fall with distance (`kernels.alibi`), which Triton's kernels do
-                not know of.
         """
-        if device.type == "cuda" and not biased and _triton_takes(dtype, head_dim, group):
+        if device.type == "cuda" and _triton_takes(dtype, head_dim, group):
             return Impl.TRITON
         if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
             return Impl.NUMBA
@@ -196,13 +192,10 @@ def check_query(query: Tensor, cache: LayerCache, impl: Impl) -> None:
             f"the query must be [rows, a multiple of {cache.kv_heads} heads, {cache.head_dim}], "
             f"not {list(query.shape)}"
         )
-    if cache.slopes is not None:
-        if impl is Impl.TRITON:
-            raise KernelError("Triton's kernels know of no slopes: use torch's, or numba's")
-        if cache.slopes.shape != query.shape[1:2]:
-            raise KernelError(
-                f"the cache has slopes {list(cache.slopes.shape)}, the query {query.shape[1]} heads"
-            )
+    if cache.slopes is not None and cache.slopes.shape != query.shape[1:2]:
+        raise KernelError(
+            f"the cache has slopes {list(cache.slopes.shape)}, the query {query.shape[1]} heads"
+        )
     if impl is Impl.NUMBA and query.dtype not in (torch.float32, torch.bfloat16):
         raise KernelError(f"numba's kernels read float32 and bfloat16, not {query.dtype}")
     if query.dtype != cache.kv.dtype or query.device != cache.kv.device:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels import judge
-from kernels.attention import Impl, check_query, selected_attention
+from kernels.attention import Impl, selected_attention
 from kernels.budget import marks, probed
 from kernels.masses import estimate_masses
 from kernels.page import PAGE
@@ -59,7 +59,6 @@ def select(
         They depend on a row's own keys and position alone, never on other rows or on chunk sizes,
         but for rounding.
     """
-    check_query(query, cache, impl)
     phases = phases or Phases()
     fused = _fused(impl, policy)
     keys = int(rows.visible.max())
@@ -101,7 +100,6 @@ def attend(
     A nan in the scores shows as nan in the coverage.
     """
     phases = phases or Phases()
-    check_query(query, cache, impl)
     if impl is Impl.TRITON and policy.sampled:
         from kernels.gpu.decode import attend as attend_on_gpu  # a CPU has no Triton
 

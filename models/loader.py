@@ -309,11 +309,5 @@ def _check_tie(embedding: Tensor, head: _Stored) -> None:
 
 
 def _decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    impl = Impl.of(
-        device,
-        dtype,
-        config.head_dim,
-        config.heads // config.kv_heads,
-        biased=config.slopes is not None,
-    )
+    impl = Impl.of(device, dtype, config.head_dim, config.heads // config.kv_heads)
     return Decoder(config, dtype, device, impl)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from kernels.budget import SAMPLE
 from kernels.dynamic import Attended
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.layout import HELD, Layout, Scratch
 from kernels.gpu.prepare import LOG2E, prepare
 from kernels.gpu.probe import probe
@@ -103,11 +104,12 @@ def _look(
     width = triton.next_power_of_2(head_dim)
     _attend[layout.lines, splits](
         query, cache.kv, rows.block_tables, rows.starts, rows.lengths, scratch.marked,
-        scratch.counts, scratch.marks, outputs, lses[0], lses[1],
+        scratch.counts, scratch.marks, slopes_of(cache), outputs, lses[0], lses[1],
         scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
         cache.kv.shape[1], layout.segments, parts,
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=head_dim, WIDTH=width, SPAN=span,
-        HELD=HELD, EACH=EACH, BLOCK=BLOCK, PAGE=PAGE, num_warps=1, num_stages=1,
+        HELD=HELD, EACH=EACH, BLOCK=BLOCK, PAGE=PAGE, BIASED=cache.slopes is not None,
+        num_warps=1, num_stages=1,
     )  # fmt: skip
     found = Attended(
         selection=None,
@@ -140,11 +142,11 @@ def _look(
     ]
 )
 def _attend(
-    query, kv, tables, starts, lengths, marked, counts, marks, outputs, lses, owns,
+    query, kv, tables, starts, lengths, marked, counts, marks, slopes, outputs, lses, owns,
     scale, sinks, queries, kv_heads, table_stride, cache_pages, segments, parts,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     SPAN: tl.constexpr, HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """One line over some of the keys always read, or the keys met in some segments.
 
@@ -194,6 +196,9 @@ def _attend(
         keys = tl.load(data, seen[:, None] & inside[None], 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, seen[:, None] & inside[None], 0.0)
         score = tl.dot(keys, mine, input_precision="ieee") * scale  # [BLOCK, HEADS]
+        if BIASED:
+            distance = (position - (length - 1)).to(tl.float32)
+            score += load_slopes(slopes, kv_head, head, GROUP)[None] * distance[:, None]
         # Each key counts 1 / p times.
         score = tl.where(seen[:, None], score - tl.log2(size / CERTAIN)[:, None], float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 0))

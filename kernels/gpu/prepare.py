@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.codes import NOISE, rotation
 from kernels.gpu.codes import LEVELS, PLACES
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.launch import tile_of
 from kernels.gpu.layout import HELD
 from kernels.page import PAGE
@@ -40,23 +41,24 @@ def prepare(
     wide = query.dtype if query.dtype != torch.float64 else torch.float32
     _prepare[layout.lines, 1 + HELD // PAGE](
         query, rotation(layout.head_dim, wide, query.device), cache.kv, rows.block_tables,
-        rows.starts, rows.lengths, scratch.steps, scratch.factors, scratch.held,
+        rows.starts, rows.lengths, slopes_of(cache), scratch.steps, scratch.factors, scratch.held,
         scale, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
         cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, TILE=tile_of(layout.group),
         DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim),
         OCTETS=layout.octets, TOGETHER=layout.together, HELD=HELD, PAGE=PAGE,
+        BIASED=cache.slopes is not None,
         CHANNELS=min(CHANNELS, triton.next_power_of_2(layout.head_dim)), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["sinks", "queries", "kv_heads", "table_stride", "cache_pages"])
 def _prepare(
-    query, rotated, kv, tables, starts, lengths, steps, factors, held,
+    query, rotated, kv, tables, starts, lengths, slopes, steps, factors, held,
     scale, sinks, queries, kv_heads, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, OCTETS: tl.constexpr, TOGETHER: tl.constexpr, HELD: tl.constexpr,
-    PAGE: tl.constexpr, CHANNELS: tl.constexpr,
+    PAGE: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """One line: its query, or a page of the keys always read."""
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -104,6 +106,9 @@ def _prepare(
             kv + slot[:, None] * (2 * DIM) + channel[None], seen[:, None] & inside[None], 0.0
         )  # [PAGE, WIDTH]
         score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+        if BIASED:
+            distance = (position - (length - 1)).to(tl.float32)
+            score += load_slopes(slopes, kv_head, head, GROUP)[:, None] * distance[None]
         score = tl.where(seen[None], score, float("-inf"))  # [TILE, PAGE]
         place = (line * PADDED + head)[:, None] * HELD + (part - 1) * PAGE + key[None]
         tl.store(held + place, score, (head < PADDED)[:, None])

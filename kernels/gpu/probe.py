@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.budget import EACH, PROBE
 from kernels.gpu.codes import estimate, load_factors, load_steps, signed_sums
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.layout import HELD
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
@@ -57,13 +58,14 @@ def probe(
     masses = torch.empty(layout.lines, parts, layout.padded, device=query.device)
     _probe[layout.lines, parts](
         query, cache.key_mean, cache.codes.view(torch.int8), cache.scale, rows.block_tables,
-        rows.starts, rows.lengths, scratch.steps, scratch.factors, scratch.centres,
-        scratch.probes, masses,
+        rows.starts, rows.lengths, slopes_of(cache), scratch.steps, scratch.factors,
+        scratch.centres, scratch.probes, masses,
         scale, sinks, rows.queries, layout.kv_heads, layout.pages, rows.block_tables.stride(0),
         cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), OCTETS=layout.octets,
-        TOGETHER=layout.together, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH, PAGE=PAGE, num_warps=1,
+        TOGETHER=layout.together, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH, PAGE=PAGE,
+        BIASED=cache.slopes is not None, num_warps=1,
     )  # fmt: skip
     shares = torch.empty(layout.lines, layout.pages * PROBE, device=query.device)
     _settle[(layout.lines,)](
@@ -79,11 +81,11 @@ def probe(
     do_not_specialize=["sinks", "queries", "kv_heads", "pages", "table_stride", "cache_pages"]
 )
 def _probe(
-    query, means, codes, scales, tables, starts, lengths, steps, factors, centres, probes, masses,
-    scale, sinks, queries, kv_heads, pages, table_stride, cache_pages,
+    query, means, codes, scales, tables, starts, lengths, slopes, steps, factors, centres, probes,
+    masses, scale, sinks, queries, kv_heads, pages, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     OCTETS: tl.constexpr, TOGETHER: tl.constexpr, CHUNK: tl.constexpr, PROBE: tl.constexpr,
-    EACH: tl.constexpr, PAGE: tl.constexpr,
+    EACH: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """A part of one line's pages."""
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -134,6 +136,9 @@ def _probe(
     # Heads that are none are of no mass.
     centre = tl.where((head < GROUP)[None], centre, float("-inf"))  # [CHUNK, columns]
     own = first + tl.arange(0, CHUNK)[:, None] + (column // PADDED * CHUNK)[None]
+    if BIASED:
+        slope = load_slopes(slopes, kv_head, head, GROUP)[None]
+        centre += slope * (own * PAGE - (tl.load(lengths + row) - 1)).to(tl.float32)
     tl.store(centres + (line * pages + own) * PADDED + head[None], centre, own < stop)
     centre = tl.broadcast_to(centre[:, None], (CHUNK, PROBE, columns))
     centre = tl.reshape(centre, (CHUNK * PROBE, columns))
@@ -143,6 +148,8 @@ def _probe(
     score = estimate(signed_sums(data, line_steps), size.to(tl.float32), line_factors, centre)
     own = first + ahead[:, None] + (column // PADDED * CHUNK)[None]
     key = own * 7 % EACH * PROBE + (tested % PROBE)[:, None]
+    if BIASED:
+        score += slope * key.to(tl.float32)
     position = own * PAGE + key
     free = (own < stop) & (position >= start) & (position >= sinks)
     score = tl.where(free, score, float("-inf"))

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kernels import sample
 from kernels.gpu.codes import INTERPRETED, estimate, load_factors, load_steps, signed_sums
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.page import PAGE, PAGE_BITS
 from kernels.sample import SEGMENT, STRIDE
 
@@ -56,14 +57,15 @@ def scan(
     """
     _scan[layout.lines, layout.segments](
         cache.codes.view(torch.int8), cache.scale, rows.block_tables, rows.starts, rows.lengths,
-        scratch.steps, scratch.factors, scratch.centres, scratch.norm, scratch.marks,
+        slopes_of(cache), scratch.steps, scratch.factors, scratch.centres, scratch.norm,
+        scratch.marks,
         scratch.marked, scratch.counts,
         scratch.norm if shares is None else shares, scratch.norm if masses is None else masses,
         sinks, rows.queries, layout.kv_heads, layout.pages, rows.block_tables.stride(0),
         cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, OCTETS=layout.octets,
         TOGETHER=layout.together, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
-        SHARES=shares is not None, MASSES=masses is not None,
+        SHARES=shares is not None, MASSES=masses is not None, BIASED=cache.slopes is not None,
         num_warps=1, num_stages=2, maxnreg=128,
     )  # fmt: skip
 
@@ -72,12 +74,12 @@ def scan(
     do_not_specialize=["sinks", "queries", "kv_heads", "pages", "table_stride", "cache_pages"]
 )
 def _scan(
-    codes, scales, tables, starts, lengths, steps, factors, centres, norm, marks,
+    codes, scales, tables, starts, lengths, slopes, steps, factors, centres, norm, marks,
     marked, counts, shares, masses,
     sinks, queries, kv_heads, pages, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, OCTETS: tl.constexpr, TOGETHER: tl.constexpr,
     SEGMENT: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, SHARES: tl.constexpr,
-    MASSES: tl.constexpr,
+    MASSES: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """One segment of one line."""
     line, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -128,6 +130,9 @@ def _scan(
             for rank in tl.static_range(PAGE // STRIDE):
                 scale = tl.load(size + rank * STRIDE).to(tl.float32)
                 score = estimate(sums[rank], scale[:, :, None], line_factors, centre[None])
+                if BIASED:
+                    slope = load_slopes(slopes, kv_head, head, GROUP)[None, None]
+                    score += slope * (column + rank * STRIDE)[:, None, None].to(tl.float32)
                 mass = tl.exp2(score)  # [8, TOGETHER, PADDED]
                 share = tl.sum(mass, 2)
                 free = taken <= rank * STRIDE

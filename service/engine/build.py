@@ -95,10 +95,9 @@ def build_engine(config: ServiceConfig) -> Engine:
     metrics.attention_backend(decoder.impl)
     if decoder.impl is Impl.TORCH:
         _log.warning(
-            "no fast kernel takes %d heads of %d channels over %d KV heads in %s on %s%s: "
-            "attention runs in torch's operations, as exactly and more slowly",
+            "no fast kernel takes %d heads of %d channels over %d KV heads in %s on %s: attention "
+            "runs in torch's operations, as exactly and more slowly",
             *(model.heads, model.head_dim, model.kv_heads, dtype, device),
-            "" if model.slopes is None else " under ALiBi",
         )
     replays = None
     if config.cuda_graphs and decoder.impl is Impl.TRITON and not decoder.fused:

@@ -318,8 +318,3 @@ def test_what_cannot_be_is_refused(paged):
     query = case.query(2)
     with pytest.raises(KernelError, match="slopes"):
         dense_decode(query[:, :2], case.cache, case.rows, SCALE)
-    for op in (dynamic.select, dynamic.attend):
-        with pytest.raises(KernelError, match="no slopes"):
-            op(query, case.cache, case.rows, Dynamic(), SCALE, impl=Impl.TRITON)
-    with pytest.raises(KernelError, match="no slopes"):
-        dense_decode(query, case.cache, case.rows, SCALE, Impl.TRITON)

@@ -13,6 +13,7 @@ from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic, Fixed
 from models.alibi import slopes
 from models.config import ModelConfig
+from models.decoder import Decoder
 from models.errors import CheckpointError, ModelError, UnsupportedModelError
 from models.graph import CapturedSteps
 from models.loader import load
@@ -187,13 +188,23 @@ def test_lengths_beyond_the_trained_one_may_be_asked_for(tmp_path):
         config.resolve_max_model_len(0)
 
 
-def test_a_gpu_runs_it_in_torch_and_captures_nothing(tmp_path):
+def test_tritons_kernels_compute_it(tmp_path):
+    oracle = make("bloom-six-heads", tmp_path)
+    plain, config = load(tmp_path, dtype="float32")
+    decoder = Decoder(config, torch.float32, "cpu", Impl.TRITON)
+    decoder.load_state_dict(plain.state_dict())
+    (tokens,) = prompts(200)
+    expected = oracle(torch.tensor([tokens])).logits[0]
+    policy = Dynamic(coverage=1.0, min_keys=4096, max_keys=4096)
+    runner = Runner(decoder, 1, 200)
+    pieces = [*runner.step([(0, tokens[:190])])]
+    pieces += [runner.step([(0, [token])], policy)[0] for token in tokens[190:]]
+    assert difference(torch.cat(pieces), expected) <= TOLERANCE
+
+
+def test_no_decode_steps_are_captured(tmp_path):
     make("bloom", tmp_path)
-    decoder, config = load(tmp_path, dtype="float32")
-    shape = (config.head_dim, config.heads // config.kv_heads)
-    cuda = torch.device("cuda")
-    assert Impl.of(cuda, torch.bfloat16, *shape, biased=True) is Impl.TORCH
-    assert Impl.of(cuda, torch.bfloat16, *shape) is Impl.TRITON
+    decoder, _ = load(tmp_path, dtype="float32")
     assert not decoder.fused
     with pytest.raises(ModelError, match=BLOOM):
         CapturedSteps(decoder, Runner(decoder, 1, 64).caches, [])
