@@ -111,6 +111,7 @@ class LayerAttention:
             [tokens, heads, head_dim].
         """
         cache.code(step.filled)
+        # Here, so that whoever allocates caches need not know of it.
         cache = cache.biased(self.slopes)
         output = torch.empty_like(query)
         for run in step.dense:
