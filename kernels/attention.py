@@ -192,6 +192,10 @@ def check_query(query: Tensor, cache: LayerCache, impl: Impl) -> None:
             f"the query must be [rows, a multiple of {cache.kv_heads} heads, {cache.head_dim}], "
             f"not {list(query.shape)}"
         )
+    if cache.slopes is not None and cache.slopes.shape != query.shape[1:2]:
+        raise KernelError(
+            f"the cache has slopes {list(cache.slopes.shape)}, the query {query.shape[1]} heads"
+        )
     if impl is Impl.NUMBA and query.dtype not in (torch.float32, torch.bfloat16):
         raise KernelError(f"numba's kernels read float32 and bfloat16, not {query.dtype}")
     if query.dtype != cache.kv.dtype or query.device != cache.kv.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,8 @@ class LayerCache:
     scale: Tensor  # bfloat16 [kv_heads, pages, 64]  of the keys' codes
     value_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
     spread: Tensor  # float32 [kv_heads, pages]  variance of a page's keys, mean over channels
+    # [heads], float32 or wider: what each position is worth in each query head (`kernels.alibi`)
+    slopes: Tensor | None = None
 
     @staticmethod
     def allocate(
@@ -64,9 +66,13 @@ class LayerCache:
         """Size of one head."""
         return self.kv.shape[-1]
 
+    def biased(self, slopes: Tensor | None) -> LayerCache:
+        """The same cache, whose keys' places count; None gives it as it is."""
+        return self if slopes is None else replace(self, slopes=slopes)
+
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """All tensors, [kv_heads, pages, ...] each."""
+        """All tensors of pages, [kv_heads, pages, ...] each."""
         return (self.kv, self.key_mean, self.codes, self.scale, self.value_mean, self.spread)
 
     @staticmethod

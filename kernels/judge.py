@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.alibi import bias_at
 from kernels.attention import Impl, dense_decode
 from kernels.codes import estimate
 from kernels.page import PAGE
@@ -116,12 +117,10 @@ def _mass_left(
     coded = coded[:, None] & unselected(some, position.shape[0], first * PAGE)
     late = recent_positions(rows, cache.kv_heads)  # [rows, kv_heads, 2 * 64]
     recent = sees(late, rows) & unselected(some, 2 * PAGE, stops[..., None])
-    scores = torch.cat(
-        (
-            estimate(query.to(wide(query.dtype)) * scale, cache, rows, first, last),
-            scores_at(query, cache, rows, late, scale),
-        ),
-        dim=-1,
-    )  # [rows, kv_heads, group, keys + 2 * 64]
+    early = estimate(query.to(wide(query.dtype)) * scale, cache, rows, first, last)
+    if cache.slopes is not None:
+        early.add_(bias_at(cache, position.expand(1, 1, -1), rows.lengths - 1))
+    # [rows, kv_heads, group, keys + 2 * 64]
+    scores = torch.cat((early, scores_at(query, cache, rows, late, scale)), dim=-1)
     left = torch.cat((coded, recent), dim=-1)[:, :, None]
     return scores.masked_fill_(~left, -torch.inf).logsumexp(-1).flatten(1)

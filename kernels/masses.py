@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.alibi import bias_at
 from kernels.budget import EACH, probed
 from kernels.codes import estimate
 from kernels.page import PAGE
@@ -83,6 +84,8 @@ def estimate_masses(
     held = scores_at(query, cache, rows, kept[:, None].expand(-1, cache.kv_heads, -1), scale)
     held.masked_fill_(~seen[:, None, None], -torch.inf)
     scores = estimate(query.to(wide(query.dtype)) * scale, cache, rows, first, last)
+    if cache.slopes is not None:
+        scores.add_(bias_at(cache, position.expand(1, 1, -1), rows.lengths - 1))
     scores.masked_fill_(~free[:, None, None], -torch.inf)
     some = scores[..., probed(first, last - first, query.device)] + math.log(EACH)
     norm = torch.cat((held, some), dim=-1).logsumexp(-1)

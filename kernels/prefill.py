@@ -18,6 +18,11 @@ stand for it as well, and the means only weigh what the mean value has over thei
 average, and the less the scores vary the less by chance (the means are a control variate of the
 sample; Owen 2013, "Monte Carlo theory, methods and examples", 8.9).
 
+Where scores fall with distance (`kernels.alibi`) a page's keys have known weights e^b besides,
+whose sum takes the place of 64: it carries e^(u + v / 2) times that, and is off by
+sqrt(e^v / N - 1 / 64), where N is how many keys of equal weights would be as uneven. So steep heads
+read what is near.
+
 What a tile reads depends on its queries and the keys before it alone, not on the chunk in which it
 is computed, nor on who filled the cache: a page gets its means when it fills. (Of a tile that a
 chunk's edge cuts, each part decides for itself. The engine cuts at multiples of 64.)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.alibi import page_evenness
 from kernels.page import PAGE
 from kernels.tiles import ALIKE, SAMPLES, TURN
 
@@ -29,6 +30,7 @@ def masked_attention(
     mask: Tensor,
     scale: float,
     log_weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the keys where `mask` is True.
 
@@ -39,14 +41,16 @@ def masked_attention(
         mask: bool [rows, heads, keys].
         scale: factor on the scores.
         log_weight: [rows, heads, keys], log of the number of times that each key counts.
+        bias: [rows, heads, keys], added to the scores.
 
     Returns:
         float64 output [rows, heads, head_dim] and log-sum-exp [rows, heads]; a row without keys
         gives 0 and -inf.
     """
     scores = torch.einsum("rhd,rhkd->rhk", query.double(), keys.double()) * scale
-    if log_weight is not None:
-        scores = scores + log_weight.double()
+    for added in (log_weight, bias):
+        if added is not None:
+            scores = scores + added.double()
     scores = scores.masked_fill(~mask, -torch.inf)  # [rows, heads, keys]
     lse = scores.logsumexp(-1)  # [rows, heads]
     weights = torch.where(mask, (scores - lse[..., None]).exp(), 0.0)
@@ -67,12 +71,14 @@ def selected_attention(
     picked = picked.repeat_interleave(group, dim=1)  # [rows, heads, capacity, 2, head_dim]
     keys, values = picked[..., 0, :], picked[..., 1, :]
     mask = mask.repeat_interleave(group, dim=1)
-    output, lse = masked_attention(query, keys, values, mask, scale)
+    place = selection.indices.repeat_interleave(group, dim=1)
+    bias = _bias(cache, place, rows.lengths - 1)
+    output, lse = masked_attention(query, keys, values, mask, scale, bias=bias)
     assert output.shape[0] == count and capacity == mask.shape[-1]
     if selection.log_weight is None:
         return output, lse, lse
     weights = selection.log_weight.repeat_interleave(group, dim=1)
-    return *masked_attention(query, keys, values, mask, scale, weights), lse
+    return *masked_attention(query, keys, values, mask, scale, weights, bias), lse
 
 
 def dense_decode(
@@ -86,7 +92,8 @@ def dense_decode(
     mask = (key >= rows.starts[:, None]) & (key < rows.lengths[:, None])  # [rows, keys]
     mask = mask[:, None].expand(-1, query.shape[1], -1)
     flat = flat.masked_fill(~mask[..., None, None], 0.0)  # pages hold anything behind the last key
-    return masked_attention(query, flat[..., 0, :], flat[..., 1, :], mask, scale)
+    bias = _bias(cache, key.expand(mask.shape), rows.lengths - 1)
+    return masked_attention(query, flat[..., 0, :], flat[..., 1, :], mask, scale, bias=bias)
 
 
 def dense_attention(
@@ -109,8 +116,19 @@ def dense_attention(
         values.expand(tokens, -1, -1, -1),
         mask[:, None].expand(-1, heads, -1),
         scale,
+        bias=_bias(cache, key.expand(tokens, heads, -1), position[:, 0]),
     )
     return output
+
+
+def _bias(cache: LayerCache, position: Tensor, query: Tensor) -> Tensor | None:
+    """What distance adds to the scores of the keys at `position` [rows, heads, keys]; see
+    `kernels.alibi`.
+    """
+    if cache.slopes is None:
+        return None
+    distance = (position - query[:, None, None]).double()
+    return cache.slopes.double()[:, None] * distance
 
 
 def stand_ins(
@@ -118,7 +136,8 @@ def stand_ins(
 ) -> tuple[Tensor, Tensor]:
     """Scores of whole pages: the log of the mass that a page's keys carry together, estimated.
 
-    Were a page's scores normal with mean u and variance v, its mass would be 64 e^(u + v / 2). u is
+    Were a page's scores normal with mean u and variance v, its mass would be 64 e^(u + v / 2), or
+    where distance counts (`kernels.alibi`) e^(u + v / 2) times the sum of its keys' e^bias. u is
     the score of the page's mean key. v is taken for |q|^2 times what the keys of a page vary in a
     channel, mean over all pages before the query's, as if they varied alike in all directions.
 
@@ -141,7 +160,21 @@ def stand_ins(
     scaled = query.double() * scale
     centre = torch.einsum("thd,hpd->thp", scaled, mean)
     variance = scaled.square().sum(-1) * spread  # [tokens, heads]
-    return centre + variance[..., None] / 2 + math.log(PAGE), variance
+    return centre + variance[..., None] / 2 + _page_mass(query, cache, segment), variance
+
+
+def _page_mass(query: Tensor, cache: LayerCache, segment: Segment) -> Tensor:
+    """Log of the mass of pages whose scores are 0: log 64, or what distance makes of it.
+
+    Returns:
+        [tokens, heads, pages].
+    """
+    tokens, heads, _ = query.shape
+    key = torch.arange(len(segment.block_table) * PAGE, device=query.device)
+    position = segment.start + torch.arange(tokens, device=query.device)
+    bias = _bias(cache, key.expand(tokens, heads, -1), position)
+    bias = torch.zeros(tokens, heads, len(key), dtype=torch.float64) if bias is None else bias
+    return bias.view(tokens, heads, -1, PAGE).logsumexp(-1)
 
 
 def read_pages(
@@ -158,6 +191,7 @@ def read_pages(
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     whole, variance = stand_ins(query, cache, segment, scale)  # [tokens, heads, pages]
     first, pages = segment.start // PAGE, whole.shape[2]
+    even = torch.ones(heads) if cache.slopes is None else page_evenness(cache.slopes.double())
     read = torch.zeros(pages - first, kv_heads, pages, dtype=torch.bool, device=query.device)
     for token in range(tokens):
         position = segment.start + token
@@ -167,8 +201,12 @@ def read_pages(
         own = cache.kv[:, segment.block_table[tile], : position % PAGE + 1, 0].double()
         own = own.repeat_interleave(group, dim=0)  # [heads, keys, head_dim]
         scores = torch.einsum("hd,hkd->hk", query[token].double() * scale, own)
+        if cache.slopes is not None:
+            scores += cache.slopes.double()[:, None] * (
+                torch.arange(own.shape[1]) - position % PAGE
+            )
         mass = torch.cat((whole[token, :, :tile], scores), dim=1).softmax(1)[:, :tile]
-        error = mass * (variance[token].expm1() / PAGE).sqrt()[:, None]
+        error = mass * ((variance[token].exp() / even - 1) / PAGE).sqrt()[:, None]
         read[tile - first, :, :tile] |= error.view(kv_heads, group, tile).amax(1) >= least
     for row in range(pages - first):
         tile = first + row
@@ -210,6 +248,9 @@ def tile_attention(
     flat = flat.masked_fill(~seen[..., None, None], 0.0)
     mask = mask.flatten(2).repeat_interleave(group, dim=1)  # [tokens, heads, keys]
     scores = torch.einsum("thd,hkd->thk", query.double() * scale, flat[:, :, 0])
+    position = segment.start + torch.arange(tokens, device=query.device)
+    bias = _bias(cache, torch.arange(flat.shape[1]).expand(scores.shape), position)
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~mask, -torch.inf)
     own = scores.logsumexp(-1)
     parts = [(scores, scores, flat[:, :, 1])]
@@ -250,7 +291,8 @@ def _left(
         keys = keys.repeat_interleave(group, dim=0).masked_fill(~there, 0.0)
         values = values.repeat_interleave(group, dim=0).masked_fill(~there, 0.0)
         score = torch.einsum("thd,hpd->thp", query.double() * scale, keys)
-        score = (score + math.log(PAGE / SAMPLES)).masked_fill(~(left & alike), -torch.inf)
+        score = score + _page_mass(query, cache, segment) - math.log(SAMPLES)
+        score = score.masked_fill(~(left & alike), -torch.inf)
         parts.append((score, score, values))
         own += values / SAMPLES
     return [*parts, (nothing, fine, mean - own)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.alibi import bias_at
 from kernels.cache import neighbours
 from kernels.page import PAGE
 from kernels.torch_backend import head_offsets, prescaled, wide
@@ -48,6 +49,8 @@ def score_every_key(query: Tensor, cache: LayerCache, rows: Rows, scale: float) 
             product = grouped[head] @ keys[head].to(query.dtype).T  # [queries * group, keys]
             target = scores[part, head, :, : keys.shape[1]]  # [queries, group, keys]
             target.copy_(product.view(target.shape)).mul_(scale)
+    if cache.slopes is not None:
+        scores.add_(bias_at(cache, position, rows.lengths - 1))
     scores.masked_fill_(~visible[:, :, None], -torch.inf)
     return Scored(position, scores)
 
@@ -88,7 +91,10 @@ def scores_at(
     grouped = query.view(count * kv_heads, -1, cache.head_dim)
     # Keys first: the other way round is twice as slow on a CPU in bfloat16.
     product = torch.bmm(keys, grouped.transpose(1, 2)).transpose(1, 2).contiguous()
-    return (product.to(wide(query.dtype)) * scale).view(count, kv_heads, -1, wanted)
+    scores = (product.to(wide(query.dtype)) * scale).view(count, kv_heads, -1, wanted)
+    if cache.slopes is not None:
+        scores.add_(bias_at(cache, position, rows.lengths - 1))
+    return scores
 
 
 def recent_positions(rows: Rows, kv_heads: int) -> Tensor:

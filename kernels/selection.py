@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from kernels.errors import KernelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -69,6 +71,19 @@ class Selection:
             torch.cat([part.counts for part in parts]),
             padded(weights, 0) if weights else None,
         )
+
+    @staticmethod
+    def of_heads(parts: Sequence[Selection], order: Sequence[int]) -> Selection:
+        """The selection of KV heads that do not share one.
+
+        Args:
+            parts: of one KV head each, of the same rows, without weights.
+            order: of each KV head, the part that is its own.
+        """
+        capacity = max(part.indices.shape[2] for part in parts)
+        padded = [F.pad(x.indices, (0, capacity - x.indices.shape[2]), value=-1) for x in parts]
+        indices = torch.cat(padded, dim=1)[:, list(order)]
+        return Selection(indices, torch.cat([x.counts for x in parts], dim=1)[:, list(order)])
 
     def rows(self, part: slice) -> Selection:
         """The selection of some rows."""

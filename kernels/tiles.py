@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ from kernels.errors import KernelError
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -40,6 +43,46 @@ class TileSelection:
     bits: Tensor  # int64 [masks, 64]  bit k of word q: whether the tile's query q sees page's key k
     # int64 [tiles, kv_heads, words]  pages for which their means stand, packed; None: none
     left: Tensor | None = None
+
+    @staticmethod
+    def of_heads(parts: Sequence[TileSelection], order: Sequence[int]) -> TileSelection:
+        """Lists of KV heads that do not share them.
+
+        Args:
+            parts: of one KV head each, of the same tiles; no means stand for pages.
+            order: of each KV head, the part that is its own.
+        """
+        places = list(accumulate((len(part.pages) for part in parts), initial=0))
+        rows = list(accumulate((len(part.bits) for part in parts), initial=0))
+
+        def by_head(columns: list[Tensor]) -> Tensor:
+            return torch.cat(columns, dim=1)[:, list(order)]
+
+        return TileSelection(
+            starts=by_head([part.starts + n for part, n in zip(parts, places, strict=False)]),
+            counts=by_head([part.counts for part in parts]),
+            whole=by_head([part.whole for part in parts]),
+            pages=torch.cat([part.pages for part in parts]),
+            masks=torch.cat([part.masks + n for part, n in zip(parts, rows, strict=False)]),
+            bits=torch.cat([part.bits for part in parts]),
+        )
+
+    def attended_by_query(self, first: int, queries: int) -> Tensor:
+        """How many keys each query's lists hold; what stands for unread pages is not counted.
+
+        Args:
+            first: position of the first query, in the first tile.
+            queries: how many there are.
+
+        Returns:
+            int64 [queries, kv_heads].
+        """
+        seen = unpacked(self.bits).view(-1, PAGE, PAGE).sum(-1)  # int64 [masks, 64]
+        listed = seen[self.masks.long().clamp(0, len(seen) - 1)]  # [places, 64]
+        before = F.pad(listed.cumsum(0), (0, 0, 1, 0))  # int64 [places + 1, 64]
+        partial = before[self.starts + self.counts] - before[self.starts + self.whole]
+        total = partial + self.whole[..., None] * PAGE  # [tiles, kv_heads, 64]
+        return total.transpose(1, 2).flatten(0, 1)[first % PAGE :][:queries]
 
     def attended(self, first: int, queries: int) -> Tensor:
         """How many (query, key) pairs the lists hold; what stands for unread pages is not counted.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from kernels.alibi import bias_at
 from kernels.cache import Segment
 from kernels.page import PAGE
 
@@ -29,6 +30,8 @@ GPU_GATHER_BYTES = 2 << 30  # more memory, and a launch costs as much as many ro
 # together first, since each call costs as much as reading a few pages.
 RUN_PAGES = 16
 GATHER_PAGES = 128
+BIASED = 256
+"""Tokens that attend at once where distance counts: distances within them are rounded little."""
 # Of a GPU's kernels for contiguous keys the first that can; on one H200 at 32K tokens the first two
 # make 592 and 347 TFLOP/s.
 FASTEST = (
@@ -76,17 +79,21 @@ def selected_attention(
         picked = flat.index_select(0, slots.flatten())
         picked = picked.view(-1, kv_heads, capacity, 2, head_dim)
         pair, seen = (picked[..., 0, :], picked[..., 1, :]), mask[part][:, :, None]
-        if weights is None:
+        if weights is None and cache.slopes is None:
             bias = None if bool(seen.all()) else bias_of(seen, query.dtype)
             output, lse = plain_attention(grouped[part], *pair, bias, scale)
             own = lse
         else:
-            # Weights are added to the scores, which a fused kernel would round to their dtype.
+            # What is added to the scores a fused kernel would round to their dtype.
             precise = wide(query.dtype)
             scores = _scores(grouped[part].to(precise), pair[0].to(precise), scale)
+            if cache.slopes is not None:
+                scores.add_(bias_at(cache, selection.indices[part], piece.lengths - 1))
             scores.masked_fill_(~seen, -torch.inf)
             own = scores.logsumexp(-1)
-            output, lse = _average(scores.add_(weights[part][:, :, None]), pair[1])
+            if weights is not None:
+                scores.add_(weights[part][:, :, None])
+            output, lse = _average(scores, pair[1])
         outputs.append(output)
         lses.append(lse)
         owns.append(own)
@@ -130,7 +137,14 @@ def dense_decode(
             blocks = list(_key_blocks(cache, segment, stop))
         else:
             blocks = [_split(_gather(cache, segment, start, stop))]
-        output, lse = merge([plain_attention(grouped[row], *pair, None, scale) for pair in blocks])
+        parts, first = [], start
+        for keys, values in blocks:
+            bias = None
+            if cache.slopes is not None:
+                bias = _falling(cache, first, keys.shape[2], stop - 1)
+            parts.append(plain_attention(grouped[row], keys, values, bias, scale))
+            first += keys.shape[2]
+        output, lse = merge(parts)
         outputs.append(output.reshape(heads, head_dim))
         lses.append(lse.reshape(heads))
     return torch.stack(outputs).to(query.dtype), torch.stack(lses)
@@ -141,6 +155,8 @@ def dense_attention(
 ) -> Tensor:
     """See `kernels.attention.dense_attention`."""
     total = segment.start + segment.tokens
+    if cache.slopes is not None:
+        return _biased_attention(query, cache, segment, scale, window)
     first = 0 if window is None else max(0, segment.start + 1 - window)
     if query.device.type != "cpu" or first > 0 or (window is not None and total > window):
         return _gathered_attention(query, cache, segment, scale, first, window)
@@ -164,6 +180,50 @@ def dense_attention(
     return merged.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim).to(query.dtype)
 
 
+def _biased_attention(
+    query: Tensor, cache: LayerCache, segment: Segment, scale: float, window: int | None
+) -> Tensor:
+    """Dense attention where scores fall with distance: a piece of the tokens after the other.
+
+    What is added to the scores of keys that all of a piece see is the same for all of them but for
+    a constant, of which a softmax knows nothing: it is counted from the piece's last token.
+    """
+    group, outputs = query.shape[1] // cache.kv_heads, []
+    for start in range(segment.start, segment.start + segment.tokens, BIASED):
+        stop = min(start + BIASED, segment.start + segment.tokens)
+        mine = query[start - segment.start : stop - segment.start].transpose(0, 1)[None]
+        parts, first, early = [], 0, start
+        if window is not None:
+            first = early = max(0, start + 1 - window)
+        for keys, values in () if window is not None else _key_blocks(cache, segment, start):
+            bias = _falling(cache, first, keys.shape[2], stop - 1).view(1, -1, 1, keys.shape[2])
+            if group > 1:
+                keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+            parts.append(plain_attention(mine, keys, values, bias, scale))
+            first += keys.shape[2]
+        own = _gather(cache, segment, early, stop).repeat_interleave(group, dim=0)
+        position = torch.arange(start, stop, device=query.device)[:, None]
+        key = torch.arange(early, stop, device=query.device)
+        seen = key <= position  # [tokens, keys]
+        if window is not None:
+            seen &= position - key < window
+        bias = _falling(cache, early, stop - early, stop - 1).view(1, -1, 1, stop - early)
+        bias = bias.masked_fill(~seen, -torch.inf)  # [1, heads, tokens, keys]
+        parts.append(plain_attention(mine, *_split(own), bias, scale))
+        outputs.append(merge(parts)[0][0].transpose(0, 1))
+    return torch.cat(outputs).to(query.dtype)
+
+
+def _falling(cache: LayerCache, first: int, keys: int, query: int) -> Tensor:
+    """What distance from position `query` adds to the scores of `keys` keys from `first` on.
+
+    Returns:
+        [1, kv_heads, group, keys].
+    """
+    position = torch.arange(first, first + keys, device=cache.kv.device)
+    return bias_at(cache, position[None, None], position.new_tensor([query]))
+
+
 def plain_attention(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -173,8 +233,8 @@ def plain_attention(
         query: [batch, kv_heads, queries, head_dim].
         keys: [batch, kv_heads, keys, head_dim].
         values: [batch, kv_heads, keys, head_dim].
-        bias: of the query's dtype, broadcast to [batch, kv_heads, queries, keys], or None; added
-            to the scores. A row that sees nothing gives what is no number.
+        bias: of the query's dtype or float32, broadcast to [batch, kv_heads, queries, keys], or
+            None; added to the scores. A row that sees nothing gives what is no number.
         scale: factor on the scores.
 
     Returns:

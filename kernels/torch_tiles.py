@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from kernels.alibi import of_groups, page_evenness, page_mass
 from kernels.bits import unpacked
 from kernels.page import PAGE
 from kernels.tiles import ALIKE, SAMPLES, TURN
@@ -44,17 +45,25 @@ def read_pages(
     own = (small @ keys.mT).to(precise).mul_(left)  # [kv_heads, tiles, rows, 64]
     place = torch.arange(PAGE, device=query.device)
     number = torch.arange(own.shape[2], device=query.device) // group * asked + asked - 1
+    if cache.slopes is not None:
+        own.add_(_slopes(cache, own.shape[2])[:, None, :, None] * (place - number[:, None]))
     own.masked_fill_(place > number[:, None], -torch.inf)
     table = segment.block_table[:-1]
     whole = torch.bmm(small.flatten(1, 2), cache.key_mean[:, table].mT).to(precise).mul_(left)
     whole = whole.view(*own.shape[:3], pages - 1)
     past = _past(segment, tiles, pages - 1)  # [tiles, pages - 1]
     whole.masked_fill_(~past[:, None], -torch.inf)
+    even: Tensor | float = 1.0
+    if cache.slopes is not None:
+        whole.add_(_pages_bias(cache, segment, tiles, own.shape[2], pages - 1))
+        whole.sub_((_slopes(cache, own.shape[2]) * number)[:, None, :, None])
+        even = page_evenness(_slopes(cache, own.shape[2]))[:, None]  # [kv_heads, 1, rows]
     variance = _variance(tiled, cache, segment, scale)  # [kv_heads, tiles, rows]
     excess = variance / 2 + math.log(PAGE)
     mass = torch.logaddexp(own.logsumexp(-1), whole.logsumexp(-1) + excess)
     # Of a row that is none a page has little; what is no number is not little.
-    error = (variance.expm1().log() - math.log(PAGE)) / 2  # log of it, over a page's mass
+    # Log of it, over a page's mass.
+    error = ((variance.expm1() + (1 - even)) / even).log().sub_(math.log(PAGE)).div_(2)
     enough = mass - excess - error + math.log(least) if least > 0 else mass - torch.inf
     enough.masked_fill_(~there, torch.inf)
     read = ~(whole < enough[..., None]).all(2) & past  # [kv_heads, tiles, pages - 1]
@@ -113,6 +122,11 @@ def _attend_lists(
         part.tolist() for part in (selection.starts, selection.counts, selection.whole)
     )
     bias = _Bias(tiled, selection)
+    first, group, place = (
+        segment.start // PAGE,
+        rows // PAGE,
+        torch.arange(PAGE, device=tiled.device),
+    )
     last, used = divmod(segment.start + segment.tokens, PAGE)
     for tile in range(tiles):
         for head in range(kv_heads):
@@ -126,6 +140,13 @@ def _attend_lists(
             keys, values = pages.view(1, 1, -1, 2, head_dim).unbind(3)
             partly = tuple(masks[start + whole[tile][head] : stop])
             mine, added = tiled[head, tile][None, None], bias.of(partly, count)
+            if cache.slopes is not None:
+                key = selection.pages[start:stop, None] * PAGE + place  # [pages, 64]
+                distance = (
+                    key.flatten() - (first + tile) * PAGE - place.repeat_interleave(group)[:, None]
+                )
+                falls = _slopes(cache, rows)[head, :, None] * distance
+                added = falls if added is None else added + falls
             some = plain_attention(mine, keys, values, added, scale)
             output[head, tile], lse[head, tile] = some[0][0, 0], some[1][0, 0]
     empty = lse.isneginf() | lse.isnan()
@@ -174,6 +195,24 @@ def _variance(tiled: Tensor, cache: LayerCache, segment: Segment, scale: float) 
     return size * mean_spreads(cache, segment)[..., None]
 
 
+def _slopes(cache: LayerCache, rows: int) -> Tensor:
+    """The slopes of a tile's rows, [kv_heads, rows]."""
+    slopes = of_groups(cache)
+    return slopes.repeat(1, rows // slopes.shape[1])
+
+
+def _pages_bias(cache: LayerCache, segment: Segment, tiles: int, rows: int, pages: int) -> Tensor:
+    """What distance adds to the log of pages' masses, for the first query of each tile.
+
+    Returns:
+        [kv_heads, tiles, rows, pages], over what it is where distance does not count.
+    """
+    slopes = _slopes(cache, rows)[:, None, :, None]
+    tile = segment.start // PAGE + torch.arange(tiles, device=slopes.device)[:, None, None]
+    distance = (torch.arange(pages, device=slopes.device) - tile) * PAGE  # [tiles, 1, pages]
+    return slopes * distance + (page_mass(slopes) - math.log(PAGE))
+
+
 def _attend_means(
     tiled: Tensor, cache: LayerCache, segment: Segment, seen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -190,13 +229,20 @@ def _attend_means(
     if table.shape[0] == 0:
         lse = tiled.new_full(tiled.shape[:-1], -torch.inf, dtype=wide(tiled.dtype))
         return torch.zeros_like(tiled), lse
-    bias = bias_of(seen[:, :, None], tiled.dtype)
+    bias = bias_of(seen[:, :, None], tiled.dtype)  # [kv_heads, tiles, 1, pages]
+    excess = torch.full_like(cache.spread[:, :1, None], math.log(PAGE))  # [kv_heads, 1, 1]
+    if cache.slopes is not None:
+        many = tiled.shape[2]
+        few = many if many > PAGE else 1  # rows that differ: the heads of a group
+        bias = bias + _pages_bias(cache, segment, tiles, few, len(table))
+        number = torch.arange(many, device=tiled.device) // (many // PAGE)
+        excess = excess - (_slopes(cache, many) * number)[:, None]  # [kv_heads, 1, rows]
 
     def over(heads: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = (x[:, None].expand(-1, tiles, -1, -1) for x in (keys, values))
         added = bias[heads].repeat(1, 1, 1, keys.shape[2] // bias.shape[3])
         output, lse = plain_attention(tiled[heads], keys, values, added, scale)
-        return output.to(lse.dtype), lse + math.log(PAGE)
+        return output.to(lse.dtype), lse + excess[heads]
 
     every = torch.arange(cache.kv_heads, device=tiled.device)
     means = cache.key_mean[:, table], cache.value_mean[:, table]  # [kv_heads, pages, head_dim]

@@ -43,7 +43,7 @@ class Entry:
     layer: int
     tokens: Tensor  # int64 [rows]  place of each row in the step
     keys: Tensor  # int64 [rows, kv_heads]  keys attended
-    visible: Tensor  # int64 [rows]  keys causally visible
+    visible: Tensor  # [rows]  keys that the model lets them see, mean over KV heads
     coverage: Tensor  # [rows, heads]  estimated share of the attention mass on them
     true_coverage: Tensor | None  # [rows, heads]  the exact share, in an audited step
 
@@ -65,6 +65,8 @@ class Recorder:
     phases: Phases = field(default_factory=Phases)
     entries: list[Entry] = field(default_factory=list)
     tiles: list[TileEntry] = field(default_factory=list)
+    # What layers of the step compute once for all of them (`models.own_patterns`).
+    shared: dict[object, object] = field(default_factory=dict)
 
     @property
     def audit(self) -> bool:
@@ -81,12 +83,14 @@ class LayerAttention:
         scale: factor on the scores.
         window: keys a token may see under the model's own sliding window; None for all.
         impl: backend of the attention ops.
+        slopes: [heads], what distance takes from the scores (`kernels.alibi`); None: nothing.
     """
 
     layer: int
     scale: float
     window: int | None = None
     impl: Impl = Impl.TORCH
+    slopes: Tensor | None = None
 
     def __call__(
         self,
@@ -107,6 +111,8 @@ class LayerAttention:
             [tokens, heads, head_dim].
         """
         cache.code(step.filled)
+        # Here, so that whoever allocates caches need not know of it.
+        cache = cache.biased(self.slopes)
         output = torch.empty_like(query)
         for run in step.dense:
             part = slice(run.first, run.first + run.segment.tokens)

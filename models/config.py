@@ -4,57 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from models.errors import ModelError, UnsupportedModelError
+from models.families import bloom, llama, mpt, sparse_transformer
 from models.fields import Fields
 from models.generation import GenerationDefaults
-from models.rope_parameters import RopeParameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
+    from models.rope_parameters import RopeParameters
 
-# Transformers' defaults where config.json leaves a field out.
-_MAX_POSITION = {
-    "LlamaForCausalLM": 2048,
-    "MistralForCausalLM": 131_072,
-    "Qwen2ForCausalLM": 32_768,
-    "Qwen3ForCausalLM": 32_768,
+_FAMILIES: Mapping[str, Callable[[Fields, str], Mapping[str, Any]]] = {
+    "LlamaForCausalLM": llama.read,
+    "MistralForCausalLM": llama.read,
+    "Qwen2ForCausalLM": llama.read,
+    "Qwen3ForCausalLM": llama.read,
+    "BloomForCausalLM": bloom.read,
+    "MptForCausalLM": mpt.read,
+    sparse_transformer.ARCHITECTURE: sparse_transformer.read,
 }
-_QWEN_MAX_WINDOW_LAYERS = 28
-_DEFAULT_WINDOW = 4096
-
-# Fields that change what a model computes and that this decoder does not know: any value but the
-# ones listed (or none at all) would give wrong logits without a word.
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "quantization_config": (),
-    "compression_config": (),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "logit_scale": (1,),
-    "logits_scaling": (1,),
-    "embedding_multiplier": (1,),
-    "residual_multiplier": (1,),
-    "attention_multiplier": (),
-    "query_pre_attn_scalar": (),
-    "rotary_pct": (1,),
-    "rope_interleaved": (False,),
-    "no_rope_layers": ([],),
-    "no_rope_layer_interval": (),
-    "alibi": (False,),
-    "use_mrope": (False,),
-    "dual_chunk_attention_config": (),
-    "is_causal": (True,),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-}
+ARCHITECTURES = tuple(_FAMILIES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +33,7 @@ class ModelConfig:
     """Shape of a decoder and the limits it was trained for.
 
     Attributes:
-        architecture: the class in transformers that this decoder reproduces.
+        architecture: the class in transformers that this decoder reproduces, or our own.
         vocab_size: rows of the embedding, padding rows included.
         hidden_size: size of the residual stream.
         intermediate_size: inner size of the feed-forward part.
@@ -70,9 +41,9 @@ class ModelConfig:
         heads: query heads.
         kv_heads: key and value heads, a divisor of `heads`.
         head_dim: size of one head.
-        norm_eps: epsilon of the RMS norms.
-        rope: rotary parameters.
-        max_position: max_position_embeddings.
+        norm_eps: epsilon of the norms.
+        rope: rotary parameters; None where nothing is rotated.
+        max_position: tokens that the model was trained for, by its file.
         tied: the output layer is the embedding.
         qkv_bias, output_bias, mlp_bias: which projections have a bias.
         qk_norm: queries and keys are normalised per head before the rotation.
@@ -80,6 +51,15 @@ class ModelConfig:
         bos_ids, eos_ids: tokens that begin and end a text, most authoritative first.
         dtype: name of the dtype that config.json states, for example "bfloat16".
         generation: proposed sampling values.
+        norm: root mean square norms or layer norms.
+        norm_bias: layer norms have a bias.
+        activation: of the feed-forward part; all but "swiglu" stand between two projections.
+        embedding_norm: the embedding goes through a norm of its own.
+        slopes: of each query head under ALiBi; None without.
+        clip_qkv: magnitude beyond which queries, keys and values are cut off; None: nowhere.
+        position_shape: the grid of learned positions (`models.positions`); empty without.
+        patterns: of each layer and KV head, the pattern that is the model's own attention
+            (`kernels.patterns`); None where heads see everything.
     """
 
     architecture: str
@@ -91,7 +71,7 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     norm_eps: float
-    rope: RopeParameters
+    rope: RopeParameters | None
     max_position: int
     tied: bool
     qkv_bias: bool
@@ -103,6 +83,14 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     dtype: str | None
     generation: GenerationDefaults
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    embedding_norm: bool = False
+    slopes: tuple[float, ...] | None = None
+    clip_qkv: float | None = None
+    position_shape: tuple[int, ...] = ()
+    patterns: tuple[tuple[str, ...], ...] | None = None
 
     @staticmethod
     def from_folder(path: str | Path) -> ModelConfig:
@@ -116,29 +104,16 @@ class ModelConfig:
         config = Fields.read(folder / "config.json")
         extra = folder / "generation_config.json"
         generation = Fields.read(extra) if extra.exists() else Fields({}, str(extra))
-        architecture = _architecture(config)
-        _refuse_unknown_computation(config)
+        return ModelConfig.parse(config, generation)
 
-        llama, qwen3 = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
-        bias = config.flag("attention_bias", False)
-        max_position = config.integer("max_position_embeddings", _MAX_POSITION[architecture])
-        layers = config.integer("num_hidden_layers")
+    @staticmethod
+    def parse(config: Fields, generation: Fields) -> ModelConfig:
+        """The same from what config.json and generation_config.json hold, which may be nothing."""
+        architecture = _architecture(config)
         return ModelConfig(
             architecture=architecture,
             vocab_size=config.integer("vocab_size"),
-            hidden_size=config.integer("hidden_size"),
-            intermediate_size=config.integer("intermediate_size"),
-            layers=layers,
-            **_heads(config, architecture),
-            norm_eps=config.positive("rms_norm_eps", 1e-6),
-            rope=RopeParameters.parse(config, max_position),
-            max_position=max_position,
-            tied=config.flag("tie_word_embeddings", False),
-            qkv_bias=architecture == "Qwen2ForCausalLM" or ((llama or qwen3) and bias),
-            output_bias=(llama or qwen3) and bias,
-            mlp_bias=llama and config.flag("mlp_bias", False),
-            qk_norm=qwen3,
-            windows=_windows(config, architecture, layers),
+            **_FAMILIES[architecture](config, architecture),
             bos_ids=_union(generation.token_ids("bos_token_id"), config.token_ids("bos_token_id")),
             eos_ids=_union(generation.token_ids("eos_token_id"), config.token_ids("eos_token_id")),
             dtype=config.maybe_text("dtype") or config.maybe_text("torch_dtype"),
@@ -153,7 +128,7 @@ class ModelConfig:
         there it is the original length times the factor. Linear scaling is not multiplied: some
         files state the length before and some after scaling, and only the smaller is safe.
         """
-        if self.rope.kind == "yarn":
+        if self.rope is not None and self.rope.kind == "yarn":
             return int(self.rope.original_max_position * self.rope.factor)
         return self.max_position
 
@@ -171,9 +146,9 @@ class ModelConfig:
             return limit
         if requested <= 0:
             raise ModelError(f"The maximum length must be at least 1 token, not {requested}.")
-        if requested <= limit:
-            return requested
-        if self.rope.kind == "dynamic":
+        if requested <= limit or self.slopes is not None:
+            return requested  # ALiBi was made to run beyond its training's length
+        if self.rope is not None and self.rope.kind == "dynamic":
             raise UnsupportedModelError(
                 f"A maximum length of {requested} tokens exceeds the {limit} up to which dynamic "
                 "rotary scaling leaves the frequencies alone: beyond it they change with the "
@@ -187,6 +162,8 @@ class ModelConfig:
 
 
 def _architecture(config: Fields) -> str:
+    if config.maybe_text("model_type") == sparse_transformer.MODEL_TYPE:
+        return sparse_transformer.ARCHITECTURE
     names = config.maybe_texts("architectures") or ()
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -199,93 +176,7 @@ def _architecture(config: Fields) -> str:
             f"{config.source} names model code of its own in auto_map, which is never run; "
             "use a checkpoint of a standard architecture."
         )
-    activation = config.maybe_text("hidden_act") or "silu"
-    if activation != "silu":
-        raise UnsupportedModelError(
-            f"{config.source}: hidden_act {activation!r} is not supported; only silu is."
-        )
     return names[0]
-
-
-def _refuse_unknown_computation(config: Fields) -> None:
-    for name, neutral in _NEUTRAL.items():
-        value = config.values.get(name)
-        if value is not None and value not in neutral:
-            allowed = f" but {neutral[0]!r}" if neutral else ""
-            raise UnsupportedModelError(
-                f"{config.source} sets {name}, and no value{allowed} is supported for it; "
-                "use a checkpoint that does without."
-            )
-
-
-def _heads(config: Fields, architecture: str) -> Mapping[str, Any]:
-    heads = config.integer("num_attention_heads")
-    # Absent from the oldest Llama files, where it means one KV head per query head.
-    kv_heads = config.maybe_integer("num_key_value_heads")
-    if kv_heads is None:
-        kv_heads = 8 if architecture == "MistralForCausalLM" else heads
-    if heads % kv_heads:
-        raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    head_dim = config.maybe_integer("head_dim")
-    if head_dim is None and architecture == "Qwen3ForCausalLM":
-        head_dim = 128
-    if head_dim is None:
-        hidden = config.integer("hidden_size")
-        if hidden % heads:
-            raise config.wrong("head_dim", "the size of one head, since heads do not divide hidden")
-        head_dim = hidden // heads
-    if head_dim % 2:
-        raise UnsupportedModelError(
-            f"{config.source}: heads of {head_dim} channels cannot be rotated in pairs; "
-            "head_dim must be even."
-        )
-    return {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-
-
-def _windows(config: Fields, architecture: str, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer."""
-    types = config.maybe_texts("layer_types")
-    if architecture == "LlamaForCausalLM":
-        given = config.maybe_integer("sliding_window")
-        if given is not None or (types and set(types) != {"full_attention"}):
-            raise UnsupportedModelError(
-                f"{config.source} sets a sliding window, which LlamaForCausalLM does not have; "
-                "use a Mistral or Qwen checkpoint."
-            )
-        return (None,) * layers
-
-    # A window that is null is no window; one that is left out is transformers' default.
-    window: int | None = _DEFAULT_WINDOW
-    if "sliding_window" in config.values:
-        window = config.maybe_integer("sliding_window")
-    if architecture == "MistralForCausalLM":
-        expected = "full_attention" if window is None else "sliding_attention"
-        if types and set(types) != {expected}:
-            raise UnsupportedModelError(
-                f"{config.source}: layer_types that differ from layer to layer are not supported "
-                "for MistralForCausalLM; all must be alike."
-            )
-        return (window,) * layers
-
-    if not config.flag("use_sliding_window", False):
-        window = None
-    if types is None:
-        first = config.values.get("max_window_layers", _QWEN_MAX_WINDOW_LAYERS)
-        if not isinstance(first, int) or first < 0:
-            raise config.wrong("max_window_layers", "a number of layers")
-        return tuple(window if layer >= first else None for layer in range(layers))
-    sliding = "sliding_attention" in types
-    if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
-        raise UnsupportedModelError(
-            f"{config.source}: layer_types must name full_attention or sliding_attention for each "
-            f"of the {layers} layers."
-        )
-    if sliding and window is None:
-        raise UnsupportedModelError(
-            f"{config.source}: layer_types has sliding_attention, but no sliding window is in use; "
-            "set use_sliding_window and sliding_window."
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def _union(*groups: tuple[int, ...]) -> tuple[int, ...]:

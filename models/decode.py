@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows
+    from models.attention import LayerAttention
     from models.decode_step import Bucket, DecodeStep
     from models.decoder import Attention, Decoder, DecoderLayer
+    from models.feed_forward import SwiGLU
 
 
 def decode(
@@ -44,7 +46,8 @@ def decode(
     a step that is run again, by whatever code, writes over what it wrote.
 
     Args:
-        decoder: in bfloat16, float16 or float32, on a GPU (or under Triton's interpreter).
+        decoder: in bfloat16, float16 or float32, on a GPU (or under Triton's interpreter), whose
+            layers are like Llama's (`Decoder.fused`).
         caches: one a layer.
         step: the input, padded to the bucket's size.
         bucket: how the rows attend.
@@ -53,6 +56,7 @@ def decode(
     body, update = decoder.model, None
     hidden: Tensor = body.embed_tokens(step.token_ids)  # [batch, hidden_size]
     rows = {window: step.rows.within(window) for window in set(decoder.config.windows)}
+    assert decoder.rotary is not None and decoder.fused
     attention = _Attention(decoder.rotary.angles(step.positions), step.slots, rows, bucket)
     for module, cache in zip(body.layers, caches, strict=True):
         layer = cast("DecoderLayer", module)
@@ -61,7 +65,8 @@ def decode(
         update = attention(layer.self_attn, normed, cache)
         norm = layer.post_attention_layernorm
         hidden, normed = add_norm(hidden, update, norm.weight, norm.eps)
-        gate_up, down = layer.mlp.gate_up, layer.mlp.down_proj
+        mlp = cast("SwiGLU", layer.mlp)
+        gate_up, down = mlp.gate_up, mlp.down_proj
         update = linear(gated_linear(normed, gate_up.weight, gate_up.bias), down.weight, down.bias)
     _, normed = add_norm(hidden, update, body.norm.weight, body.norm.eps)
     decoded = Decoded.over(packed, normed, bucket, decoder.config)
@@ -87,9 +92,10 @@ class _Attention:
     def __call__(self, module: Attention, normed: Tensor, cache: LayerCache) -> Tensor:
         """What a layer's attention adds to the residual stream, [batch, hidden_size]."""
         query = self._project(module, normed, cache)
-        rows, scale = self.rows[module.attend.window], module.attend.scale
+        attention = cast("LayerAttention", module.attend)
+        rows, scale = self.rows[attention.window], attention.scale
         policy = self.bucket.policy
-        if isinstance(policy, Dynamic) and module.attend.layer >= self.bucket.dense_layers:
+        if isinstance(policy, Dynamic) and attention.layer >= self.bucket.dense_layers:
             found = attend(query, cache, rows, policy, scale, Phases())
             output = found.output
             self.keys.append(found.keys)

@@ -1,6 +1,9 @@
-"""The decoder: Llama's layers, with the few switches that Mistral, Qwen2 and Qwen3 need.
+"""The decoder: layers of attention and feed-forward parts, each behind a norm.
 
-Modules and parameters carry Hugging Face's names, so that loading a checkpoint is a name match.
+What families of models differ in stands in files of its own: `models.norms`, `models.feed_forward`,
+`models.rope` and `models.positions`; which of them a model has, `models.config` says. Modules and
+parameters carry the names that Hugging Face gives Llama's; how other families name them, and lay
+them out, `models.names` knows.
 """
 
 from __future__ import annotations
@@ -12,8 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from kernels.attention import Impl
+from kernels.patterns.pattern import Pattern
+from kernels.torch_backend import wide
 from models.attention import LayerAttention
-from models.joint import Joint
+from models.feed_forward import feed_forward
+from models.make import Make
+from models.own_patterns import PatternAttention
+from models.positions import LearnedPositions
 from models.rope import Rotary
 
 if TYPE_CHECKING:
@@ -49,12 +57,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.impl = impl
-        make = _Make(dtype, device, impl)
-        self.model = Body(config, make, impl)
+        make = Make(config, dtype, device, impl)
+        self.model = Body(config, make)
         self.lm_head = (
             None if config.tied else make.linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.rotary = Rotary(config.rope, config.head_dim, dtype, device)
+        self.rotary = (
+            None if config.rope is None else Rotary(config.rope, config.head_dim, dtype, device)
+        )
         self.requires_grad_(False)
 
     def forward(self, step: StepInput, caches: Sequence[LayerCache], recorder: Recorder) -> Tensor:
@@ -68,13 +78,22 @@ class Decoder(nn.Module):
         Returns:
             [tokens, hidden_size], after the final norm.
         """
-        hidden: Tensor = self.model.embed_tokens(step.token_ids)  # [tokens, hidden_size]
-        angles = self.rotary.angles(step.positions)
+        hidden = self.model.embed(step)  # [tokens, hidden_size]
+        angles = None if self.rotary is None else self.rotary.angles(step.positions)
         update: Tensor | None = None  # what the last part adds to the residual stream
         for layer, cache in zip(self.model.layers, caches, strict=True):
             hidden, update = layer(hidden, update, angles, cache, step, recorder)
         _, normed = self.model.norm.add(hidden, update)
         return normed
+
+    @property
+    def fused(self) -> bool:
+        """Whether `models.decode` computes the model's decode steps: it knows Llama's layers."""
+        config = self.config
+        alike = (config.norm, config.activation) == ("rms", "swiglu")
+        rotated = self.rotary is not None and not (config.position_shape or config.embedding_norm)
+        plain = config.slopes is None and config.patterns is None and config.clip_qkv is None
+        return alike and rotated and plain
 
     @property
     def head(self) -> Tensor:
@@ -97,30 +116,46 @@ class Decoder(nn.Module):
 class Body(nn.Module):
     """Embedding, layers and final norm: what Hugging Face's names put under `model`."""
 
-    def __init__(self, config: ModelConfig, make: _Make, impl: Impl) -> None:
+    def __init__(self, config: ModelConfig, make: Make) -> None:
         super().__init__()
-        self.embed_tokens = make.embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, make, impl) for layer in range(config.layers)
+        size = config.hidden_size
+        self.embed_tokens = make.embedding(config.vocab_size, size)
+        self.positions = (
+            LearnedPositions(config.position_shape, size, make) if config.position_shape else None
         )
-        self.norm = make.norm(config.hidden_size, config.norm_eps)
+        self.embedding_norm = make.norm(size) if config.embedding_norm else None
+        # One tensor for all layers: what a score loses for each position between key and query.
+        slopes = None
+        if config.slopes is not None:
+            slopes = torch.tensor(config.slopes, dtype=wide(make.dtype), device=make.device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, make, slopes) for layer in range(config.layers)
+        )
+        self.norm = make.norm(size)
+
+    def embed(self, step: StepInput) -> Tensor:
+        """The residual stream before the first layer, [tokens, hidden_size]."""
+        hidden: Tensor = self.embed_tokens(step.token_ids)
+        if self.positions is not None:
+            hidden = hidden + self.positions(step.positions)
+        return hidden if self.embedding_norm is None else self.embedding_norm(hidden)
 
 
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, make: _Make, impl: Impl) -> None:
+    def __init__(self, config: ModelConfig, layer: int, make: Make, slopes: Tensor | None) -> None:
         super().__init__()
-        self.input_layernorm = make.norm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, layer, make, impl)
-        self.post_attention_layernorm = make.norm(config.hidden_size, config.norm_eps)
-        self.mlp = FeedForward(config, make, impl)
+        self.input_layernorm = make.norm(config.hidden_size)
+        self.self_attn = Attention(config, layer, make, slopes)
+        self.post_attention_layernorm = make.norm(config.hidden_size)
+        self.mlp = feed_forward(config, make)
 
     def forward(
         self,
         hidden: Tensor,
         update: Tensor | None,
-        angles: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor] | None,
         cache: LayerCache,
         step: StepInput,
         recorder: Recorder,
@@ -135,7 +170,7 @@ class DecoderLayer(nn.Module):
 class Attention(nn.Module):
     """Projections around the attention layer of `models.attention`."""
 
-    def __init__(self, config: ModelConfig, layer: int, make: _Make, impl: Impl) -> None:
+    def __init__(self, config: ModelConfig, layer: int, make: Make, slopes: Tensor | None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.parts = [config.heads, config.kv_heads, config.kv_heads]
@@ -143,30 +178,45 @@ class Attention(nn.Module):
         self.qkv = make.joint(config.hidden_size, sum(sizes), bias=config.qkv_bias)
         self.q_proj, self.k_proj, self.v_proj = self.qkv.parts(sizes)
         self.o_proj = make.linear(sizes[0], config.hidden_size, bias=config.output_bias)
-        self.q_norm = make.norm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = make.norm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.attend = LayerAttention(layer, config.head_dim**-0.5, config.windows[layer], impl)
+        self.q_norm = make.head_norm(config.head_dim) if config.qk_norm else None
+        self.k_norm = make.head_norm(config.head_dim) if config.qk_norm else None
+        self.clip = config.clip_qkv
+        patterns = None if config.patterns is None else config.patterns[layer]
+        scale = config.head_dim**-0.5
+        self.attend: LayerAttention | PatternAttention
+        if patterns is None:
+            self.attend = LayerAttention(layer, scale, config.windows[layer], make.impl, slopes)
+        else:
+            own = tuple(map(Pattern.parse_causal, patterns))
+            self.attend = PatternAttention(layer, scale, own, make.impl)
 
     def forward(
         self,
         hidden: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor] | None,
         cache: LayerCache,
         step: StepInput,
         recorder: Recorder,
     ) -> Tensor:
         """Attention of one layer, [tokens, hidden_size] to the same."""
-        query = self._write(self.qkv(hidden), angles, cache, step)
+        qkv = self.qkv(hidden)  # [tokens, (heads + 2 * kv_heads) * head_dim]
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
+        query = self._write(qkv, angles, cache, step)
         output = self.attend(query, cache, step, recorder)
         projected: Tensor = self.o_proj(output.flatten(1))  # [tokens, hidden_size]
         return projected
 
     def _write(
-        self, qkv: Tensor, angles: tuple[Tensor, Tensor], cache: LayerCache, step: StepInput
+        self,
+        qkv: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        cache: LayerCache,
+        step: StepInput,
     ) -> Tensor:
-        """Write the step's keys and values; its rotated queries [tokens, heads, head_dim]."""
+        """Write the step's keys and values; its queries [tokens, heads, head_dim], rotated."""
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-        if self.attend.impl is Impl.TRITON:
+        if self.attend.impl is Impl.TRITON and angles is not None:
             from kernels.gpu.rotate import rotate_and_write  # a CPU has no Triton
 
             weights = None if norms is None else (norms[0].weight, norms[1].weight)
@@ -177,79 +227,7 @@ class Attention(nn.Module):
         query, keys, values = torch.split(heads, self.parts, dim=1)
         if norms is not None:
             query, keys = norms[0](query), norms[1](keys)
-        cache.write(step.slots, Rotary.rotate(keys, angles), values)
-        return Rotary.rotate(query, angles)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")."""
-
-    def __init__(self, config: ModelConfig, make: _Make, impl: Impl) -> None:
-        super().__init__()
-        self.impl = impl
-        outer, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up = make.joint(outer, 2 * inner, bias=bias)
-        self.gate_proj, self.up_proj = self.gate_up.parts([inner, inner])
-        self.down_proj = make.linear(inner, outer, bias=bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Feed-forward of each token, [tokens, hidden_size] to the same."""
-        both = self.gate_up(hidden)  # [tokens, 2 * intermediate_size]
-        if self.impl is Impl.TRITON:
-            from kernels.gpu.layer import silu_mul  # a CPU has no Triton
-
-            inner = silu_mul(both)
-        else:
-            gate, up = both.chunk(2, dim=-1)
-            inner = F.silu(gate) * up
-        output: Tensor = self.down_proj(inner)
-        return output
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang and Sennrich 2019), computed in float32 or wider."""
-
-    def __init__(
-        self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str, impl: Impl
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.impl = impl
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Norm over the last dimension; same shape and dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
-
-    def add(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of both, [tokens, size], and its norm; None adds nothing."""
-        if self.impl is Impl.TRITON:
-            from kernels.gpu.layer import add_norm  # a CPU has no Triton
-
-            return add_norm(hidden, update, self.weight, self.eps)
-        total = hidden if update is None else hidden + update
-        return total, self(total)
-
-
-class _Make:
-    """Builds modules with parameters allocated on one device in one dtype, and not filled."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device | str, impl: Impl) -> None:
-        self.dtype, self.device, self.impl = dtype, device, impl
-
-    def linear(self, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
-        # By way of "meta", which skips torch's random initialisation of every weight.
-        empty = nn.Linear(inputs, outputs, bias=bias, dtype=self.dtype, device="meta")
-        return empty.to_empty(device=self.device)
-
-    def joint(self, inputs: int, outputs: int, *, bias: bool) -> Joint:
-        return Joint.of(self.linear(inputs, outputs, bias=bias))
-
-    def embedding(self, rows: int, size: int) -> nn.Embedding:
-        empty = nn.Embedding(rows, size, dtype=self.dtype, device="meta")
-        return empty.to_empty(device=self.device)
-
-    def norm(self, size: int, eps: float) -> RMSNorm:
-        return RMSNorm(size, eps, self.dtype, self.device, self.impl)
+        if angles is not None:
+            query, keys = Rotary.rotate(query, angles), Rotary.rotate(keys, angles)
+        cache.write(step.slots, keys, values)
+        return query

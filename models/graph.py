@@ -114,7 +114,8 @@ class CapturedSteps:
         buckets: what to capture, at least one.
 
     Raises:
-        ModelError: the decoder's dtype is another, or a policy is plain top-k.
+        ModelError: the decoder's dtype is another, its layers are not like Llama's, or a policy is
+            plain top-k.
     """
 
     def __init__(
@@ -126,6 +127,8 @@ class CapturedSteps:
             raise ModelError(
                 f"Decode steps are captured in bfloat16, float16 or float32, not in {name}."
             )
+        if not decoder.fused:
+            raise ModelError(f"Decode steps of {decoder.config.architecture} are not captured.")
         # The largest first: the others then fit into the memory that it took.
         order = sorted(buckets, key=lambda bucket: bucket.batch * bucket.pages, reverse=True)
         if any(isinstance(one.policy, Dynamic) and not one.policy.sampled for one in order):

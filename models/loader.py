@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,12 +14,16 @@ from kernels.attention import Impl
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import CheckpointError, ModelError
+from models.families import bloom, mpt
 from models.fields import Fields
+from models.names import Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from models.names import Cut, Names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,6 +35,8 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# Of the families that do not share Llama's names.
+_NAMES: Mapping[str, Names] = {"BloomForCausalLM": bloom.NAMES, "MptForCausalLM": mpt.NAMES}
 _NAMED_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -44,14 +50,20 @@ class _Stored:
     """One tensor of the checkpoint, as its file's header describes it."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    cut: Cut | None = None  # the rows that are meant; None: all
+
+    def of(self, cut: Cut | None) -> _Stored:
+        """A part of this tensor."""
+        return self if cut is None else replace(self, shape=cut.shape(self.shape), cut=cut)
 
     @property
     def bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def read(self, name: str) -> Tensor:
+    def read(self) -> Tensor:
         """The tensor, as a view of the mapped file.
 
         The file is opened anew for each tensor: pages of a mapping count as this process's memory
@@ -59,10 +71,10 @@ class _Stored:
         """
         try:
             with safe_open(self.file, framework="pt") as handle:
-                tensor: Tensor = handle.get_tensor(name)
+                tensor: Tensor = handle.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
             raise _damaged(self.file, error) from error
-        return tensor
+        return tensor if self.cut is None else self.cut.of(tensor)
 
 
 def load(
@@ -95,9 +107,9 @@ def load(
     if load_format == "dummy":
         return dummy(config, resolve_dtype(dtype, config.dtype, place), place), config
 
-    stored = _tensors(folder)
+    held = _tensors(folder)
     wanted = dict(Decoder(config, torch.float32, "meta").named_parameters())
-    _check(folder, config, wanted, stored)
+    stored = _stored(folder, config, wanted, held)
     source = config.dtype or str(stored["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     decoder = _decoder(config, resolve_dtype(dtype, source, place), place)
     parameters = dict(decoder.named_parameters())
@@ -105,10 +117,10 @@ def load(
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights") as progress:
         # File order, so that a spinning disk or a network share reads straight through.
         for name in sorted(parameters, key=lambda name: (str(stored[name].file), name)):
-            parameters[name].copy_(stored[name].read(name))
+            parameters[name].copy_(stored[name].read())
             progress.update(stored[name].bytes)
-    if config.tied and "lm_head.weight" in stored:
-        _check_tie(parameters["model.embed_tokens.weight"], stored["lm_head.weight"])
+    if config.tied and "lm_head.weight" in held:
+        _check_tie(parameters["model.embed_tokens.weight"], held["lm_head.weight"])
     return decoder, config
 
 
@@ -217,7 +229,7 @@ def _header(file: Path) -> dict[str, _Stored]:
                         "checkpoints of 16 to 64 bits are supported, so use one that is not "
                         "quantised."
                     )
-                stored[name] = _Stored(file, tuple(view.get_shape()), _DTYPES[code])
+                stored[name] = _Stored(file, name, tuple(view.get_shape()), _DTYPES[code])
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
     return stored
@@ -240,14 +252,19 @@ def _no_weights(folder: Path) -> CheckpointError:
     )
 
 
-def _check(
+def _stored(
     folder: Path,
     config: ModelConfig,
     wanted: Mapping[str, Tensor],
-    stored: Mapping[str, _Stored],
-) -> None:
-    """Names and shapes, before any memory is taken."""
-    missing = [name for name in wanted if name not in stored]
+    held: Mapping[str, _Stored],
+) -> dict[str, _Stored]:
+    """Where each parameter is stored; names and shapes are checked before any memory is taken."""
+    names = _NAMES.get(config.architecture)
+    sources = {
+        name: Source(name) if names is None else names.source(name, config.heads, held)
+        for name in wanted
+    }
+    missing = [source.name for source in sources.values() if source.name not in held]
     if missing:
         hint = "fetch the checkpoint again"
         if missing == ["lm_head.weight"]:
@@ -256,21 +273,25 @@ def _check(
             f"{folder} lacks the tensor {missing[0]!r}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; {hint}."
         )
+    stored = {name: held[source.name].of(source.cut) for name, source in sources.items()}
     for name, parameter in wanted.items():
         if stored[name].shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"{stored[name].file}: the tensor {name!r} has the shape "
-                f"{list(stored[name].shape)}, but config.json asks for {list(parameter.shape)}; "
+                f"{stored[name].file}: the tensor {stored[name].name!r} has the shape "
+                f"{list(held[stored[name].name].shape)}, but config.json asks for "
+                f"{list(parameter.shape)}{'' if stored[name].cut is None else ' in each third'}; "
                 "use the files of one checkpoint."
             )
-    unused = [name for name in stored if name not in wanted and not _may_be_ignored(name, config)]
+    used = {source.name for source in sources.values()}
+    unused = [name for name in held if name not in used and not _may_be_ignored(name, config)]
     if unused:
         raise CheckpointError(
-            f"{stored[unused[0]].file} holds the tensor {unused[0]!r}"
+            f"{held[unused[0]].file} holds the tensor {unused[0]!r}"
             f"{f' and {len(unused) - 1} more' if len(unused) > 1 else ''}, for which "
             f"{config.architecture} with this config.json has no use; without it the answers would "
             "be wrong, so correct config.json or use another checkpoint."
         )
+    return stored
 
 
 def _may_be_ignored(name: str, config: ModelConfig) -> bool:
@@ -279,7 +300,7 @@ def _may_be_ignored(name: str, config: ModelConfig) -> bool:
 
 
 def _check_tie(embedding: Tensor, head: _Stored) -> None:
-    stored = head.read("lm_head.weight").to(embedding.device, embedding.dtype)
+    stored = head.read().to(embedding.device, embedding.dtype)
     if stored.shape != embedding.shape or not torch.equal(stored, embedding):
         raise CheckpointError(
             f"{head.file}: lm_head.weight differs from the embedding, although config.json ties "

@@ -25,6 +25,7 @@ FALLBACKS = (
     ("kernel_error", "fixed"),
     ("kernel_error", "dense"),
     ("overload", "fixed"),
+    ("own_pattern", "dense"),
     ("requested", "dense"),
     ("requested", "fixed"),
 )

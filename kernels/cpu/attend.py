@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kernels.cpu.keys import Keys, arrays, numbers, slots_of
+from kernels.cpu.keys import Keys, arrays, fall, numbers, place_of, slots_of
 from kernels.cpu.launch import entry, in_threads, sources
 from kernels.cpu.number import long_vectors
 from kernels.cpu.scan import load_query
@@ -60,6 +60,7 @@ def _kernel(version: int) -> Any:
             slots = slots_of(keys, head, row, indices[row, head, :count])
             mass = np.empty((group, count), np.float32)
             dot_rows(query, pairs, slots, mass, 0)
+            fall(keys, place_of(keys, head, row, 0), indices[row, head, :count], mass, 0)
             for place in range(count):
                 slots[place] = 2 * slots[place] + 1
             for reader in range(group):

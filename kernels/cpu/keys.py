@@ -33,6 +33,7 @@ class Keys(NamedTuple):
     starts: Any  # int64 [rows]
     queries: int  # rows of each sequence
     pages: int  # of each KV head
+    slopes: Any  # float32 [heads], what each position is worth (`kernels.alibi`); [0]: nothing
 
 
 class Place(NamedTuple):
@@ -101,6 +102,57 @@ def slots_of(keys: Keys, head: int, row: int, positions: Any) -> Any:
     return slots
 
 
+@jit
+def fall(keys: Keys, place: Place, positions: Any, out: Any, offset: int) -> None:
+    """Add what distance is worth to scores.
+
+    Args:
+        keys: see there.
+        place: the row and KV head.
+        positions: int64 [n], of keys.
+        out: float32 [group, ..], in and out: the keys' scores, from `offset` on.
+        offset: see there.
+    """
+    if keys.slopes.shape[0] == 0:
+        return
+    for head in range(out.shape[0]):
+        slope = keys.slopes[place.head * out.shape[0] + head]
+        for index in range(positions.shape[0]):
+            out[head, offset + index] += slope * np.float32(positions[index] - (place.length - 1))
+
+
+@jit
+def fall_in_page(keys: Keys, place: Place, out: Any) -> None:
+    """Add what distance from a page's first key is worth to scores of its keys [group, 64]."""
+    if keys.slopes.shape[0] == 0:
+        return
+    for head in range(out.shape[0]):
+        slope = keys.slopes[place.head * out.shape[0] + head]
+        for key in range(64):
+            out[head, key] += slope * np.float32(key)
+
+
+@jit
+def fall_of_pages(keys: Keys, place: Place, low: int, pages: int, centre: Any, offset: int) -> None:
+    """Add what distance from a row to pages' first keys is worth to the scores of their means.
+
+    Args:
+        keys: see there.
+        place: the row and KV head.
+        low: the first page, as `place` numbers them.
+        pages: how many.
+        centre: float32 [group, ..], in and out, from `offset` on.
+        offset: see there.
+    """
+    if keys.slopes.shape[0] == 0:
+        return
+    for head in range(centre.shape[0]):
+        slope = keys.slopes[place.head * centre.shape[0] + head]
+        for index in range(pages):
+            distance = (place.first + low + index) * 64 - (place.length - 1)
+            centre[head, offset + index] += slope * np.float32(distance)
+
+
 def arrays(cache: LayerCache, rows: Rows) -> Keys:
     """The cache and rows as numba takes them."""
     head_dim = cache.head_dim
@@ -114,6 +166,7 @@ def arrays(cache: LayerCache, rows: Rows) -> Keys:
         rows.starts.contiguous().numpy(),
         rows.queries,
         cache.kv.shape[1],
+        (torch.empty(0) if cache.slopes is None else cache.slopes).contiguous().numpy(),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.budget import EACH, PROBE
-from kernels.cpu.keys import kept_of, pages_of, slots_of
+from kernels.cpu.keys import fall, fall_of_pages, kept_of, pages_of, slots_of
 from kernels.cpu.launch import jit
 from kernels.cpu.scan import estimate_page
 from kernels.cpu.vectors import dot_rows
@@ -42,6 +42,7 @@ def probe_pages(
     low, pages = pages_of(keys, place, first, last)
     stored, sizes = keys.codes, keys.scale
     dot_rows(query, keys.key_mean, pages, centre, low)
+    fall_of_pages(keys, place, low, pages.shape[0], centre, low)
     # The probed keys of several pages, as if they were one page's.
     group, codes = score.shape[0], np.empty((1, keys.codes.shape[1], 64), np.int64)
     scales, out = np.empty((1, 64), np.uint16), np.empty((group, 64), np.float32)
@@ -63,6 +64,11 @@ def probe_pages(
                 middle = centre[head, page] + _LOG_EACH
                 for probe in range(PROBE):
                     score[head, page * PROBE + probe] = out[head, index * PROBE + probe] + middle
+                if keys.slopes.shape[0] > 0:
+                    slope = keys.slopes[place.head * group + head]
+                    for probe in range(PROBE):
+                        key = np.float32(_probed(place, page) + probe)
+                        score[head, page * PROBE + probe] += slope * key
     for head in range(group):
         for probe in range(first * SEGMENT * PROBE, min(low, place.coded // 64) * PROBE):
             score[head, probe] = -np.inf
@@ -82,4 +88,5 @@ def score_kept(keys: Keys, place: Place, query: Any, out: Any, offset: int) -> i
     """Exact scores of the keys that are always read, to `out` from `offset` on; how many."""
     kept = kept_of(place)
     dot_rows(query, keys.kv, slots_of(keys, place.head, place.row, kept) * 2, out, offset)
+    fall(keys, place, kept, out, offset)
     return len(kept)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels.cpu.keys import pages_of
+from kernels.cpu.keys import fall_in_page, pages_of
 from kernels.cpu.launch import inlined, jit
 from kernels.cpu.number import add_columns, exp, long_vectors, popcount
 from kernels.cpu.scan import estimate_page
@@ -58,6 +58,7 @@ def draw_keys(keys: Keys, work: Work, unit: int, place: Place, first: int, last:
             length[:] = _WHOLE
         else:
             estimate_page(codes, scales, pages[index], planes, level, sums, scores)
+            fall_in_page(keys, place, scores)
             _measure(scores, centre, page, norm, factor, share, length)
         for key in range(place.low - page * 64):
             length[key] = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.codes import NOISE
-from kernels.cpu.keys import pages_of
+from kernels.cpu.keys import fall_in_page, fall_of_pages, pages_of
 from kernels.cpu.launch import jit
 from kernels.cpu.number import long_vectors, number, popcount
 from kernels.cpu.vectors import add_rows, dot_rows
@@ -147,8 +147,10 @@ def scan_segment(
     out = np.empty((scores.shape[0], 64), np.float32)
     scores[:] = -np.inf
     dot_rows(query, keys.key_mean, pages, centre, first)
+    fall_of_pages(keys, place, low, pages.shape[0], centre, first)
     for index in range(pages.shape[0]):
         estimate_page(keys.codes, keys.scale, pages[index], planes, level, sums, out)
+        fall_in_page(keys, place, out)
         page = first + index
         for head in range(scores.shape[0]):
             for key in range(64):

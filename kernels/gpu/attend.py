@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.launch import splits_for, tile_of
 from kernels.page import PAGE
 
@@ -43,11 +44,13 @@ def selected_attention(
     _selected[count, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, selection.indices.contiguous(),
         parts.lses if weights is None else weights.contiguous(),
-        selection.counts.contiguous(), parts.outputs, parts.lses, parts.owns, scale,
+        selection.counts.contiguous(), rows.lengths, slopes_of(cache), parts.outputs, parts.lses,
+        parts.owns, scale,
         rows.queries, capacity, rows.block_tables.stride(0), cache.kv.shape[1],
         -(-blocks // splits),
         GROUP=group, TILE=tile_of(group), DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-        WEIGHTED=weights is not None, BLOCK=BLOCK, PAGE=PAGE, num_warps=4, num_stages=3,
+        WEIGHTED=weights is not None, BIASED=cache.slopes is not None, BLOCK=BLOCK, PAGE=PAGE,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return parts.joined(query.dtype)
 
@@ -68,10 +71,10 @@ def dense_decode(
     parts = _Parts.of(query, splits, weighted=False)
     _dense[tiles, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
-        parts.outputs, parts.lses, scale,
+        slopes_of(cache), parts.outputs, parts.lses, scale,
         rows.queries, rows.block_tables.stride(0), cache.kv.shape[1], -(-blocks // splits),
         GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim, WIDTH=width, BLOCK=block,
-        PAGE=PAGE, num_warps=4, num_stages=2,
+        BIASED=cache.slopes is not None, PAGE=PAGE, num_warps=4, num_stages=2,
     )  # fmt: skip
     return parts.joined(query.dtype)[:2]
 
@@ -109,10 +112,10 @@ class _Parts:
 
 @triton.jit(do_not_specialize=["queries", "capacity", "table_stride", "cache_pages", "blocks"])
 def _selected(
-    query, kv, tables, indices, weights, counts, outputs, lses, owns, scale,
+    query, kv, tables, indices, weights, counts, lengths, slopes, outputs, lses, owns, scale,
     queries, capacity, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One row and KV head over a split of its selected keys."""
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -140,6 +143,10 @@ def _selected(
         keys = tl.load(data, there, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, there, 0.0)
         score = score_keys(mine, keys, seen[None], scale)
+        if BIASED:
+            distance = (position - (tl.load(lengths + row) - 1)).to(tl.float32)
+            slope = load_slopes(slopes, kv_head, head, GROUP) / 1.4426950408889634
+            score += slope[:, None] * distance[None]
         if WEIGHTED:
             own_peak, own_total = grow_scores(score, own_peak, own_total)
             score += tl.load(weights + pair * capacity + place, seen, 0.0)[None]
@@ -152,10 +159,10 @@ def _selected(
 
 @triton.jit(do_not_specialize=["queries", "table_stride", "cache_pages", "blocks"])
 def _dense(
-    query, kv, tables, starts, lengths, outputs, lses, scale,
+    query, kv, tables, starts, lengths, slopes, outputs, lses, scale,
     queries, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one sequence over a split of the keys that any of them sees."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -186,6 +193,10 @@ def _dense(
         values = tl.load(data + DIM, loaded, 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
         score = score_keys(mine, keys, seen, scale)
+        if BIASED:
+            distance = (position[None] - (stop[:, None] - 1)).to(tl.float32)
+            slope = load_slopes(slopes, kv_head, place % GROUP, GROUP) / 1.4426950408889634
+            score += slope[:, None] * distance
         peak, total, sums = add_scores(score, values, peak, total, sums)
     target = line * tl.num_programs(2) + split
     leave(outputs, lses, target, channel, wide, there, peak, total, sums, DIM)

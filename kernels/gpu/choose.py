@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.distance import load_slopes, page_of_slope, slopes_of
 from kernels.gpu.prepare import LOG2E
 from kernels.gpu.tiles import ROWS, SUMMED, Summaries, mean_spread, rows_at, rows_of, score_variance
 from kernels.page import PAGE
@@ -41,11 +42,13 @@ def choose(
     little = torch.empty(tiles * units, kv_heads, pages, dtype=torch.int8, device=device)
     small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
     _little[tiles * units, kv_heads](
-        query, cache.kv, summaries.means, summaries.spreads, segment.block_table, little,
+        query, cache.kv, summaries.means, summaries.spreads, segment.block_table,
+        slopes_of(cache), little,
         scale * LOG2E.value, math.log2(least) if least > 0 else -math.inf, segment.start, tokens,
         pages, summaries.room, cache.kv.shape[1],
         GROUP=group, PADDED=padded, ROWS=rows, ASKED=asked, DIM=head_dim,
         WIDTH=triton.next_power_of_2(head_dim), SUMMED=SUMMED, TOGETHER=TOGETHER, PAGE=PAGE,
+        BIASED=cache.slopes is not None,
         num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
     )  # fmt: skip
     left = torch.empty(tiles, kv_heads, -(-pages // PAGE), dtype=torch.int64, device=device)
@@ -70,10 +73,11 @@ def choose(
 
 @triton.jit(do_not_specialize=["least", "start", "tokens", "pages", "room", "cache_pages"])
 def _little(
-    query, kv, means, spreads, table, little, scale, least, start, tokens, pages, room, cache_pages,
+    query, kv, means, spreads, table, slopes, little, scale, least, start, tokens, pages, room,
+    cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ASKED: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, SUMMED: tl.constexpr, TOGETHER: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """On which pages some queries of a tile find but little of their mass, each of them."""
     unit, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -91,6 +95,10 @@ def _little(
     slot = (kv_head * cache_pages + tl.load(table + past)).to(tl.int64) * PAGE + key
     keys = tl.load(kv + slot[:, None] * (2 * DIM) + channel[None], stored, 0.0)
     near = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale
+    if BIASED:
+        slope = load_slopes(slopes, kv_head, tl.arange(0, ROWS) % PADDED, GROUP)
+        beyond, even = page_of_slope(slope, PAGE)
+        near += slope[:, None] * (key[None] - number[:, None]).to(tl.float32)
     near = tl.where(key[None] <= number[:, None], near, float("-inf"))
     peak = tl.max(near, 1)
     total = tl.sum(tl.exp2(near - peak[:, None]), 1)
@@ -100,9 +108,15 @@ def _little(
     # To base 2: what a page's mass exceeds its mean's score by, and its error over its mass.
     more = variance * (0.5 * 1.4426950408889634) + 6.0
     error = tl.log2((tl.exp(variance) - 1.0) / PAGE) / 2
+    if BIASED:
+        error = tl.log2((tl.exp(variance) - even) / (even * PAGE)) / 2
     for block in range(0, past, TOGETHER):
         score = tl.dot(mine, tl.trans(means.load([first + block, 0])), input_precision="ieee")
-        score = tl.where((block + other < past)[None], score * scale + more[:, None], float("-inf"))
+        score = score * scale + more[:, None]
+        if BIASED:
+            distance = ((block + other - past)[None] * PAGE - number[:, None]).to(tl.float32)
+            score += slope[:, None] * distance + beyond[:, None]
+        score = tl.where((block + other < past)[None], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
         peak = higher
@@ -112,7 +126,11 @@ def _little(
     for block in range(0, past, TOGETHER):
         # Pages are the product's rows here, so that most of a page's queries share a thread.
         turned = tl.dot(means.load([first + block, 0]), tl.trans(mine), input_precision="ieee")
-        under = tl.min((turned * scale < enough[None]).to(tl.int32), 1).to(tl.int8)
+        turned = turned * scale
+        if BIASED:
+            distance = ((block + other - past)[:, None] * PAGE - number[None]).to(tl.float32)
+            turned += slope[None] * distance + beyond[None]
+        under = tl.min((turned < enough[None]).to(tl.int32), 1).to(tl.int8)
         tl.store(little + block + other, under, block + other < past)
 
 

@@ -41,7 +41,9 @@ def dense_attention(
     if window is not None and window < segment.start + segment.tokens:
         seen = pattern_lists(Pattern.parse(f"window:{window}"), segment, cache.kv_heads)
         return tile_attention(query, cache, segment, seen, scale)[0]
-    behind = segment.start // RUN * RUN if _suits(query) else 0
+    # The library's kernel knows nothing of distance.
+    library = _suits(query) and cache.slopes is None
+    behind = segment.start // RUN * RUN if library else 0
     near = _causal(segment, behind // PAGE, cache.kv_heads)
     output, lse, _ = tile_attention(query, cache, segment, near, scale)
     if behind == 0:

@@ -134,7 +134,8 @@ def signed_sums(low, high, planes, STEPS: tl.constexpr):
     return first, second
 
 
-def _sums(words, planes, STEPS):
+@inlined
+def _sums(words, planes, STEPS: tl.constexpr):
     """What `signed_sums` says of one key a lane, without tensor cores."""
     total = tl.full((8, 8), 0.0, tl.float32)
     for step in range(STEPS):
@@ -150,6 +151,7 @@ def _sums(words, planes, STEPS):
     return tl.reshape(first + second * 4.0, (32,))
 
 
+@inlined
 def _bits(words):
     """int32 [8, 4] as float32 [8, 128]."""
     bits = (words[:, :, None] >> tl.arange(0, 32)[None, None]) & 1

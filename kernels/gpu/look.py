@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels import sample
 from kernels.gpu import overlap
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.layout import HELD
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
@@ -57,13 +58,15 @@ def look(
     """Attend to what a scan has met."""
     overlaps = overlap.possible(look.query.device)
     _look[layout.lines, look.outputs.shape[2]](
-        look.query, cache.kv, rows.block_tables, rows.starts, rows.lengths, scratch.marks,
+        look.query, cache.kv, rows.block_tables, rows.starts, rows.lengths, slopes_of(cache),
+        scratch.marks,
         scratch.marked, scratch.slots, scratch.counts, look.outputs, look.lses, look.owns,
         look.scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, layout.spans,
         scratch.slots.shape[2], rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), EACH=EACH, BLOCK=BLOCK, PAGE=PAGE,
-        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=128,
+        BIASED=cache.slopes is not None, OVERLAP=overlaps,
+        launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=128,
     )  # fmt: skip
 
 
@@ -73,10 +76,11 @@ def look(
     ]
 )  # fmt: skip
 def _look(
-    query, kv, tables, starts, lengths, marks, marked, slots, counts, outputs, lses, owns,
+    query, kv, tables, starts, lengths, slopes, marks, marked, slots, counts, outputs, lses, owns,
     scale, sinks, queries, kv_heads, spans, places, table_stride, cache_pages,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
+    EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line over what was met in a span, or some of the keys always read."""
     overlap.begin(OVERLAP)
@@ -88,18 +92,18 @@ def _look(
     look_here(
         query + line * (GROUP * DIM), kv + kv_head * cache_pages * (PAGE * 2 * DIM),
         tables + (row // queries) * table_stride, marked + place * places, slots + place * places,
-        outputs, lses, owns, scale, line * GROUP, span, spans, start, length,
-        tl.load(marks + line) == 0, tl.load(counts + place, span < spans, 0), sinks,
-        GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE,
+        slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, span, spans, start,
+        length, tl.load(marks + line) == 0, tl.load(counts + place, span < spans, 0), sinks,
+        GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
     )  # fmt: skip
 
 
 @triton.jit
 def look_here(
-    query, kv, table, marked, slots, outputs, lses, owns, scale,
+    query, kv, table, marked, slots, slopes, outputs, lses, owns, scale,
     first_head, span, spans, start, length, lost, noted, sinks,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one line to the keys that its marks met here, or to some always read.
 
@@ -131,13 +135,17 @@ def look_here(
         slot = tl.where(met_here, met, page * PAGE + position % PAGE)
         size = (note >> POSITION_BITS).to(tl.float32)
         size = tl.where(seen & met_here, size, plain)
-        more = met_here & (place + BLOCK < total)
+        own, more = note, met_here & (place + BLOCK < total)
         met = tl.load(slots + place + BLOCK, more, 0)
         note = tl.load(marked + place + BLOCK, more, 0)
         data = kv + slot.to(tl.int64)[:, None] * (2 * DIM) + channel[None]
         keys = tl.load(data, seen[:, None] & inside[None], 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, seen[:, None] & inside[None], 0.0)
         score = tl.dot(keys, mine, input_precision="ieee") * scale  # [BLOCK, HEADS]
+        if BIASED:
+            position = tl.where(met_here, (own & POSITIONS).to(tl.int32), position)
+            distance = (position - (length - 1)).to(tl.float32)
+            score += load_slopes(slopes, 0, head, GROUP)[None] * distance[:, None]
         # Each key counts 1 / p times.
         score = tl.where(seen[:, None], score - tl.log2(size / CERTAIN)[:, None], float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 0))

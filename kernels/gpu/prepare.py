@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.codes import NOISE, rotation
 from kernels.gpu import overlap
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import LEVELS, PLANES, WORD
 from kernels.gpu.launch import tile_of
 from kernels.gpu.layout import HELD
@@ -42,24 +43,24 @@ def prepare(
     overlaps = overlap.possible(query.device)
     _prepare[layout.lines, 1 + HELD // PAGE](
         query, rotation(layout.head_dim, wide, query.device), cache.kv, rows.block_tables,
-        rows.starts, rows.lengths, scratch.planes, scratch.factors, scratch.held,
+        rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors, scratch.held,
         scale, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
         cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, TILE=tile_of(layout.group),
         DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim),
         STEPS=layout.steps, SETS=layout.sets, HELD=HELD, PAGE=PAGE,
         CHANNELS=min(CHANNELS, triton.next_power_of_2(layout.head_dim)),
-        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
+        BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["sinks", "queries", "kv_heads", "table_stride", "cache_pages"])
 def _prepare(
-    query, rotated, kv, tables, starts, lengths, planes, factors, held,
+    query, rotated, kv, tables, starts, lengths, slopes, planes, factors, held,
     scale, sinks, queries, kv_heads, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, STEPS: tl.constexpr, SETS: tl.constexpr, HELD: tl.constexpr,
-    PAGE: tl.constexpr, CHANNELS: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGE: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line: its query, or a page of the keys always read."""
     overlap.begin(OVERLAP)
@@ -108,6 +109,9 @@ def _prepare(
             kv + slot[:, None] * (2 * DIM) + channel[None], seen[:, None] & inside[None], 0.0
         )  # [PAGE, WIDTH]
         score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+        if BIASED:
+            distance = (position - (length - 1)).to(tl.float32)
+            score += load_slopes(slopes, kv_head, head, GROUP)[:, None] * distance[None]
         score = tl.where(seen[None], score, float("-inf"))  # [TILE, PAGE]
         place = (line * PADDED + head)[:, None] * HELD + (part - 1) * PAGE + key[None]
         tl.store(held + place, score, (head < PADDED)[:, None])

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.budget import EACH, PROBE
 from kernels.gpu import overlap
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import estimate, load_factors, load_planes, signed_sums
 from kernels.gpu.layout import HELD
 from kernels.gpu.prepare import LOG2E
@@ -59,14 +60,14 @@ def probe(
     overlaps = overlap.possible(query.device)
     _probe[layout.lines, parts](
         query, cache.key_mean, cache.codes.view(torch.int32), cache.scale, rows.block_tables,
-        rows.starts, rows.lengths, scratch.planes, scratch.factors, scratch.centres,
-        scratch.probes, masses,
+        rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors,
+        scratch.centres, scratch.probes, masses,
         scale, sinks, rows.queries, layout.kv_heads, layout.pages, rows.block_tables.stride(0),
         cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, HEADS=max(8, layout.padded),
         DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim), SETS=layout.sets,
         STEPS=layout.steps, WORDS=layout.words, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH, PAGE=PAGE,
-        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
+        BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
     )  # fmt: skip
     shares = torch.empty(layout.lines, layout.pages * PROBE, device=query.device)
     _settle[(layout.lines,)](
@@ -83,12 +84,12 @@ def probe(
     do_not_specialize=["sinks", "queries", "kv_heads", "pages", "table_stride", "cache_pages"]
 )
 def _probe(
-    query, means, codes, scales, tables, starts, lengths, planes, factors, centres, probes, masses,
-    scale, sinks, queries, kv_heads, pages, table_stride, cache_pages,
+    query, means, codes, scales, tables, starts, lengths, slopes, planes, factors, centres, probes,
+    masses, scale, sinks, queries, kv_heads, pages, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr,
     CHUNK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A part of one line's pages, by one warp: see `kernels.gpu.lanes`.
 
@@ -139,6 +140,9 @@ def _probe(
         0.0,
     )  # [HEADS, WIDTH]
     centre = tl.dot(mean, tl.trans(mine), input_precision="ieee") * (scale * LOG2E)
+    if BIASED:
+        distance = (own * PAGE - (tl.load(lengths + row) - 1)).to(tl.float32)
+        centre += load_slopes(slopes, kv_head, heads, GROUP)[None] * distance[:, None]
     # Heads that are none are of no mass.
     centre = tl.where((heads < GROUP)[None], centre, float("-inf"))  # [CHUNK, HEADS]
     centres += line * pages * PADDED
@@ -153,6 +157,8 @@ def _probe(
         set_factors = load_factors(factors, line, PADDED, some)
         head = some * 4 + member
         there = head < PADDED
+        if BIASED:
+            slope = load_slopes(slopes, kv_head, head, GROUP)
         low_centre = tl.load(centres + low * PADDED + head, there & (low < stop), float("-inf"))
         high_centre = tl.load(centres + high * PADDED + head, there & (high < stop), float("-inf"))
         scores = ()
@@ -166,11 +172,15 @@ def _probe(
                 )
             sums = signed_sums(words[0], words[1], set_planes, STEPS)
             score = estimate(sums[0], low_sizes[probed], set_factors, low_centre)
+            if BIASED:
+                score += slope * (low_key + probed).to(tl.float32)
             position = low * PAGE + low_key + probed
             score = tl.where((position >= start) & (position >= sinks), score, float("-inf"))
             place = (line * pages + low) * PROBE + probed
             tl.store(probes + place * PADDED + head, score, there & (low < stop))
             next_score = estimate(sums[1], high_sizes[probed], set_factors, high_centre)
+            if BIASED:
+                next_score += slope * (high_key + probed).to(tl.float32)
             position = high * PAGE + high_key + probed
             free = (position >= start) & (position >= sinks)
             next_score = tl.where(free, next_score, float("-inf"))

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kernels import sample
 from kernels.gpu import overlap
+from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import (
     add_heads,
     estimate,
@@ -67,7 +68,8 @@ def scan(
     width = triton.next_power_of_2(layout.head_dim)
     _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
         cache.codes.view(torch.int32), cache.scale, rows.block_tables, rows.starts, rows.lengths,
-        scratch.planes, scratch.factors, scratch.centres, scratch.norm, scratch.marks,
+        slopes_of(cache), scratch.planes, scratch.factors, scratch.centres, scratch.norm,
+        scratch.marks,
         scratch.marked, scratch.slots, scratch.counts,
         unused if shares is None else shares, unused if masses is None else masses,
         look.query if looks else unused, cache.kv, look.outputs if looks else unused,
@@ -79,7 +81,8 @@ def scan(
         WORDS=layout.words, SPAN=layout.span, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
         SHARES=shares is not None, MASSES=masses is not None, LOOKS=looks,
         HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, EACH=EACH,
-        BYTES=2 * layout.head_dim * cache.kv.itemsize, OVERLAP=overlaps,
+        BYTES=2 * layout.head_dim * cache.kv.itemsize,
+        BIASED=cache.slopes is not None, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=128 if looks else 80,
     )  # fmt: skip
 
@@ -90,14 +93,14 @@ def scan(
     ]
 )  # fmt: skip
 def _scan(
-    codes, scales, tables, starts, lengths, planes, factors, centres, norm, marks,
+    codes, scales, tables, starts, lengths, slopes, planes, factors, centres, norm, marks,
     marked, slots, counts, shares, masses, query, kv, outputs, lses, owns,
     scale, sinks, queries, kv_heads, pages, spans, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr,
     PAGE: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr, LOOKS: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr,
-    BYTES: tl.constexpr, OVERLAP: tl.constexpr,
+    BYTES: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some segments of one line, or some of its keys always read: see `kernels.gpu.lanes`.
 
@@ -171,12 +174,15 @@ def _scan(
             chosen = tl.where(column // 2 == block, 1.0, 0.0)
             for some in tl.static_range(SETS):
                 low_sums, high_sums = signed_sums(lows, highs, line_planes[some], STEPS)
-                low_mass = tl.exp2(
-                    estimate(low_sums, low_size, line_factors[some], centre[some] - wholes[some])
-                )
-                high_mass = tl.exp2(
-                    estimate(high_sums, high_size, line_factors[some], centre[some] - wholes[some])
-                )
+                factor, middle = line_factors[some], centre[some] - wholes[some]
+                low_score = estimate(low_sums, low_size, factor, middle)
+                high_score = estimate(high_sums, high_size, factor, middle)
+                if BIASED:
+                    slope = load_slopes(slopes, kv_head, some * 4 + member, GROUP)
+                    at = (block * (2 * STRIDE) + column).to(tl.float32)
+                    low_score += slope * at
+                    high_score += slope * (at + STRIDE)
+                low_mass, high_mass = tl.exp2(low_score), tl.exp2(high_score)
                 total = add_heads(low_mass, high_mass, chosen, total)
                 if MASSES:
                     at = block * (2 * STRIDE) + column
@@ -213,9 +219,9 @@ def _scan(
     if LOOKS:
         tl.debug_barrier()
         look_here(
-            query + line * (GROUP * DIM), kv, table, marked, slots, outputs, lses, owns, scale,
-            line * GROUP, span, spans, start, length, number == 0, noted, sinks,
-            GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE,
+            query + line * (GROUP * DIM), kv, table, marked, slots, slopes + kv_head * GROUP,
+            outputs, lses, owns, scale, line * GROUP, span, spans, start, length, number == 0,
+            noted, sinks, GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
         )  # fmt: skip
 
 

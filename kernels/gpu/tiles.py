@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.gpu.distance import load_slopes, page_of_slope, slopes_of
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 from kernels.tiles import ALIKE, SAMPLES, TURN
@@ -98,11 +99,13 @@ def tile_attention(
             selection.starts.contiguous(), selection.counts.contiguous(),
             selection.whole.contiguous(), selection.pages, selection.masks, selection.bits,
             selection.bits if left is None else left.contiguous(),
-            kinds, output, lses[0], lses[1], scale * LOG2E.value, segment.start, tokens,
+            slopes_of(cache), kinds, output, lses[0], lses[1],
+            scale * LOG2E.value, segment.start, tokens,
             0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
             GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim, WIDTH=width,
             MEANS=left is not None, SAMPLED=sampled, ALIKE=ALIKE, SAMPLES=SAMPLES, SUMMED=SUMMED,
-            PAGE=PAGE, num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
+            PAGE=PAGE, BIASED=cache.slopes is not None,
+            num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
         )  # fmt: skip
     return output, lses[0], lses[1]
 
@@ -110,10 +113,10 @@ def tile_attention(
 @triton.jit(do_not_specialize=["start", "tokens", "words", "room", "cache_pages"])
 def _tiles(
     query, kv, blocks, means, samples, spreads, table, starts, counts, wholes, pages, masks, bits,
-    left, kinds, output, lses, owns, scale, start, tokens, words, room, cache_pages,
+    left, slopes, kinds, output, lses, owns, scale, start, tokens, words, room, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, MEANS: tl.constexpr, SAMPLED: tl.constexpr, ALIKE: tl.constexpr,
-    SAMPLES: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr,
+    SAMPLES: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Some queries of a tile, for one KV head."""
     # Later tiles have more to read: they begin first.
@@ -146,25 +149,38 @@ def _tiles(
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    factor = scale  # brings scores to base 2
+    if BIASED:
+        slope = load_slopes(slopes, kv_head, tl.arange(0, ROWS) % PADDED, GROUP)
+        beyond, _ = page_of_slope(slope, PAGE)
+        factor = 1.0  # where distance counts they are already
     for place in range(0, whole):
-        page = base + tl.load(table + tl.load(pages + first + place)).to(tl.int32)
+        listed = tl.load(pages + first + place)
+        page = base + tl.load(table + listed).to(tl.int32)
         keys = blocks.load([page * PAGE, 0])  # beyond a head's channels the query is 0
         score = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+        if BIASED:
+            distance = ((listed - past) * PAGE + key[None] - number[:, None]).to(tl.float32)
+            score = score * scale + slope[:, None] * distance
         values = blocks.load([page * PAGE, DIM])
-        peak, total, sums = _add(score, values, scale, peak, total, sums)
+        peak, total, sums = _add(score, values, factor, peak, total, sums)
     for place in tl.range(whole, count, num_stages=1):
         page = tl.load(pages + first + place)
         word = tl.load(bits + tl.load(masks + first + place) * PAGE + number)
         seen = ((word[:, None] >> key[None].to(tl.int64)) & 1) != 0  # [ROWS, PAGE]
         stored = (page * PAGE + key < start + tokens)[:, None] & inside[None]
+        listed = page
         page = base + tl.load(table + page)
         data = kv + (page * PAGE + key)[:, None] * (2 * DIM) + channel[None]
         keys = tl.load(data, stored, 0.0)  # [PAGE, WIDTH]
         values = tl.load(data + DIM, stored, 0.0)
         score = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+        if BIASED:
+            distance = ((listed - past) * PAGE + key[None] - number[:, None]).to(tl.float32)
+            score = score * scale + slope[:, None] * distance
         score = tl.where(seen, score, float("-inf"))
-        peak, total, sums = _add(score, values, scale, peak, total, sums)
-    peak = peak * scale  # to base 2, as what follows is
+        peak, total, sums = _add(score, values, factor, peak, total, sums)
+    peak = peak * factor  # to base 2, as what follows is
     tl.store(owns + line, _lse(peak, total), there)
     if MEANS:
         # What a page's mass exceeds its mean's score by, to base 2; it has 64 keys.
@@ -175,12 +191,17 @@ def _tiles(
             stands = ((word >> key.to(tl.int64)) & 1) != 0
             keys = means.load([kv_head * room + block, 0])
             score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + more[:, None]
+            excess = 6.0  # of a page's 64 keys
+            if BIASED:
+                distance = ((block + key - past)[None] * PAGE - number[:, None]).to(tl.float32)
+                falls = slope[:, None] * distance + beyond[:, None]
+                score, excess = score + falls, falls + 6.0
             score = tl.where(stands[None], score, float("-inf"))
             if SAMPLED:
                 peak, total, sums = _add_with_samples(
                     mine, score, means, samples, kv_head * room + block,
-                    tl.num_programs(1) * room, stands, alike, scale, peak, total, sums,
-                    DIM, SAMPLES,
+                    tl.num_programs(1) * room, stands, alike, scale, excess, peak, total,
+                    sums, DIM, SAMPLES,
                 )  # fmt: skip
             else:
                 values = means.load([kv_head * room + block, DIM])
@@ -268,7 +289,7 @@ def _add(score, values, scale, peak, total, sums):
 
 @triton.jit
 def _add_with_samples(
-    mine, score, means, samples, place, apart, stands, alike, scale, peak, total, sums,
+    mine, score, means, samples, place, apart, stands, alike, scale, excess, peak, total, sums,
     DIM: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """The same with means, by their scores, and some keys of each page for rows that are alike.
@@ -285,7 +306,7 @@ def _add_with_samples(
     of_means = tl.where(alike[:, None], of_means / SAMPLES, 0.0)
     for sample in tl.static_range(SAMPLES):
         keys = samples.load([place + sample * apart, 0])
-        one = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + 6.0
+        one = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + excess
         one = tl.exp2(one - safe[:, None]) / SAMPLES
         one = tl.where(stands[None] & alike[:, None], one, 0.0)
         total += tl.sum(one, 1)

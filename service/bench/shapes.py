@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle, islice
 
 from models.config import ModelConfig
+from models.families import sparse_transformer
+from models.fields import Fields
 from models.generation import GenerationDefaults
 from models.rope_parameters import RopeParameters
 from service.errors import ConfigError
@@ -41,6 +44,9 @@ _LLAMA = ModelConfig(
 )
 SHAPES = {
     "llama-3.1-8b": _LLAMA,
+    "sparse-transformer": ModelConfig.parse(
+        Fields(sparse_transformer.PAPER, "the paper's shape"), Fields({}, "no generation_config")
+    ),
     "tiny": replace(
         _LLAMA,
         vocab_size=64,
@@ -64,4 +70,8 @@ def shape_of(name: str, layers: int | None = None) -> ModelConfig:
     if name not in SHAPES:
         raise ConfigError(f"--shape must be one of {', '.join(SHAPES)}, not {name}")
     config = SHAPES[name]
-    return config if layers is None else replace(config, layers=layers, windows=(None,) * layers)
+    if layers is None:
+        return config
+    # A list of patterns repeats over a model's layers.
+    own = config.patterns and tuple(islice(cycle(config.patterns), layers))
+    return replace(config, layers=layers, windows=(None,) * layers, patterns=own)

@@ -142,6 +142,11 @@ def engine(
             head = envelope(command, commit or current_commit(), machine_name(place), settings)
             output.write_text(as_json(head, prompts))
         return
+    if config.patterns is not None:
+        raise ConfigError(
+            f"decode steps of --shape {shape} are not captured as CUDA graphs; time its prompts "
+            "with --prompt"
+        )
     if place.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             "saccade bench engine needs a GPU; for a trial without one set TRITON_INTERPRET=1"

@@ -100,7 +100,9 @@ def build_engine(config: ServiceConfig) -> Engine:
             *(model.heads, model.head_dim, model.kv_heads, dtype, device),
         )
     replays = None
-    if config.cuda_graphs and decoder.impl is Impl.TRITON:
+    if config.cuda_graphs and decoder.impl is Impl.TRITON and not decoder.fused:
+        _log.warning("decode steps of %s are launched kernel by kernel", model.architecture)
+    elif config.cuda_graphs and decoder.impl is Impl.TRITON:
         replays = capture(config, decoder, caches, max_model_len, metrics)
     return Engine(
         Runner(decoder, caches, model.heads, model.windows, metrics, replays=replays),

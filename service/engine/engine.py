@@ -160,6 +160,7 @@ class Engine:
             stream.emit,
             time.monotonic(),
             prefill_dense_below=self._prefill_dense_below,
+            own_pattern=self.config.patterns is not None,
         )
         with self._lock:
             if self._stopping or not self._thread.is_alive():

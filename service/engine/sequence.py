@@ -45,6 +45,7 @@ class Fallback(StrEnum):
     LOW_COVERAGE = "low_coverage"
     KERNEL_ERROR = "kernel_error"
     REQUESTED = "requested"
+    OWN_PATTERN = "own_pattern"
 
     @property
     def to(self) -> Mode:
@@ -65,6 +66,7 @@ class Request:
     arrived: float  # seconds, monotonic
     sequences: list[Sequence] = field(default_factory=list)  # by choice
     prefill_dense_below: int = 0  # as `dense_below`, of the prompt before its tail
+    own_pattern: bool = False  # the model's heads see by patterns: nothing is left to select
 
     @property
     def tail_start(self) -> int:
@@ -118,7 +120,7 @@ class Sequence:
         """The same before the tail, where the tokens of a page attend alike."""
         wanted = Mode(self.request.sparsity.prefill)
         short = position // PAGE * PAGE < self.request.prefill_dense_below
-        if wanted is Mode.DYNAMIC and short:
+        if wanted is Mode.DYNAMIC and (short or self.request.own_pattern):
             return Mode.DENSE
         return Mode.DENSE if any(position in part for part in self.dense_parts) else wanted
 
@@ -128,6 +130,8 @@ class Sequence:
             return Fallback.REQUESTED
         if position < self.decided:
             return self.fallbacks.get(position)
+        if self.request.own_pattern:
+            return Fallback.OWN_PATTERN
         if position < self.request.dense_below:
             return Fallback.SHORT_CONTEXT
         return self.hold_reason if position < self.hold_until else None

@@ -78,10 +78,19 @@ def compile_only(kernel, *args, grid, warmup, **named):
     print(kernel.fn.__name__)
 
 
-def run(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, queries: int) -> None:
+def run(
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    queries: int,
+    *,
+    biased: bool = False,
+) -> None:
     """Everything that a step launches."""
     pages, context = 12, 700
     cache = LayerCache.allocate(pages, kv_heads, head_dim, dtype, "cpu")
+    cache = cache.biased(torch.ones(kv_heads * group) if biased else None)
     lengths = context - torch.arange(queries - 1, -1, -1)
     rows = Rows(torch.arange(pages)[None], lengths, torch.zeros_like(lengths))
     query = torch.randn(queries, kv_heads * group, head_dim).to(dtype)
@@ -120,6 +129,8 @@ if __name__ == "__main__":
     run(2, 2, 128, torch.bfloat16, 1)
     run(1, 7, 96, torch.float16, 3)
     run(1, 1, 64, torch.float32, 1)
+    run(2, 1, 128, torch.bfloat16, 1, biased=True)
+    run(1, 3, 64, torch.float32, 2, biased=True)
     # The least and the most that `Impl.of` says they take.
     run(1, 1, 16, torch.float16, 1)
     run(1, MOST_HEADS, 256, torch.bfloat16, 1)

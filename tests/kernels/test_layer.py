@@ -13,7 +13,7 @@ from kernels.gpu.layer import add_norm, silu_mul
 from kernels.gpu.linear import MOST, gated_linear, linear
 from kernels.gpu.rotate import rotate_and_write
 from kernels.page import PAGE
-from models.decoder import RMSNorm
+from models.norms import RMSNorm
 from models.rope import Rotary
 from models.rope_parameters import RopeParameters
 

@@ -115,3 +115,14 @@ def test_cells_of_another_form_are_refused(monkeypatch, cells):
 def test_a_cpu_is_for_trials_alone(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "needs a GPU" in run(monkeypatch, "--device", "cpu", "--shape", "tiny")
+
+
+def test_a_shape_of_patterns_has_its_prompts_timed(capsys):
+    from service.commands.bench import engine
+
+    fields = {"device": "cpu", "dtype": "float32", "layers": 2, "repeats": 1, "output": None}
+    with pytest.raises(ConfigError, match="--prompt"):
+        engine(shape="sparse-transformer", cells="1x64", prompt=0, chunk=64, keys=1, **fields)
+    engine(shape="sparse-transformer", cells="1x64", prompt=128, chunk=64, keys=1, **fields)
+    assert "100.00%" in capsys.readouterr().out
+    assert len(shape_of("sparse-transformer", 5).patterns) == 5
