@@ -28,6 +28,8 @@ _COLOURS = ("#3d8bfd", "#f08c3a", "#2fa866", "#d6577d", "#9673e0", "#b58a1e")
 
 def latencies(runs: Runs) -> str:
     """What share of the requests, or of the gaps between tokens, took at most so long."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     measures: dict[str, Callable[[Outcome], list[float]]] = {
         "time to first token": lambda one: [] if one.ttft is None else [one.ttft],
         "between tokens": lambda one: one.gaps,
@@ -43,6 +45,9 @@ def latencies(runs: Runs) -> str:
                     shares = np.arange(1, len(values) + 1) / len(values)
                     panel.step(np.maximum(values, 1e-6), shares, where="post", label=label(record))
             panel.set(title=title, xlabel="seconds", ylim=(0, 1.02), xscale="log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
         panels[0].set_ylabel("share")
         _legend(panels[0])
 
@@ -95,6 +100,8 @@ def loads(records: Sequence[Summary]) -> str:
         panels[2].plot(names, [record.goodput_per_s for record in records], "o-", label="good")
         panels[2].set(title="requests a second")
         panels[2].set_ylim(bottom=0)
+        for panel in panels:
+            panel.tick_params("x", labelrotation=30 if len(names) > 3 else 0)
         _legend(panels[0])
         _legend(panels[2])
 
