@@ -40,13 +40,13 @@ serve: $(RUN_STAMP)
 # so nothing is installed or started, and no root is needed; elsewhere those tests are skipped, and
 # say so. A prometheus on the path is taken as it is.
 build/prometheus:
-	@mkdir -p build
-	@if ! command -v promtool prometheus >/dev/null && command -v apt-get dpkg-deb >/dev/null; then \
-	  folder=$$(mktemp -d) && cd $$folder && chmod 755 . && \
+	@if command -v promtool >/dev/null && command -v prometheus >/dev/null; then exit 0; fi; \
+	if ! command -v dpkg-deb >/dev/null; then exit 0; fi; \
+	mkdir -p build && folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	( cd "$$folder" && chmod 755 . && \
 	  { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
-	  dpkg-deb --extract prometheus_*.deb unpacked && mv unpacked $(CURDIR)/$@ && rm -r $$folder || \
-	  echo "Prometheus could not be fetched: its rules and dashboards are not tested"; \
-	fi
+	  dpkg-deb --extract prometheus_*.deb unpacked ) && mv "$$folder/unpacked" "$@" || \
+	echo "Prometheus could not be fetched: its rules and dashboards are not tested"
 
 # One computing thread a test process: more would fight over the cores.
 test: $(DEV_STAMP) build/prometheus

@@ -18,7 +18,8 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 fields=model=$model,base_url=$url/v1/completions,tokenizer=$tokenizer,tokenizer_backend=huggingface
 exec lm_eval run \
   --model local-completions \
-  --model_args "$fields,tokenized_requests=True,num_concurrent=2,batch_size=8" \
+  --model_args "$fields,tokenized_requests=True,num_concurrent=2" \
+  --batch_size 8 \
   --include_path deploy/loadtest/lm_eval_task \
   --tasks saccade_endings \
   "$@"

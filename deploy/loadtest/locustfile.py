@@ -5,8 +5,9 @@
         --users 8 --spawn-rate 2 --run-time 60s
 
 Locust is a closed loop: a user asks again when the last answer has ended, so a slow service gets
-fewer requests. `saccade bench serve --rate` is the open loop. Beside each whole answer the table
-shows the time to its first token and the longest pause between two, as requests of their own.
+fewer requests. `saccade bench serve --rate` is the open loop. The rows of type STREAM are the
+figures: to the first token, the longest pause between two, the whole answer. The row POST counts
+failures; its times end with the answer's headers.
 
 Variables: SACCADE_LOAD_MODEL (the first of /v1/models), SACCADE_LOAD_KEY, SACCADE_LOAD_WORDS (of a
 prompt, 600), SACCADE_LOAD_TOKENS (of an answer, 64), SACCADE_LOAD_POLICY (the service's).
@@ -14,6 +15,7 @@ prompt, 600), SACCADE_LOAD_TOKENS (of an answer, 64), SACCADE_LOAD_POLICY (the s
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -21,10 +23,36 @@ import time
 
 from locust import HttpUser, between, task
 
-_WORDS = (
-    "the a old quiet river letter harbour station walked found carried behind under before evening "
-    "morning window lamp bridge garden nobody someone again slowly green heavy small road"
-).split()
+_WORDS = [
+    "the",
+    "a",
+    "old",
+    "quiet",
+    "river",
+    "letter",
+    "harbour",
+    "station",
+    "walked",
+    "found",
+    "carried",
+    "behind",
+    "under",
+    "before",
+    "evening",
+    "morning",
+    "window",
+    "lamp",
+    "bridge",
+    "garden",
+    "nobody",
+    "someone",
+    "again",
+    "slowly",
+    "green",
+    "heavy",
+    "small",
+    "road",
+]
 _NAME = "/v1/completions"
 
 
@@ -70,8 +98,9 @@ class Reader(HttpUser):
                 answer.failure(error)
         if times:
             self._report("first token", times[0] - start)
+            self._report("whole answer", times[-1] - start)
         if len(times) > 1:
-            pauses = [late - early for early, late in zip(times, times[1:], strict=False)]
+            pauses = [late - early for early, late in itertools.pairwise(times)]
             self._report("longest pause between tokens", max(pauses))
 
     def _read(self, answer, times: list[float]) -> str | None:
