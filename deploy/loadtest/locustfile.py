@@ -23,36 +23,10 @@ import time
 
 from locust import HttpUser, between, task
 
-_WORDS = [
-    "the",
-    "a",
-    "old",
-    "quiet",
-    "river",
-    "letter",
-    "harbour",
-    "station",
-    "walked",
-    "found",
-    "carried",
-    "behind",
-    "under",
-    "before",
-    "evening",
-    "morning",
-    "window",
-    "lamp",
-    "bridge",
-    "garden",
-    "nobody",
-    "someone",
-    "again",
-    "slowly",
-    "green",
-    "heavy",
-    "small",
-    "road",
-]
+_WORDS = """
+    the a old quiet river letter harbour station walked found carried behind under before evening
+    morning window lamp bridge garden nobody someone again slowly green heavy small road
+""".split()  # noqa: SIM905  a list to read
 _NAME = "/v1/completions"
 
 
