@@ -12,7 +12,7 @@ help:
 	@echo "make serve   install and start the service (options: make serve SERVE='--port 8001')"
 	@echo "make test    install and run the tests"
 	@echo "make check   formatting, lint, types and tests"
-	@echo "make soak    the long runs: 100 needles over HTTP under every policy"
+	@echo "make soak    the long runs: 100 needles over HTTP, every panel under load"
 	@echo "make bench   time one decode step's attention on this machine's CPU"
 
 $(PYTHON):
@@ -36,8 +36,20 @@ $(DEV_STAMP): $(RUN_STAMP)
 serve: $(RUN_STAMP)
 	@exec $(VENV)/bin/saccade serve $(SERVE)
 
+# Prometheus and its promtool test the rules and the dashboards. Debian's package is unpacked here,
+# so nothing is installed or started, and no root is needed; elsewhere those tests are skipped, and
+# say so. A prometheus on the path is taken as it is.
+build/prometheus:
+	@if command -v promtool >/dev/null && command -v prometheus >/dev/null; then exit 0; fi; \
+	if ! command -v dpkg-deb >/dev/null; then exit 0; fi; \
+	mkdir -p build && folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	( cd "$$folder" && chmod 755 . && \
+	  { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+	  dpkg-deb --extract prometheus_*.deb unpacked ) && mv "$$folder/unpacked" "$@" || \
+	echo "Prometheus could not be fetched: its rules and dashboards are not tested"
+
 # One computing thread a test process: more would fight over the cores.
-test: $(DEV_STAMP)
+test: $(DEV_STAMP) build/prometheus
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses $(JOBS)
 
 check: $(DEV_STAMP)
@@ -50,8 +62,9 @@ format: $(DEV_STAMP)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-soak: $(DEV_STAMP)
+soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/retrieval.py --documents 100 --tokens 8192
+	$(PYTHON) tests/bench/dashboards.py
 
 bench: $(RUN_STAMP)
 	$(VENV)/bin/saccade bench decode --device cpu

@@ -164,13 +164,11 @@ def _probe(
         scores = ()
         peak = tl.full((32,), float("-inf"), tl.float32)
         for probed in tl.static_range(PROBE):
-            words = (), ()
+            lows, highs = (), ()
             for step in tl.static_range(STEPS):
-                words = (
-                    words[0] + (low_words[probed * STEPS + step],),
-                    words[1] + (high_words[probed * STEPS + step],),
-                )
-            sums = signed_sums(words[0], words[1], set_planes, STEPS)
+                lows += (low_words[probed * STEPS + step],)  # type: ignore[assignment]
+                highs += (high_words[probed * STEPS + step],)  # type: ignore[assignment]
+            sums = signed_sums(lows, highs, set_planes, STEPS)
             score = estimate(sums[0], low_sizes[probed], set_factors, low_centre)
             if BIASED:
                 score += slope * (low_key + probed).to(tl.float32)

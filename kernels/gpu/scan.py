@@ -65,6 +65,11 @@ def scan(
     """
     overlaps = overlap.possible(cache.codes.device)
     unused, looks = scratch.norm, look is not None
+    parts = (
+        (unused, unused, unused, unused, 0.0)
+        if look is None
+        else (look.query, look.outputs, look.lses, look.owns, look.scale * LOG2E.value)
+    )
     width = triton.next_power_of_2(layout.head_dim)
     _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
         cache.codes.view(torch.int32), cache.scale, rows.block_tables, rows.starts, rows.lengths,
@@ -72,9 +77,7 @@ def scan(
         scratch.marks,
         scratch.marked, scratch.slots, scratch.counts,
         unused if shares is None else shares, unused if masses is None else masses,
-        look.query if looks else unused, cache.kv, look.outputs if looks else unused,
-        look.lses if looks else unused, look.owns if looks else unused,
-        look.scale * LOG2E.value if looks else 0.0,
+        parts[0], cache.kv, *parts[1:],
         sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
@@ -174,7 +177,8 @@ def _scan(
             chosen = tl.where(column // 2 == block, 1.0, 0.0)
             for some in tl.static_range(SETS):
                 low_sums, high_sums = signed_sums(lows, highs, line_planes[some], STEPS)
-                factor, middle = line_factors[some], centre[some] - wholes[some]
+                factor = line_factors[some]  # type: ignore[var-annotated]
+                middle = centre[some] - wholes[some]
                 low_score = estimate(low_sums, low_size, factor, middle)
                 high_score = estimate(high_sums, high_size, factor, middle)
                 if BIASED:

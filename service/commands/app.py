@@ -7,6 +7,7 @@ import typer
 from service.commands.bench import decode, engine, prefill
 from service.commands.evaluate import evaluate
 from service.commands.generate import generate
+from service.commands.load import load
 from service.commands.serve import serve
 
 app = typer.Typer(
@@ -23,4 +24,5 @@ bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_mar
 bench.command()(decode)
 bench.command()(prefill)
 bench.command()(engine)
+bench.command("serve")(load)
 app.add_typer(bench, name="bench")
