@@ -54,14 +54,14 @@ class Looks:
         if not len(tile):
             none = tile.int()
             return none, none, tile.new_zeros(0, PAGE)
-        kind, example = self._kinds(tile, page)
+        kind, example = self.kinds(tile, page)
         bits, seen, whole = self._masks(tile[example], page[example])
         # Those that nobody sees, and those seen whole, need no mask.
         partial = (seen > 0) & ~whole
         number = (partial.cumsum(0) - 1).masked_fill_(~partial, WHOLE)
         return number.int().index_select(0, kind), seen.int().index_select(0, kind), bits[partial]
 
-    def _kinds(self, tile: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
+    def kinds(self, tile: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
         """Which pairs are alike: a number for each, from 0 on, and a pair for each number."""
         code = (page == self.keys // PAGE).long()  # keys that do not exist
         code += (tile == self.end // PAGE).long() * 2  # queries that do not
