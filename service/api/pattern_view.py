@@ -5,32 +5,37 @@ from __future__ import annotations
 import inspect
 from base64 import b64encode
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kernels.page import PAGE
 from kernels.patterns import complexity
+from kernels.patterns.expression import Compound, Union
 from kernels.patterns.parse import DEPTH, LENGTH, MOST, PRIMITIVES
 from kernels.patterns.pattern import Pattern
 from kernels.patterns.picture import picture
 from kernels.patterns.presets import TASKS, VERY_LONG, preset, recognise
-from kernels.patterns.primitive import LARGEST
+from kernels.patterns.primitive import LARGEST, Primitive
 from kernels.patterns.published import SPECS
 from service.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kernels.patterns.primitive import Primitive
+    from kernels.patterns.expression import Expression
     from service.api.pattern_schemas import ViewRequest
 
 EXACT = 1024
 """Tokens up to which the keys of each single query are counted, and not those of 64 together."""
+MOST_SHOWN = 1 << 14
+"""Tokens that are drawn whole, at most."""
 POINTS = 256
 """Points of the keys a query, at most."""
 
 
+@cache
 def catalogue() -> dict[str, Any]:
     """Primitives with their numbers, presets, tasks, and the limits of a pattern."""
     return {
@@ -86,12 +91,37 @@ def _preset(name: str) -> dict[str, Any]:
         "spec": SPECS[name],
         "causal": pattern.causal,
         "complexity": pattern.complexity,
+        "length": _shown_by(pattern),
         "primitives": [_leaf(primitive) for primitive in pattern.primitives],
     }
 
 
+def _shown_by(pattern: Pattern) -> int:
+    """The fewest tokens, a power of two, of whose pairs a pattern leaves out most."""
+    length = 2 * PAGE
+    while pattern.sparsity(length) < 0.75 and length < MOST_SHOWN:
+        length *= 2
+    return length
+
+
 def _leaf(primitive: Primitive) -> dict[str, Any]:
     return {"name": primitive.name, "spec": str(primitive), "numbers": list(astuple(primitive))}
+
+
+def _terms(expression: Expression) -> list[dict[str, Any]] | None:
+    """The primitives from left to right, each with the operator before it; None for parentheses."""
+    if isinstance(expression, Primitive):
+        return [{"operator": "", **_leaf(expression)}]
+    assert isinstance(expression, Compound)
+    operator = "+" if isinstance(expression, Union) else "&"
+    found: list[dict[str, Any]] = []
+    for part in expression.parts:
+        inner = None if operator == "&" and isinstance(part, Union) else _terms(part)
+        if inner is None:
+            return None
+        inner[0]["operator"] = operator if found else ""
+        found += inner
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +198,7 @@ def view(asked: ViewRequest) -> dict[str, Any]:
         "causal": pattern.causal,
         "length": length,
         "primitives": [_leaf(primitive) for primitive in pattern.primitives],
+        "terms": _terms(pattern.expression),
         "complexity": pattern.complexity,
         "formula": complexity.formula(pattern.expression),
         "recognised": model,

@@ -20,9 +20,9 @@ MAX_BYTES = 1 << 16
 """Of a body."""
 
 
-async def patterns(_: Request) -> JSONResponse:
+async def patterns(request: Request) -> JSONResponse:
     """Primitives, operators, presets and tasks."""
-    return JSONResponse(catalogue())
+    return JSONResponse(await state_of(request).desk.run(catalogue))
 
 
 async def look(request: Request) -> JSONResponse:
