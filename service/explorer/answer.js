@@ -13,6 +13,7 @@ let columns = [];
 let chosen = null;
 let facts = [];
 let due = false;
+let turn = false; // whether the document is to turn to the heaviest passage
 
 export function start() {
   if (model === null) wire();
@@ -156,12 +157,18 @@ function column(policy) {
   one.numbers = element("div", { className: "numbers" });
   one.canvas = element("canvas", { className: "strip", width: 600, height: 26, role: "img", "aria-label": `Where ${policy} looked in the document` });
   one.box = element("article", { className: "column", "data-policy": policy },
-    element("header", {}, element("h2", {}, policy), one.pick), one.answer, one.numbers, one.canvas, one.note);
+    element("header", {}, element("h2", {}, policy, ...(policy === "fixed" ? [element("small", {}, " the document itself is read densely")] : [])), one.pick), one.answer, one.numbers, one.canvas, one.note);
   return one;
 }
 
 function token(one, text, look, began) {
-  const button = element("button", { type: "button", className: "token", "aria-pressed": "false", onclick: () => pick(one, button) }, text);
+  // No button: a line of text may not break within one.
+  const button = element("span", { role: "button", tabIndex: 0, className: "token", "aria-pressed": "false", onclick: () => pick(one, button) }, text);
+  button.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    pick(one, button);
+  });
   one.tokens.push({ button, look });
   one.answer.append(button);
   one.note.textContent = `${one.tokens.length} tokens, first after ${number(((one.first ??= performance.now()) - began) / 1000, 1)} s`;
@@ -179,11 +186,13 @@ function done(one, chunk, began) {
   );
   one.note.textContent = `${one.tokens.length} tokens; choose one to see what it alone attended to`;
   one.box.dataset.done = "true";
+  if (one === chosen) turn = true;
   soon();
 }
 
 function choose(one) {
   chosen = one;
+  turn = true;
   for (const other of columns) {
     other.box.classList.toggle("chosen", other === one);
     other.pick.setAttribute("aria-pressed", other === one);
@@ -222,7 +231,7 @@ function looksOf(one) {
 
 function read(text) {
   $("text").replaceChildren(...place.sentences.map(([from, to]) => {
-    const fact = facts.some((one) => one.start < to && one.end > from && text.slice(one.start, one.end).trim());
+    const fact = facts.some((one) => one.start < to && one.end > from && text.slice(one.start, one.end).includes(one.value));
     return element("span", { className: fact ? "fact" : "" }, text.slice(from, to));
   }));
 }
@@ -249,11 +258,21 @@ function light() {
     if (entry.mass > 0.02 * most) lit(spans[sentence], sentence, entry, most);
   }
   $("passages").replaceChildren(...ranked.slice(0, PASSAGES).map(([sentence, entry]) => element("li", {},
-    element("button", { type: "button", onclick: () => spans[sentence].scrollIntoView({ block: "center" }) },
+    element("button", { type: "button", onclick: () => turnTo(spans[sentence]) },
       element("b", {}, percent(entry.mass)), place.document.slice(...place.sentences[sentence]).trim().slice(0, 160)))));
   const what = chosen.picked ? `the token \u201c${chosen.picked.textContent.trim()}\u201d` : `all ${chosen.tokens.length} tokens`;
   $("view").textContent = `${chosen.policy}, ${what}: ${number(found.keys)} keys, density ${percent(found.density)}, coverage ${percent(found.coverage)}`;
   for (const column of columns) strip(column);
+  if (turn && ranked.length) {
+    turnTo(spans[ranked[0][0]]);
+    turn = false;
+  }
+}
+
+// Within the document's own box, so that the page stays where it is.
+function turnTo(span) {
+  const box = $("text");
+  box.scrollTop += span.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 3;
 }
 
 function plain(span) {

@@ -28,7 +28,8 @@ export function say(text) {
 
 export const number = (value, digits = 0) =>
   value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-export const percent = (value) => `${number(100 * value, value < 0.1 || value > 0.9 ? 2 : 1)}%`;
+export const percent = (value) =>
+  value === 0 || value === 1 ? `${100 * value}%` : `${number(100 * value, value < 0.1 || value > 0.9 ? 2 : 1)}%`;
 export const short = (value) =>
   value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 3 });
 
