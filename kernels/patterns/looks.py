@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.errors import PatternError
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ DENSE = 16
 """Codes for each pair of which a table tells faster which occur than an order does."""
 AT_ONCE = 256
 """Masks that are made together."""
+MOST = 4096
+"""Masks that are made in all, of so many tiles and pages as are looked at together."""
 WHOLE = -1
 """In place of a mask's number: the page is seen whole."""
 
@@ -47,6 +50,9 @@ class Looks:
             tile: int64 [pairs].
             page: int64 [pairs].
 
+        Raises:
+            PatternError: too many of them differ.
+
         Returns:
             The number of each pair's mask, int32 [pairs], `WHOLE` for all; how many pairs of a
             query and a key it has, int32 [pairs]; and the masks, int64 [masks, 64].
@@ -55,6 +61,12 @@ class Looks:
             none = tile.int()
             return none, none, tile.new_zeros(0, PAGE)
         kind, example = self.kinds(tile, page)
+        if len(example) > MOST:
+            raise PatternError(
+                f"{len(example)} parts of this pattern's mask look different, more than {MOST}: "
+                "write blocks and rows that are multiples of 64 or share large factors, or take "
+                "fewer tokens"
+            )
         bits, seen, whole = self._masks(tile[example], page[example])
         # Those that nobody sees, and those seen whole, need no mask.
         partial = (seen > 0) & ~whole

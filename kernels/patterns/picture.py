@@ -45,9 +45,9 @@ def picture(
 
     Args:
         pattern: the pattern.
-        rows: begin at a multiple of `step`.
+        rows: begin at a multiple of `step`, and end among the tokens, but for the last cell's.
         columns: likewise.
-        length: how many tokens there are; queries and keys behind them are not there.
+        length: how many tokens there are.
         step: a power of two, 64 at most.
 
     Raises:
