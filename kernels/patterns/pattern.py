@@ -12,6 +12,7 @@ from kernels.errors import PatternError
 from kernels.page import PAGE
 from kernels.patterns import complexity, parse
 from kernels.patterns.expression import Intersection, Union
+from kernels.patterns.full import Full
 from kernels.patterns.lists import compile_lists
 from kernels.patterns.view import FOREVER, View
 from kernels.selection import Selection
@@ -126,7 +127,9 @@ class Pattern:
             latest=latest,
             causal=self.causal,
         )
-        listed = self.expression.units(view)
+        # A union may list keys more often than there are any: then each of them is asked about.
+        many = self.expression.columns(view) > view.span
+        listed = (Full() if many else self.expression).units(view)
         keys = torch.cat(listed, dim=1)  # [rows, listed]
         seen = (keys < FOREVER) & self.allows(query, keys)
         if len(listed) > 1:

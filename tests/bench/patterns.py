@@ -94,13 +94,12 @@ def exponent(lengths: list[int], values: list[float]) -> float:
 def measure(name: str, spec: str, repeats: int) -> Row:
     """One pattern, lengths interleaved."""
     seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
-    pairs, held = [], {}
+    held: dict[int, int] = {}
     for _ in range(repeats):
         for n in LENGTHS:
             taken, held[n] = compiled(Pattern.parse(spelled(spec, n)), n)
             seconds[n].append(taken)
-    for n in LENGTHS:
-        pairs.append(float(Pattern.parse(spelled(spec, n)).selected_keys(n)))
+    pairs = [float(Pattern.parse(spelled(spec, n)).selected_keys(n)) for n in LENGTHS]
     lengths = list(LENGTHS)
     long = Pattern.parse(spelled(spec, MILLION))
     begun = time.process_time()
