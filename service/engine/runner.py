@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from kernels.errors import PatternError
 from kernels.page import PAGE
 from kernels.timing import Phases
 from models.attention import Recorder
@@ -194,6 +195,8 @@ class Runner:
     def _rescue(self, item: Work, error: Exception) -> Outcome:
         """One item alone failed: once more on the fixed pattern if it was dynamic, else give up."""
         failure = error
+        if isinstance(error, PatternError):  # the request's own is too much: nobody else's trouble
+            return Outcome(item, None, None, f"sparsity.pattern: {error}")
         if prefills_sparsely(item):
             _log.warning("sparse prefill failed, going on densely", exc_info=error)
             self._prefill_trouble = f"sparse prefill failed: {type(error).__name__}"

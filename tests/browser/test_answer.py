@@ -34,6 +34,8 @@ def test_the_planted_fact_lights_up_as_the_answer_comes(opened, service):
         fact = re.compile(rf"for {key} is: {value}")
         expect(first).to_have_text(fact) if heaviest else expect(first).not_to_have_text(fact)
     page.locator("[data-policy=dynamic] header button").click()
+    page.locator("#view").scroll_into_view_if_needed()
+    page.locator("#text").scroll_into_view_if_needed()
     fact = page.locator("#text .fact.lit", has_text=value)
     expect(fact).to_be_in_viewport()
     marked = "".join(fact.locator("mark").all_inner_texts())
