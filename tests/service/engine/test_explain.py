@@ -173,3 +173,15 @@ def test_a_failed_selection_is_explained_by_what_took_its_place(harness, monkeyp
     assert deltas[-1].sparsity.fallbacks == {"kernel_error": 128 + 2}
     for look in looks(deltas):
         assert all(head.keys == 68 and head.coverage == 0 for head in look.heads)
+
+
+def test_keys_that_a_backend_does_not_tell_are_selected_again(harness, monkeypatch):
+    told = replace(POLICIES["dynamic"], explain=TOKENS)
+    one = harness()
+    [expected] = one.run(one.generate(prompt_of(700), greedy(3), told))
+    attend = selecting.attend
+    monkeypatch.setattr(
+        selecting, "attend", lambda *a, **k: replace(attend(*a, **k), selection=None)
+    )
+    [found] = one.run(one.generate(prompt_of(700), greedy(3), told))
+    assert looks(found) == looks(expected)
