@@ -6,13 +6,14 @@ BASE_PYTHON ?= python3
 JOBS ?= auto
 SERVE ?=
 
-.PHONY: help serve test check format soak bench clean
+.PHONY: help serve test check format soak browser bench clean
 
 help:
 	@echo "make serve   install and start the service (options: make serve SERVE='--port 8001')"
 	@echo "make test    install and run the tests"
 	@echo "make check   formatting, lint, types and tests"
-	@echo "make soak    the long runs: 100 needles over HTTP, every panel under load"
+	@echo "make soak    the long runs: 100 needles over HTTP, every panel under load, make browser"
+	@echo "make browser the explorer's page in a headless Chromium, which is installed if it can be"
 	@echo "make bench   time one decode step's attention on this machine's CPU"
 
 $(PYTHON):
@@ -65,6 +66,12 @@ format: $(DEV_STAMP)
 soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/retrieval.py --documents 100 --tokens 8192
 	$(PYTHON) tests/bench/dashboards.py
+	$(MAKE) --no-print-directory browser
+
+browser: $(DEV_STAMP)
+	@tests/browser/chromium.sh
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/browser
+	$(PYTHON) tests/bench/explorer.py
 
 bench: $(RUN_STAMP)
 	$(VENV)/bin/saccade bench decode --device cpu

@@ -19,4 +19,12 @@ class KernelError(SaccadeError):
 
 
 class PatternError(SaccadeError):
-    """A pattern string does not parse; the message names the part and the accepted form."""
+    """A pattern string does not parse; the message names the part and the accepted form.
+
+    Attributes:
+        position: of the character that is wrong, from 0 on; None where it is none's alone.
+    """
+
+    def __init__(self, message: str, *, position: int | None = None) -> None:
+        super().__init__(message)
+        self.position = position

@@ -14,18 +14,24 @@ import torch
 from kernels import dynamic, judge
 from kernels.attention import Impl, dense_attention, dense_decode, selected_attention
 from kernels.budget import SAMPLE
+from kernels.cache import Rows
 from kernels.dynamic import Attended
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic, Pages
 from kernels.prefill import causal_density, choose, pattern_lists, tile_attention, visible_pairs
 from kernels.timing import Phases
+from models.explain import glance
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
-    from kernels.cache import LayerCache, Rows
+    from kernels.cache import LayerCache
     from kernels.policy import Fixed
+    from kernels.selection import Selection
+    from models.explain import Glance, Wanted
     from models.step import SparseGroup, StepInput, TileGroup
 
 KEY_BYTES = 12
@@ -67,6 +73,8 @@ class Recorder:
     tiles: list[TileEntry] = field(default_factory=list)
     # What layers of the step compute once for all of them (`models.own_patterns`).
     shared: dict[object, object] = field(default_factory=dict)
+    explain: Mapping[int, Wanted] = field(default_factory=dict)  # by place in the step
+    glances: list[Glance] = field(default_factory=list)  # of these, layer by layer
 
     @property
     def audit(self) -> bool:
@@ -125,6 +133,8 @@ class LayerAttention:
         for tiled in step.tiled:
             part = slice(tiled.first, tiled.first + tiled.segment.tokens)
             output[part] = self._tiled(query[part], cache, tiled, recorder)
+        if recorder.explain:
+            self._explain_dense(query, cache, step, recorder)
         for group in step.sparse:
             output[group.tokens] = self._selected(query[group.tokens], cache, group, recorder)
         return output
@@ -167,6 +177,7 @@ class LayerAttention:
             keys = rows.visible[:, None].expand(-1, cache.kv_heads)
             certain = torch.ones_like(lse).where(lse.isfinite(), torch.nan)
             exact = certain if recorder.audit else None
+            self._explain(query, cache, rows, group.tokens, None, recorder)
             recorder.entries.append(
                 Entry(self.layer, group.tokens, keys, rows.visible, certain, exact)
             )
@@ -175,6 +186,9 @@ class LayerAttention:
         for part, piece in rows.pieces(self._rows_at_once(cache, rows, group.policy)):
             found = self._attend(query[part], cache, piece, group.policy, recorder.phases)
             output[part] = found.output
+            self._explain(
+                query[part], cache, piece, group.tokens[part], (group.policy, found), recorder
+            )
             exact = None
             if recorder.audit:
                 exact = judge.true_coverage(
@@ -191,6 +205,58 @@ class LayerAttention:
                 )
             )
         return output
+
+    def _explain_dense(
+        self, query: Tensor, cache: LayerCache, step: StepInput, recorder: Recorder
+    ) -> None:
+        for run in step.dense:
+            segment = run.segment
+            for at in recorder.explain:
+                if run.first <= at < run.first + segment.tokens:
+                    length = segment.block_table.new_tensor([segment.start + at - run.first + 1])
+                    row = Rows(segment.block_table[None], length, torch.zeros_like(length))
+                    row, token = row.within(self.window), length.new_tensor([at])
+                    self._explain(query[token], cache, row, token, None, recorder)
+        if step.alone is not None:
+            place, rows = step.alone.tokens, step.alone.rows.within(self.window)
+            self._explain(query[place], cache, rows, place, None, recorder)
+
+    def _explain(
+        self,
+        query: Tensor,
+        cache: LayerCache,
+        rows: Rows,
+        tokens: Tensor,
+        how: tuple[Dynamic | Fixed, Attended] | None,
+        recorder: Recorder,
+    ) -> None:
+        """Note what those of the rows attended to that are to be explained.
+
+        Args:
+            query: [rows, heads, head_dim].
+            cache: this layer's cache.
+            rows: where their keys lie.
+            tokens: int64 [rows], their places in the step.
+            how: the policy, and what it found; None where every key was read.
+            recorder: takes the notes.
+        """
+        for place, wanted in recorder.explain.items():
+            if not wanted.takes(self.layer):
+                continue
+            for at in (tokens == place).nonzero()[:, 0]:
+                one, row = query[at][None], rows.only(at[None])
+                selection: Selection | None = None
+                if how is not None:
+                    policy, found = how
+                    if found.selection is not None:
+                        selection = found.selection.rows(slice(int(at), int(at) + 1))
+                    elif isinstance(policy, Dynamic):  # the same keys: they depend on the row alone
+                        selection = dynamic.select(
+                            one, cache, row, policy, self.scale, impl=self.impl
+                        )
+                recorder.glances.append(
+                    glance(wanted, self.layer, place, one, cache, row, selection, self.scale)
+                )
 
     def _attend(
         self,

@@ -121,6 +121,16 @@ class Tokenizer:
             return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
         return ids
 
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int]]:
+        """Where each token of `encode` stands in the text: first character, and behind the last.
+
+        A token that is no part of the text has two equal numbers.
+        """
+        encoded = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        offsets: list[tuple[int, int]] = encoded.offsets
+        missing = len(self.encode(text, add_special_tokens)) - len(offsets)
+        return [(0, 0)] * missing + offsets  # a beginning that tokenizer.json leaves out
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens; ids that are no token count as nothing."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

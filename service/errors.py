@@ -38,10 +38,25 @@ class ServiceError(SaccadeError):
 
 
 class RequestError(ServiceError):
-    """The request is wrong; `param` names the field where there is one."""
+    """The request is wrong; `param` names the field where there is one.
+
+    Attributes:
+        position: of the character that is wrong in that field's text, from 0 on; None: unknown.
+    """
 
     status = 400
     type = "invalid_request_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        position: int | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.position = position
 
 
 class UnknownModelError(RequestError):

@@ -32,6 +32,7 @@ class Axial(Primitive):
     name: ClassVar[str] = "axial"
     form: ClassVar[str] = "axial:rows,cols"
     growth: ClassVar[str] = "sqrt n"
+    example: ClassVar[tuple[int, ...]] = (8, 16)
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """In the same row, or in the same column of the same grid."""

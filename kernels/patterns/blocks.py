@@ -31,6 +31,7 @@ class BlockLocal(Primitive):
     name: ClassVar[str] = "block_local"
     form: ClassVar[str] = "block_local:b"
     growth: ClassVar[str] = "b"
+    example: ClassVar[tuple[int, ...]] = (16,)
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """In the same block."""

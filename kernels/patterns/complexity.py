@@ -25,6 +25,18 @@ class Growth(NamedTuple):
     letters: tuple[str, ...]  # of the numbers that bound them
 
 
+def formula(expression: Expression) -> str:
+    """The class with what its letters stand for, such as "n (g + w) with g = 1, w = 512"."""
+    numbers: dict[str, list[str]] = {}
+    for primitive in expression.primitives:
+        letters = primitive.form.partition(":")[2].split(",")
+        for letter, value in zip(letters, astuple(primitive), strict=False):
+            numbers.setdefault(letter, []).append(f"{value:,}")
+    meant = ", ".join(f"{letter} = {' and '.join(values)}" for letter, values in numbers.items())
+    bound = of(expression).removeprefix("O(").removesuffix(")")
+    return f"{bound} with {meant}" if meant else bound
+
+
 def of(expression: Expression) -> str:
     """The class of an expression, such as "O(n w)", "O(n (g + w))", "O(n sqrt n)" or "O(n^2)".
 

@@ -37,6 +37,7 @@ class Fixed(Primitive):
     name: ClassVar[str] = "fixed"
     form: ClassVar[str] = "fixed:l,c"
     growth: ClassVar[str] = "sqrt n"
+    example: ClassVar[tuple[int, ...]] = (16, 4)
 
     def __post_init__(self) -> None:
         Primitive.__post_init__(self)

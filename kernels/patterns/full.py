@@ -24,6 +24,8 @@ class Full(Primitive):
     name: ClassVar[str] = "full"
     form: ClassVar[str] = "full"
     growth: ClassVar[str] = "n"
+    example: ClassVar[tuple[int, ...]] = ()
+    by_distance: ClassVar[bool] = True
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """Always."""

@@ -30,6 +30,7 @@ class Global(Primitive):
     name: ClassVar[str] = "global"
     form: ClassVar[str] = "global:g"
     growth: ClassVar[str] = "g"
+    example: ClassVar[tuple[int, ...]] = (4,)
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """One of both is among the first."""

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 
 from kernels.errors import PatternError
 from kernels.page import PAGE
+from kernels.patterns.looks import MOST as MASKS
 from kernels.patterns.looks import WHOLE, Looks
 from kernels.patterns.places import Places
+from kernels.patterns.random_blocks import Random
 from kernels.patterns.view import FOREVER, View
 from kernels.tiles import TileSelection
 
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 
     from kernels.patterns.expression import Expression
 
-AT_ONCE = 1 << 20
+AT_ONCE = 1 << 18
 """Pairs of a tile and a page that are looked at together."""
+MOST = 1 << 21
+"""Pairs that are looked at in all; it takes about a second where all of them differ."""
 SPARSE = 32
 """Pages for each that a row may see, up to which a table marks them; else they are sorted."""
 Slice = tuple["Tensor", "Tensor", "Tensor"]
@@ -44,10 +48,10 @@ class Lists:
     whole: int  # so many slices, the first ones, are of pages seen whole
 
     @property
-    def pairs(self) -> int:
-        """How many pairs of a query and a key the lists hold."""
+    def pairs(self) -> Tensor:
+        """How many pairs of a query and a key each tile's list holds, int64 [tiles]."""
         before = F.pad(self.places.seen.cumsum(0), (1, 0))
-        return int((before[self.ends] - before[self.begins]).sum())
+        return (before[self.ends] - before[self.begins]).sum(1)
 
     def selection(self, kv_heads: int) -> TileSelection:
         """The lists laid out, for KV heads that share them."""
@@ -107,12 +111,15 @@ def compile_lists(
     """The lists of the tiles that queries lie in; see `kernels.patterns.pattern.Pattern.tiles`.
 
     Raises:
-        PatternError: `first` is no multiple of 64.
+        PatternError: `first` is no multiple of 64, or too many pages would have to be looked at.
     """
     if first % PAGE:
         raise PatternError(f"a prompt's tiles begin at a multiple of {PAGE}, not at {first}")
     looks = Looks(expression, causal, first + queries, keys)
     begin, end, pages = first // PAGE, -(-looks.end // PAGE), -(-keys // PAGE)
+    drawn = sum(min(one.count, pages) for one in expression.primitives if isinstance(one, Random))
+    if drawn * (end - begin) > MOST:
+        raise _too_much(keys)
     tile = torch.arange(begin, end, device=device)
     # Tiles from `even` to `cut` are like each other: not the first ones perhaps, nor one in which
     # the queries end.
@@ -153,14 +160,29 @@ def _listed(looks: Looks, tile: Tensor, row: Tensor, begin: Tensor, end: Tensor)
     columns, width = looks.expression.columns(view), -(-view.span // PAGE)
     at_once = max(1, AT_ONCE // max(columns, min(width, SPARSE * columns), 1))
     found = []
+    total = made = 0
     for some in torch.split(torch.arange(len(tile), device=tile.device), at_once):
         view = _view(looks, tile[some], begin[some], end[some])
         which, page = _pages(looks.expression, view)
+        total += len(which)
+        if total > MOST:
+            raise _too_much(looks.keys)
         which = some.index_select(0, which)
         mask, seen, bits = looks.at(tile.index_select(0, which), page)
+        made += len(bits)
+        if made > MASKS:
+            raise _too_much(looks.keys)
         places = Places(row.index_select(0, which).int(), page.int(), mask, seen, bits)
         found.append(places.take((seen > 0).nonzero()[:, 0]))
     return found
+
+
+def _too_much(keys: int) -> PatternError:
+    return PatternError(
+        f"what this pattern shows of {keys} tokens repeats too late, if at all: more than {MOST} "
+        "pages would have to be looked at one by one; write strides, blocks and rows that are "
+        "multiples of 64 or share large factors, fewer random blocks, or take fewer tokens"
+    )
 
 
 def _view(looks: Looks, tile: Tensor, begin: Tensor, end: Tensor) -> View:

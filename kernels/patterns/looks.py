@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.errors import PatternError
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ DENSE = 16
 """Codes for each pair of which a table tells faster which occur than an order does."""
 AT_ONCE = 256
 """Masks that are made together."""
+MOST = 4096
+"""Masks that are made in all, of so many tiles and pages as are looked at together."""
 WHOLE = -1
 """In place of a mask's number: the page is seen whole."""
 
@@ -47,6 +50,9 @@ class Looks:
             tile: int64 [pairs].
             page: int64 [pairs].
 
+        Raises:
+            PatternError: too many of them differ.
+
         Returns:
             The number of each pair's mask, int32 [pairs], `WHOLE` for all; how many pairs of a
             query and a key it has, int32 [pairs]; and the masks, int64 [masks, 64].
@@ -54,14 +60,20 @@ class Looks:
         if not len(tile):
             none = tile.int()
             return none, none, tile.new_zeros(0, PAGE)
-        kind, example = self._kinds(tile, page)
+        kind, example = self.kinds(tile, page)
+        if len(example) > MOST:
+            raise PatternError(
+                f"{len(example)} parts of this pattern's mask look different, more than {MOST}: "
+                "write blocks and rows that are multiples of 64 or share large factors, or take "
+                "fewer tokens"
+            )
         bits, seen, whole = self._masks(tile[example], page[example])
         # Those that nobody sees, and those seen whole, need no mask.
         partial = (seen > 0) & ~whole
         number = (partial.cumsum(0) - 1).masked_fill_(~partial, WHOLE)
         return number.int().index_select(0, kind), seen.int().index_select(0, kind), bits[partial]
 
-    def _kinds(self, tile: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
+    def kinds(self, tile: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
         """Which pairs are alike: a number for each, from 0 on, and a pair for each number."""
         code = (page == self.keys // PAGE).long()  # keys that do not exist
         code += (tile == self.end // PAGE).long() * 2  # queries that do not

@@ -39,6 +39,8 @@ LENGTH = 256
 """Characters that a pattern may have."""
 DEPTH = 16
 """Parentheses that may be open at once."""
+MOST = 16
+"""Primitives that a pattern may have: what each of them sees is looked at for every key."""
 PRIMITIVES: tuple[type[Primitive], ...] = (
     Full,
     Window,
@@ -51,6 +53,8 @@ PRIMITIVES: tuple[type[Primitive], ...] = (
     Random,
     Sinks,
 )
+SHOWN = 80
+"""Characters around a mistake that an error shows."""
 EXAMPLE = "such as sinks:16+window:1024"
 TOKEN = re.compile(r"[ \t]*([a-z_][a-z_-]*|[0-9]+|[-+&():,@]|.|\Z)", re.DOTALL)
 
@@ -64,7 +68,8 @@ def parse(text: str) -> tuple[Expression, bool]:
     """
     if len(text) > LENGTH:
         raise PatternError(
-            f"the pattern has {len(text)} characters: write at most {LENGTH}, {EXAMPLE}"
+            f"the pattern has {len(text)} characters: write at most {LENGTH}, {EXAMPLE}",
+            position=LENGTH,
         )
     reader = _Reader(SPECS.get(text.strip(), text))
     expression = reader.union(0)
@@ -78,6 +83,7 @@ class _Reader:
 
     text: str
     at: int = 0
+    primitives: int = 0  # read so far
 
     def union(self, depth: int) -> Expression:
         parts = [self.intersection(depth)]
@@ -113,6 +119,9 @@ class _Reader:
                 f"write one of {forms}, joined by + or &, {EXAMPLE}; or nothing but the name of a "
                 f"preset, {', '.join(SPECS)}",
             )
+        self.primitives += 1
+        if self.primitives > MOST:
+            self.fail(place, f"leave some primitives out, a pattern has at most {MOST}")
         self.takes(name)
         numbers: list[int] = []
         for field in fields(kind):
@@ -161,10 +170,12 @@ class _Reader:
     def fail(self, place: int, remedy: str) -> Never:
         """Point at a character; what cannot be printed, and would move the mark, shows as a dot."""
         shown = "".join(x if x.isascii() and x.isprintable() else "." for x in self.text)
+        begin = max(0, place - SHOWN // 2) if len(shown) > SHOWN else 0
         self.at = place
         what = repr(self.token()[0]) if place < len(self.text) else "the end"
         raise PatternError(
             f"cannot read the pattern at {what}, character {place + 1}: {remedy}\n"
-            f"  {shown}\n"
-            f"  {' ' * place}^"
+            f"  {shown[begin : begin + SHOWN]}\n"
+            f"  {' ' * (place - begin)}^",
+            position=place,
         )

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from kernels.errors import PatternError
+from kernels.page import PAGE
 from kernels.patterns import complexity, parse
 from kernels.patterns.expression import Intersection, Union
+from kernels.patterns.full import Full
 from kernels.patterns.lists import compile_lists
 from kernels.patterns.view import FOREVER, View
 from kernels.selection import Selection
@@ -54,7 +57,8 @@ class Pattern:
         if not pattern.causal:
             raise PatternError(
                 f"the pattern {text} is bidirectional, but this model's tokens see only what is "
-                f"before them: write {pattern.expression}"
+                f"before them: write {pattern.expression}",
+                position=max(0, text.find("@")),
             )
         return pattern
 
@@ -123,7 +127,9 @@ class Pattern:
             latest=latest,
             causal=self.causal,
         )
-        listed = self.expression.units(view)
+        # A union may list keys more often than there are any: then each of them is asked about.
+        many = self.expression.columns(view) > view.span
+        listed = (Full() if many else self.expression).units(view)
         keys = torch.cat(listed, dim=1)  # [rows, listed]
         seen = (keys < FOREVER) & self.allows(query, keys)
         if len(listed) > 1:
@@ -146,7 +152,8 @@ class Pattern:
             kv_heads: number of KV heads.
 
         Raises:
-            PatternError: `first` is no multiple of 64.
+            PatternError: `first` is no multiple of 64, or too many pages would have to be looked
+                at.
         """
         lists = compile_lists(self.expression, self.causal, first, queries, keys, device)
         return lists.selection(kv_heads)
@@ -154,12 +161,36 @@ class Pattern:
     def selected_keys(self, tokens: int) -> int:
         """How many (query, key) pairs it allows among so many tokens.
 
-        Counted from the tiles' lists before they are laid out: about the time of `tiles`, and less
-        memory.
+        Raises:
+            PatternError: as `keys_of_tiles` does.
         """
+        return int(self.keys_of_tiles(tokens).sum())
+
+    def keys_of_tiles(self, tokens: int) -> Tensor:
+        """How many (query, key) pairs it allows for each 64 queries of so many, int64 [tiles].
+
+        What the distance alone decides is counted by distance; all else from the tiles' lists
+        before they are laid out, in about the time of `tiles` and less memory.
+
+        Raises:
+            PatternError: too many different pages would have to be looked at.
+        """
+        if all(primitive.by_distance for primitive in self.primitives):
+            return self._keys_by_distance(tokens)
         return compile_lists(self.expression, self.causal, 0, tokens, tokens, "cpu").pairs
 
     def sparsity(self, tokens: int) -> float:
         """Share of the pairs that dense attention would read, and this does not; 0 to 1."""
         visible = tokens * (tokens + 1) // 2 if self.causal else tokens * tokens
         return 1 - self.selected_keys(tokens) / visible if visible else 0.0
+
+    def _keys_by_distance(self, tokens: int) -> Tensor:
+        """`keys_of_tiles` where q - k alone decides."""
+        place, end = torch.arange(tokens), torch.tensor(max(tokens - 1, 0))
+        each = self.allows(end, place).flip(0).cumsum(0)  # int64 [tokens], of each query
+        if not self.causal and tokens:
+            later = self.allows(torch.tensor(0), place)
+            later[0] = False  # its own key has been counted
+            each = each + later.cumsum(0).flip(0)
+        tiles = -(-tokens // PAGE)
+        return F.pad(each, (0, tiles * PAGE - tokens)).view(tiles, PAGE).sum(1)

@@ -36,6 +36,8 @@ class Primitive(Expression):
     name: ClassVar[str]
     form: ClassVar[str]  # how it is written
     growth: ClassVar[str]  # keys a query sees: a letter where they are constant, "sqrt n" or "n"
+    example: ClassVar[tuple[int, ...]]  # numbers that show it among some hundred tokens
+    by_distance: ClassVar[bool] = False  # whether q - k alone decides
 
     def __post_init__(self) -> None:
         for field in fields(self):

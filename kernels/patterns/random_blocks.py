@@ -46,6 +46,7 @@ class Random(Primitive):
     name: ClassVar[str] = "random"
     form: ClassVar[str] = "random:r,seed"
     growth: ClassVar[str] = "r"
+    example: ClassVar[tuple[int, ...]] = (1, 0)
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """The later block drew the earlier one."""

@@ -26,6 +26,7 @@ class Sinks(Primitive):
     name: ClassVar[str] = "sinks"
     form: ClassVar[str] = "sinks:s"
     growth: ClassVar[str] = "s"
+    example: ClassVar[tuple[int, ...]] = (4,)
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """Among the first, whoever asks."""

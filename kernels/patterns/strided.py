@@ -29,6 +29,8 @@ class Strided(Primitive):
     name: ClassVar[str] = "strided"
     form: ClassVar[str] = "strided:s"
     growth: ClassVar[str] = "sqrt n"
+    example: ClassVar[tuple[int, ...]] = (16,)
+    by_distance: ClassVar[bool] = True
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """At a multiple of the stride."""

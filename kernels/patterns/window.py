@@ -30,6 +30,8 @@ class Window(Primitive):
     name: ClassVar[str] = "window"
     form: ClassVar[str] = "window:w"
     growth: ClassVar[str] = "w"
+    example: ClassVar[tuple[int, ...]] = (16,)
+    by_distance: ClassVar[bool] = True
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """Within the distance."""
@@ -68,6 +70,8 @@ class Dilated(Primitive):
     name: ClassVar[str] = "dilated"
     form: ClassVar[str] = "dilated:w,d"
     growth: ClassVar[str] = "w"
+    example: ClassVar[tuple[int, ...]] = (8, 4)
+    by_distance: ClassVar[bool] = True
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """Within the distance, which is a multiple of the step."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastapi.responses import JSONResponse, Response
 
 from service.api.generation import ClientGoneError, Generation, Reports, Usage, unless_gone
+from service.api.reports import attended
 from service.api.sse import EventStream
 from service.api.state import saccade_version
 from service.errors import GenerationError
@@ -153,7 +154,7 @@ async def _chunks(
             opening = shape.opening(delta)
             if opening is not None:
                 yield chunk(opening)
-        written = chunk(shape.piece(delta) | reports.of_choice(delta.index))
+        written = chunk(shape.piece(delta) | attended(delta) | reports.of_choice(delta.index))
         finished += delta.finish_reason is not None
         if finished == choices and not options.include_usage:
             written |= reports.of_answer()

@@ -10,7 +10,11 @@ from starlette.routing import Route
 from service.api.chat import chat_completions
 from service.api.completions import completions
 from service.api.errors import add_handlers
+from service.api.explorer import explorer
 from service.api.guard import Guard
+from service.api.pattern_auto import pattern_auto
+from service.api.patterns import look, patterns
+from service.api.sample import sample
 from service.api.state import State, saccade_version
 from service.api.status import health, metrics, model, models, version
 from service.api.tokens import detokenize, tokenize
@@ -34,6 +38,12 @@ def create_app(engine: Engine, config: ServiceConfig) -> FastAPI:
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
+            Route("/v1/patterns", patterns, methods=["GET"]),
+            Route("/v1/patterns", look, methods=["POST"]),
+            Route("/v1/patterns/auto", pattern_auto),
+            Route("/v1/sample", sample),
+            Route("/explorer", explorer),
+            Route("/explorer/{name}", explorer),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/health", health),

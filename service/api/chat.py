@@ -61,6 +61,18 @@ def chat_tokens(
     """A conversation as the model was trained to read it.
 
     Raises:
+        RequestError: as `chat_text` does.
+    """
+    text = chat_text(messages, tokenizer, add_generation_prompt)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def chat_text(
+    messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool = True
+) -> str:
+    """A conversation in the words of the model's chat template.
+
+    Raises:
         RequestError: there is no chat template, or it does not take these messages.
     """
     # "developer" is OpenAI's newer name of "system", which templates do not know.
@@ -72,10 +84,9 @@ def chat_tokens(
         for message in messages
     ]
     try:
-        text = tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt)
+        return tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise RequestError(f"messages: {error}", param="messages") from error
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 class _Shape:

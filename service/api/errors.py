@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI, Request
     from pydantic import ValidationError
 
+    from kernels.errors import PatternError
+
 MAX_MESSAGE = 600
 """Characters of a message: enough for a sentence, too few to send a body back."""
 MAX_NAME = 64
@@ -26,14 +28,15 @@ _log = logging.getLogger("saccade.api")
 
 def error_object(error: ServiceError) -> dict[str, Any]:
     """The body of an error's answer, also sent inside an event stream."""
-    return {
-        "error": {
-            "message": shorten(error.message, MAX_MESSAGE),
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
+    told: dict[str, Any] = {
+        "message": shorten(error.message, MAX_MESSAGE),
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
     }
+    if isinstance(error, RequestError) and error.position is not None:
+        told["position"] = error.position
+    return {"error": told}
 
 
 def error_response(error: ServiceError) -> JSONResponse:
@@ -57,9 +60,17 @@ def internal_error() -> ServiceError:
     return ServiceError(f"internal error {number}; the service's log has the details")
 
 
+class InvalidPatternError(ValueError):
+    """A field's pattern does not parse: what a validator raises, with the character's place."""
+
+    def __init__(self, error: PatternError) -> None:
+        super().__init__(str(error))
+        self.position = error.position
+
+
 def from_validation(error: ValidationError) -> RequestError:
     """A request that does not fit its schema; the message names up to three fields."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+    found = error.errors(include_url=False, include_input=False)
     sentences, params = [], []
     for entry in found[:3]:
         path = [shorten(str(part), MAX_NAME) for part in entry["loc"]]
@@ -75,6 +86,14 @@ def from_validation(error: ValidationError) -> RequestError:
             message = "this field is required"
         sentences.append(f"{param}: {message}" if param else message)
         params.append(param)
+    cause = found[0].get("ctx", {}).get("error")
+    if isinstance(cause, InvalidPatternError):
+        return RequestError(
+            "; ".join(sentences),
+            param=params[0],
+            code="invalid_pattern",
+            position=cause.position,
+        )
     return RequestError("; ".join(sentences), param=params[0] or None)
 
 

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from service.api.reports import report_json
 from service.engine.types import PrefillReport
 from service.errors import GenerationError, UnavailableError
 
@@ -178,26 +179,6 @@ def _prefill_of(reports: Sequence[SparsityReport]) -> PrefillReport | None:
         _mean([one.density for one in prefills]),
         _mean(coverages) if len(coverages) == len(prefills) else None,
     )
-
-
-def report_json(report: SparsityReport) -> dict[str, object]:
-    """A report as answers carry it."""
-    prefill = report.prefill
-    return {
-        "policy": report.policy,
-        "density": round(report.density, 6),
-        "coverage": None if report.coverage is None else round(report.coverage, 6),
-        "coverage_p5": None if report.coverage_p5 is None else round(report.coverage_p5, 6),
-        "keys_attended": round(report.keys_attended, 1),
-        "fallbacks": report.fallbacks,
-        "prefill": None
-        if prefill is None
-        else {
-            "policy": prefill.policy,
-            "density": round(prefill.density, 6),
-            "coverage": None if prefill.coverage is None else round(prefill.coverage, 6),
-        },
-    }
 
 
 async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:

@@ -23,7 +23,8 @@ class Guard:
     def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
         self._app = app
         self._key = None if config.api_key is None else config.api_key.get_secret_value().encode()
-        self._open = {"/health"} if config.metrics_need_key else {"/health", "/metrics"}
+        # The explorer's page holds no secret, and asks for the key itself.
+        self._open = {"/health", "/explorer"} | (set() if config.metrics_need_key else {"/metrics"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection's scope."""
@@ -57,7 +58,8 @@ class Guard:
             await answer(scope, receive, tagged_send)
 
     def _allowed(self, scope: Scope) -> bool:
-        if self._key is None or scope["path"] in self._open:
+        path = scope["path"]
+        if self._key is None or path in self._open or path.startswith("/explorer/"):
             return True
         headers = dict(scope["headers"])
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

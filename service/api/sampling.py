@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernels.errors import KernelError
-from service.engine.types import SamplingParams, SparsityParams
+from kernels.patterns.pattern import Pattern
+from service.engine.types import Explain, SamplingParams, SparsityParams
 from service.errors import RequestError
 
 if TYPE_CHECKING:
@@ -106,16 +108,42 @@ def sparsity_params(request: SparsityRequest, defaults: SparsityConfig) -> Spars
 
     A request that names one end of the budget moves the service's other end along with it.
 
+    A pattern of its own may be any causal one under the policies `fixed` and `dense`: it is what
+    was asked for, or of no effect behind the prompt. Under `dynamic` it is also what a failed
+    selection falls back to, so that every query must see the key before it.
+
     Raises:
-        RequestError: the request's own fields contradict each other.
+        RequestError: the request's own fields contradict each other, or the pattern is no fallback.
     """
-    given = request.model_dump(exclude_none=True, exclude={"explain"})
+    unlike = {"explain", "explain_layers", "explain_heads"}
+    given = request.model_dump(exclude_none=True, exclude=unlike)
     if "max_keys" in given:
         given.setdefault("min_keys", min(defaults.min_keys, given["max_keys"]))
     elif "min_keys" in given:
         given["max_keys"] = max(defaults.max_keys, given["min_keys"])
     try:
-        return defaults.model_copy(update=given).resolve()
+        resolved = defaults.model_copy(update=given).resolve()
     except KernelError as error:
         message = f"sparsity.{error}"
         raise RequestError(message, param=message.split(" ", 1)[0]) from error
+    pattern = Pattern.parse(resolved.pattern)
+    if resolved.policy == "dynamic" and not pattern.keeps_previous:
+        raise RequestError(
+            f"sparsity.pattern: {pattern} is what a failed selection would fall back to, and "
+            "models lose their thread where a token cannot see the one before it: write "
+            f"{pattern.expression}+window:2, or the policy fixed to see what becomes of it",
+            param="sparsity.pattern",
+            code="invalid_pattern",
+        )
+    return replace(resolved, explain=_explain(request))
+
+
+def _explain(request: SparsityRequest) -> Explain | None:
+    if not request.explain:
+        return None
+    layers, heads = request.explain_layers, request.explain_heads
+    return Explain(
+        tokens=request.explain == "tokens",
+        layers=None if layers is None else tuple(sorted(set(layers))),
+        heads=None if heads is None else tuple(sorted(set(heads))),
+    )

@@ -22,6 +22,7 @@ from pydantic import (
 
 from kernels.errors import PatternError
 from kernels.patterns.pattern import Pattern
+from service.api.errors import InvalidPatternError
 from service.config import LimitsConfig  # noqa: TC001  pydantic reads the annotations
 
 Prompt = str | list[int]
@@ -70,11 +71,13 @@ class SparsityRequest(_Request):
     sampled: bool | None = None
     dense_layers: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_coverage: Annotated[float, Field(ge=0, le=1)] | None = None
-    pattern: Annotated[str, Field(max_length=256)] | None = None
+    pattern: Annotated[str, Field(max_length=4096)] | None = None  # the parser takes fewer
     prefill: Literal["dynamic", "fixed", "dense"] | None = None
     prefill_coverage: Annotated[float, Field(gt=0, le=1)] | None = None
     allow_brownout: bool | None = None
-    explain: Literal[False] | None = None  # what it would ask for is not offered yet
+    explain: bool | Literal["tokens"] | None = None  # what was attended: at the end, or by token
+    explain_layers: Annotated[list[int], Field(min_length=1, max_length=1024)] | None = None
+    explain_heads: Annotated[list[int], Field(min_length=1, max_length=1024)] | None = None
 
     @field_validator("pattern")
     @classmethod
@@ -82,7 +85,7 @@ class SparsityRequest(_Request):
         try:
             return None if pattern is None else str(Pattern.parse_causal(pattern))
         except PatternError as error:
-            raise ValueError(str(error)) from None
+            raise InvalidPatternError(error) from None
 
 
 class StreamOptions(_Request):
@@ -166,6 +169,8 @@ class GenerationRequest(_Request):
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> GenerationRequest:
+        if self.sparsity.explain == "tokens" and not self.stream:
+            raise ValueError('sparsity.explain: "tokens" needs stream to be true; or write true')
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: needs stream to be true")
         return self
@@ -277,6 +282,7 @@ class TokenizeRequest(_Request):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
+    return_offsets: bool = False
 
     @model_validator(mode="after")
     def _one_of_them(self) -> TokenizeRequest:

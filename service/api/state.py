@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from service.api.desk import Desk
 from service.api.schemas import Bounds
 from service.errors import UnknownModelError
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The engine, the configuration, and what follows from both."""
+    """The engine, the configuration, what follows from both, and a thread for small work."""
 
     engine: Engine
     config: ServiceConfig
+    desk: Desk = field(default_factory=Desk)
     started: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastapi.responses import JSONResponse
 
 from service.api import body
-from service.api.chat import chat_tokens
+from service.api.chat import chat_text, chat_tokens
 from service.api.schemas import DetokenizeRequest, TokenizeRequest
 from service.api.state import state_of
 
@@ -34,6 +34,8 @@ async def tokenize(request: Request) -> JSONResponse:
         answer["token_strs"] = await asyncio.to_thread(
             lambda: [tokenizer.token_text(token) for token in tokens]
         )
+    if asked.return_offsets:
+        answer["text"], answer["offsets"] = await asyncio.to_thread(_offsets, asked, tokenizer)
     return JSONResponse(answer)
 
 
@@ -52,3 +54,11 @@ def _tokens(asked: TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
     if asked.prompt is not None:
         return tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
     return chat_tokens(asked.messages or [], tokenizer, asked.add_generation_prompt)
+
+
+def _offsets(asked: TokenizeRequest, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The text that the tokens are of, and where in it each one stands, in code points."""
+    if asked.prompt is not None:
+        return asked.prompt, tokenizer.offsets(asked.prompt, asked.add_special_tokens)
+    text = chat_text(asked.messages or [], tokenizer, asked.add_generation_prompt)
+    return text, tokenizer.offsets(text, False)

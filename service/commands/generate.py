@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from service.api.chat import chat_tokens
 from service.api.errors import from_validation
-from service.api.generation import report_json
+from service.api.reports import report_json
 from service.api.sampling import sparsity_params
 from service.api.schemas import Message, SparsityRequest
 from service.config import load_config

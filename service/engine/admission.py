@@ -13,7 +13,7 @@ from service.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from service.engine.types import SamplingParams, SparsityParams
+    from service.engine.types import Explain, SamplingParams, SparsityParams
 
 
 def check_request(
@@ -58,3 +58,22 @@ def check_request(
     except SaccadeError as error:
         field_name = str(error).split(" ", 1)[0]
         raise RequestError(str(error), param=f"sparsity.{field_name}") from error
+
+
+def check_explain(explain: Explain | None, layers: int, heads: int) -> None:
+    """Whether the model has the layers and heads that a request asks about.
+
+    Raises:
+        RequestError: it has not.
+    """
+    if explain is None:
+        return
+    for name, asked, there in (
+        ("layers", explain.layers, layers),
+        ("heads", explain.heads, heads),
+    ):
+        if asked is not None and (not asked or not all(0 <= one < there for one in asked)):
+            raise RequestError(
+                f"sparsity.explain_{name}: must hold numbers from 0 to {there - 1}",
+                param=f"sparsity.explain_{name}",
+            )

@@ -6,12 +6,13 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from service.engine.admission import check_request
+from service.engine.admission import check_explain, check_request
+from service.engine.explained import Passages
 from service.engine.measures import observe, time_end, time_token
 from service.engine.output import Ending, Output
 from service.engine.runner import Runner, decide
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
     from service.engine.pages import PagePool
     from service.engine.runner import Outcome
+    from service.engine.types import SparsityReport, TokenLook
     from service.metrics import Metrics
 
 IDLE_BEAT = 0.5
@@ -50,6 +52,7 @@ class _Progress:
     prompt_ranked: list[Ranked] = field(default_factory=list)  # of prompt tokens 1, 2, ...
     opened: bool = False  # whether its first delta is out
     prefilled: int = 0  # positions before it have been counted, but for the tail's
+    passages: Passages | None = None  # what its tokens attended to, where asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ class Engine:
             vocab=self.config.vocab_size,
             max_model_len=self.max_model_len,
         )
+        check_explain(sparsity.explain, self.config.layers, self.config.heads)
         self.check_room(n)
         stream = Stream(n, lambda: self.abort(request_id))
         request = Request(
@@ -264,6 +268,7 @@ class Engine:
                         self._ends,
                     ),
                     Output(self.tokenizer, request.sampling, request.prompt, self._ends),
+                    passages=Passages(len(request.prompt)) if request.sparsity.explain else None,
                 )
 
     def _step(self, work: list[Work]) -> None:
@@ -331,9 +336,20 @@ class Engine:
             for choice in request.sequences:
                 self._finish(choice, "", Ending("length"))
             return
-        self._sample(sequence, progress, self._runner.next_logits(outcome))
+        look = None
+        if outcome.explained is not None and progress.passages is not None:
+            progress.passages.add(outcome.explained)
+            explain = request.sparsity.explain
+            look = outcome.explained.look if explain is not None and explain.tokens else None
+        self._sample(sequence, progress, self._runner.next_logits(outcome), look)
 
-    def _sample(self, sequence: Sequence, progress: _Progress, logits: torch.Tensor) -> None:
+    def _sample(
+        self,
+        sequence: Sequence,
+        progress: _Progress,
+        logits: torch.Tensor,
+        look: TokenLook | None,
+    ) -> None:
         params = sequence.request.sampling
         token = progress.sampler.sample(logits, sequence.generated)
         sequence.tokens.append(token)
@@ -346,9 +362,9 @@ class Engine:
             logprobs = tuple(self._named(entry) for entry in ranked)
         self.metrics.generation_tokens(1)
         if ending is not None:
-            self._finish(sequence, text, ending, (token,), logprobs)
+            self._finish(sequence, text, ending, (token,), logprobs, look=look)
         else:
-            self._emit(sequence, text, None, (token,), logprobs)
+            self._emit(sequence, text, None, (token,), logprobs, look=look)
 
     def _rank_prompt(self, outcome: Outcome, progress: _Progress) -> None:
         """Log-probabilities of the prompt tokens that this work's hidden states predict."""
@@ -374,10 +390,11 @@ class Engine:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         error: str | None = None,
+        look: TokenLook | None = None,
     ) -> None:
         """The one way a sequence ends: its pages go back and its last delta goes out."""
         self._scheduler.finish(sequence)
-        self._emit(sequence, text, ending, tokens, logprobs, error)
+        self._emit(sequence, text, ending, tokens, logprobs, error, look)
         del self._progress[sequence]
         time_end(self.metrics, sequence, ending)
         request = sequence.request
@@ -396,6 +413,7 @@ class Engine:
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprob, ...],
         error: str | None = None,
+        look: TokenLook | None = None,
     ) -> None:
         request, progress = sequence.request, self._progress[sequence]
         prompt_logprobs = None
@@ -410,10 +428,20 @@ class Engine:
             finish_reason=ending.reason if ending else None,
             stop_reason=ending.matched if ending else None,
             error=error,
-            sparsity=progress.tally.report(request.sparsity) if ending else None,
+            sparsity=self._report(request, progress) if ending else None,
             prompt_logprobs=prompt_logprobs,
+            look=look,
         )
         self._outbox.setdefault(request, []).append(delta)
+
+    def _report(self, request: Request, progress: _Progress) -> SparsityReport:
+        report = progress.tally.report(request.sparsity)
+        if progress.passages is None:
+            return report
+        spans = progress.passages.spans(
+            lambda start, end: self.tokenizer.decode(request.prompt[start:end], False)
+        )
+        return replace(report, attended=spans)
 
     def _flush(self) -> None:
         """Send the step's deltas; metrics are booked before, so a caller who asks sees its own."""

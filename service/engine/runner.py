@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from kernels.errors import PatternError
 from kernels.page import PAGE
 from kernels.timing import Phases
 from models.attention import Recorder
-from service.engine import looked
+from service.engine import explained, looked
 from service.engine.batch import build_step
 from service.engine.device import check_alive
 from service.engine.sequence import Fallback, Mode
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache
+    from models.explain import Wanted
     from models.step import StepInput
+    from service.engine.explained import Explained
     from service.engine.replay import Replays
     from service.engine.scheduler import Work
     from service.engine.tally import Looked, Prefilled
@@ -66,6 +69,7 @@ class Outcome:
     # Of a replayed row, on the host.
     logits: Tensor | None = None  # float32 [vocab]
     finite: bool | None = None  # whether the hidden state is
+    explained: Explained | None = None  # what its last token attended to, where asked for
 
 
 class Runner:
@@ -191,6 +195,8 @@ class Runner:
     def _rescue(self, item: Work, error: Exception) -> Outcome:
         """One item alone failed: once more on the fixed pattern if it was dynamic, else give up."""
         failure = error
+        if isinstance(error, PatternError):  # the request's own is too much: nobody else's trouble
+            return Outcome(item, None, None, f"sparsity.pattern: {error}")
         if prefills_sparsely(item):
             _log.warning("sparse prefill failed, going on densely", exc_info=error)
             self._prefill_trouble = f"sparse prefill failed: {type(error).__name__}"
@@ -243,12 +249,13 @@ class Runner:
         self._sparse_steps += sparse
         due = (self._sparse_steps - 1) % self._audit_every == 0
         audit = sparse and (due if self._audit is None else self._audit)
-        replayed = None if audit or self._replays is None else self._replays.run(work)
+        eager = audit or any(_is_explained(item) for item in work)
+        replayed = None if eager or self._replays is None else self._replays.run(work)
         return self._eager(work, audit=audit) if replayed is None else replayed
 
     def _eager(self, work: Seq[Work], *, audit: bool) -> list[Outcome]:
         step = build_step(work, self._device)
-        recorder = Recorder(Phases(on=audit))
+        recorder = Recorder(Phases(on=audit), explain=self._wanted(work))
         hidden = self._model(step, self._caches, recorder)  # [tokens, hidden]
         for phase, seconds in recorder.phases.seconds.items():
             self._metrics.attention_seconds(phase, seconds / len(self._caches))
@@ -260,9 +267,24 @@ class Runner:
                 prefilled = looked.of_prefill(
                     step, recorder, first, body, len(self._caches), self._heads
                 )
-            outcomes.append(Outcome(item, hidden[part], seen.cut(part), prefilled=prefilled))
+            mine, last = seen.cut(part), first + item.count - 1
+            told = None
+            if last in recorder.explain:
+                glances = [one for one in recorder.glances if one.place == last]
+                told = explained.of_token(glances, mine, item.count - 1, item.stop)
+            outcomes.append(Outcome(item, hidden[part], mine, prefilled=prefilled, explained=told))
             first += item.count
         return outcomes
+
+    def _wanted(self, work: Seq[Work]) -> dict[int, Wanted]:
+        """By place in the step: the tokens that are to be explained."""
+        found, first = {}, 0
+        for item in work:
+            first += item.count
+            explain = item.sequence.request.sparsity.explain
+            if explain is not None and item.samples:
+                found[first - 1] = explained.wanted(explain, len(self._caches), self._heads)
+        return found
 
 
 def hold(item: Work, reason: Fallback) -> None:
@@ -285,6 +307,11 @@ def prefills_sparsely(item: Work) -> bool:
 def hold_prefill(item: Work) -> None:
     """Have these attend densely, now and whenever they are computed again."""
     item.sequence.dense_parts.append(range(item.start, item.start + body_of(item)))
+
+
+def _is_explained(item: Work) -> bool:
+    """Whether the answer tells what the item's last token attended to."""
+    return item.samples and item.sequence.request.sparsity.explain is not None
 
 
 def _is_sparse(item: Work) -> bool:

@@ -48,6 +48,76 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """What an answer tells of the keys that its tokens attended to.
+
+    Attributes:
+        tokens: whether it tells so of each token, as it comes; else of all together, at the end.
+        layers: numbers of the layers that count; None: all.
+        heads: numbers of their query heads that count; None: all.
+    """
+
+    tokens: bool
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What one head of one layer attended to for one token.
+
+    Attributes:
+        layer: number of the layer.
+        head: number of the query head.
+        keys: keys that its KV head read.
+        coverage: share of the attention mass on them, as estimated; 1 where dense, 0: unknown.
+        positions: of the keys of the greatest weights.
+        weights: their weights in the sum over values; all of the head's make 1.
+    """
+
+    layer: int
+    head: int
+    keys: int
+    coverage: float
+    positions: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLook:
+    """What was attended to for one token: by the token before it, which it is sampled from.
+
+    Attributes:
+        visible: keys that there were.
+        density: keys read over keys visible, mean over all layers.
+        coverage: mean over all layers and heads.
+        heads: those that are to be explained.
+    """
+
+    visible: int
+    density: float
+    coverage: float
+    heads: tuple[Head, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A passage of the prompt that an answer's tokens attended to.
+
+    Attributes:
+        start: its first token's position.
+        end: of the one behind its last.
+        text: what it says.
+        mass: its keys' weights, mean over the answer's tokens and the heads that count.
+    """
+
+    start: int
+    end: int
+    text: str
+    mass: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparsityParams:
     """Where one request's attention looks; resolved, so that every field has a value.
@@ -63,6 +133,7 @@ class SparsityParams:
         allow_brownout: under overload the budget of this request may be cut.
         prefill: how the prompt up to its tail attends.
         prefill_coverage: see `kernels.policy.Pages`, where the prompt attends dynamically.
+        explain: what the answer tells of where its tokens looked; None: nothing.
     """
 
     policy: PolicyName
@@ -76,6 +147,7 @@ class SparsityParams:
     allow_brownout: bool
     prefill: PolicyName = "dense"
     prefill_coverage: float = 0.98
+    explain: Explain | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +193,7 @@ class SparsityReport:
         keys_attended: keys a row, mean over layers and KV heads.
         fallbacks: tokens that went elsewhere, by reason.
         prefill: what the prompt's tokens before its tail did; None: there were none.
+        attended: passages of the prompt, most mass first; None: nobody asked.
     """
 
     policy: str
@@ -130,6 +203,7 @@ class SparsityReport:
     keys_attended: float
     fallbacks: dict[str, int]
     prefill: PrefillReport | None = None
+    attended: tuple[Span, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +220,7 @@ class Delta:
         error: a sentence, with finish_reason "error".
         sparsity: on the last delta.
         prompt_logprobs: on the first delta of choice 0, where asked for.
+        look: what its token attended to, where asked for.
     """
 
     index: int
@@ -157,6 +232,7 @@ class Delta:
     error: str | None = None
     sparsity: SparsityReport | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    look: TokenLook | None = None
 
 
 @dataclass(frozen=True, slots=True)

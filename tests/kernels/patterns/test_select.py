@@ -60,6 +60,18 @@ def test_few_more_keys_are_listed_than_are_seen(text):
     assert pattern.expression.columns(view) <= 1.2 * CASES[text] + 64
 
 
+def test_no_more_keys_are_asked_about_than_there_are(monkeypatch):
+    asked = []
+    allows = Pattern.allows
+    monkeypatch.setattr(
+        Pattern, "allows", lambda self, q, k: asked.append(k.shape) or allows(self, q, k)
+    )
+    many = Pattern.parse("+".join(["full", "strided:2", "global:50", "window:900"] * 4))
+    selection = many.select(torch.tensor([1000, 700]), torch.tensor([0, 100]), 1)
+    assert asked == [(2, 1000)]
+    assert selection.counts.tolist() == [[1000], [600]]
+
+
 def test_selections_respect_lengths_and_starts():
     pattern = Pattern.parse("sinks:4 + window:10")
     lengths = torch.tensor([3, 100, 50])

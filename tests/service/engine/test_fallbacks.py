@@ -11,6 +11,7 @@ import torch
 from kernels import dynamic as dynamic_kernel
 from kernels.budget import SAMPLE
 from kernels.errors import KernelError
+from kernels.patterns import lists
 from tests.service.engine.tiny import dynamic, greedy, prompt_of, text_of, tokens_of
 
 DENSE, FIXED = dynamic(policy="dense"), dynamic(policy="fixed")
@@ -257,3 +258,16 @@ def test_dense_layers_attend_densely_whatever_the_policy(harness, policy):
     assert answers[2] == dense and densities[2] == 1.0  # of three layers
     assert densities[1] == pytest.approx((1 + 2 * densities[0]) / 3, rel=0.1)
     assert answers[0] != dense
+
+
+def test_a_pattern_that_is_too_much_work_ends_its_request_alone(harness, monkeypatch):
+    monkeypatch.setattr(lists, "MOST", 3)
+    one = harness()
+    refused, fine = one.run(
+        one.generate(prompt_of(700), greedy(3), dynamic(policy="fixed", prefill="fixed")),
+        one.generate(prompt_of(500), greedy(3), DENSE),
+    )
+    assert refused[-1].finish_reason == "error"
+    assert refused[-1].error.startswith("sparsity.pattern: what this pattern shows of")
+    assert fine[-1].finish_reason == "length"
+    assert not one.engine.health().degraded
