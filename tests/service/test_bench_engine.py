@@ -22,7 +22,7 @@ TINY = shape_of("tiny")
 
 
 def test_both_policies_of_every_cell_are_measured(monkeypatch):
-    monkeypatch.setattr("kernels.gpu.decode.SPLITS", 2)
+    monkeypatch.setattr("kernels.gpu.layout.SPANS", 2)
     monkeypatch.setattr("kernels.gpu.launch.PROGRAMS", 2)
     cells = [Cell(1, 100), Cell(2, 3 * PAGE)]
     options = Options(keys=130, repeats=1, steps=1, bandwidth=1e-6)

@@ -32,7 +32,7 @@ LOST = "CUDA error: an illegal memory access was encountered"
 @pytest.fixture(autouse=True)
 def little_work(monkeypatch):
     """The interpreter runs a kernel's programs one after the other."""
-    monkeypatch.setattr("kernels.gpu.decode.SPLITS", 2)
+    monkeypatch.setattr("kernels.gpu.layout.SPANS", 2)
     monkeypatch.setattr("kernels.gpu.launch.PROGRAMS", 2)
     monkeypatch.setattr("kernels.gpu.decode.SAMPLE", 8)
     monkeypatch.setattr("service.engine.sequence.TAIL", TAIL)

@@ -41,7 +41,7 @@ CAPTURED = [Bucket(rows, WIDTH, policy) for rows in (1, 3) for policy in POLICIE
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs one after the other."""
-    monkeypatch.setattr("kernels.gpu.decode.SPLITS", 2)
+    monkeypatch.setattr("kernels.gpu.layout.SPANS", 2)
     monkeypatch.setattr("kernels.gpu.launch.PROGRAMS", 2)
 
 
