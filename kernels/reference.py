@@ -173,7 +173,8 @@ def _page_mass(query: Tensor, cache: LayerCache, segment: Segment) -> Tensor:
     key = torch.arange(len(segment.block_table) * PAGE, device=query.device)
     position = segment.start + torch.arange(tokens, device=query.device)
     bias = _bias(cache, key.expand(tokens, heads, -1), position)
-    bias = torch.zeros(tokens, heads, len(key), dtype=torch.float64) if bias is None else bias
+    if bias is None:
+        bias = torch.zeros(tokens, heads, len(key), dtype=torch.float64, device=query.device)
     return bias.view(tokens, heads, -1, PAGE).logsumexp(-1)
 
 
@@ -191,7 +192,8 @@ def read_pages(
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     whole, variance = stand_ins(query, cache, segment, scale)  # [tokens, heads, pages]
     first, pages = segment.start // PAGE, whole.shape[2]
-    even = torch.ones(heads) if cache.slopes is None else page_evenness(cache.slopes.double())
+    slopes = torch.zeros(heads, device=query.device) if cache.slopes is None else cache.slopes
+    even = page_evenness(slopes.double())
     read = torch.zeros(pages - first, kv_heads, pages, dtype=torch.bool, device=query.device)
     for token in range(tokens):
         position = segment.start + token
@@ -203,7 +205,7 @@ def read_pages(
         scores = torch.einsum("hd,hkd->hk", query[token].double() * scale, own)
         if cache.slopes is not None:
             scores += cache.slopes.double()[:, None] * (
-                torch.arange(own.shape[1]) - position % PAGE
+                torch.arange(own.shape[1], device=query.device) - position % PAGE
             )
         mass = torch.cat((whole[token, :, :tile], scores), dim=1).softmax(1)[:, :tile]
         error = mass * ((variance[token].exp() / even - 1) / PAGE).sqrt()[:, None]
@@ -249,7 +251,9 @@ def tile_attention(
     mask = mask.flatten(2).repeat_interleave(group, dim=1)  # [tokens, heads, keys]
     scores = torch.einsum("thd,hkd->thk", query.double() * scale, flat[:, :, 0])
     position = segment.start + torch.arange(tokens, device=query.device)
-    bias = _bias(cache, torch.arange(flat.shape[1]).expand(scores.shape), position)
+    bias = _bias(
+        cache, torch.arange(flat.shape[1], device=query.device).expand(scores.shape), position
+    )
     scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~mask, -torch.inf)
     own = scores.logsumexp(-1)

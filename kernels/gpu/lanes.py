@@ -125,10 +125,11 @@ def signed_sums(low, high, planes, STEPS: tl.constexpr):
         zero = tl.zeros((32,), tl.int32)
         sums = (zero, zero, zero, zero)
         for step in tl.static_range(STEPS):
-            own: tl.constexpr = step * 4
-            sums = _count(low[step], high[step], planes[own], planes[own + 1], sums)
+            one, two = planes[step * 4], planes[step * 4 + 1]
+            sums = _count(low[step], high[step], one, two, sums)
+            one, two = planes[step * 4 + 2], planes[step * 4 + 3]
             for _ in tl.static_range(2):  # these planes count twice
-                sums = _count(low[step], high[step], planes[own + 2], planes[own + 3], sums)
+                sums = _count(low[step], high[step], one, two, sums)
         first = (sums[0] + (sums[1] << 2)).to(tl.float32)
         second = (sums[2] + (sums[3] << 2)).to(tl.float32)
     return first, second

