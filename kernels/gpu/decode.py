@@ -77,7 +77,7 @@ def attend(
     with phases.time("score", query.device):
         layout, scratch = look_over(query, cache, rows, policy, scale)
     parts = Look.of(query, scale, layout)
-    at_once = layout.lines * layout.spans <= AT_ONCE
+    at_once = layout.parts == 1 and layout.lines * layout.spans <= AT_ONCE
     with phases.time("select", query.device):
         scan(cache, rows, policy.sinks, layout, scratch, look=parts if at_once else None)
     with phases.time("attend", query.device):

@@ -23,6 +23,8 @@ HELD = 3 * PAGE
 """Keys that are always read, with room: a page of sinks, and the recent window's two."""
 
 
+PARTS = 32
+"""Programs that read what is met on a line, at least."""
 SPANS = 256
 """Most programs that share a line's keys: each leaves a part of the output."""
 
@@ -78,6 +80,11 @@ class Layout:
     def spans(self) -> int:
         """Programs that share a line's segments."""
         return -(-self.segments // self.span)
+
+    @property
+    def parts(self) -> int:
+        """Programs that share what is met in a program's segments."""
+        return max(1, PARTS // self.spans)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class Look:
     @staticmethod
     def of(query: Tensor, scale: float, layout: Layout) -> Look:
         """Memory for all programs' parts."""
-        splits = layout.spans + HELD // EACH
+        splits = layout.spans * layout.parts + HELD // EACH
         outputs = query.new_empty(*query.shape[:2], splits, query.shape[2])
         lses = torch.empty(2, *query.shape[:2], splits, device=query.device)
         return Look(query, scale, outputs, lses[0], lses[1])
@@ -62,7 +62,7 @@ def look(
         scratch.marks,
         scratch.marked, scratch.slots, scratch.counts, look.outputs, look.lses, look.owns,
         look.scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, layout.spans,
-        scratch.slots.shape[2], rows.block_tables.stride(0), cache.kv.shape[1],
+        layout.parts, scratch.slots.shape[2], rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), EACH=EACH, BLOCK=BLOCK, PAGE=PAGE,
         BIASED=cache.slopes is not None, OVERLAP=overlaps,
@@ -72,28 +72,29 @@ def look(
 
 @triton.jit(
     do_not_specialize=[
-        "sinks", "queries", "kv_heads", "spans", "places", "table_stride", "cache_pages"
+        "sinks", "queries", "kv_heads", "spans", "parts", "places", "table_stride", "cache_pages"
     ]
 )  # fmt: skip
 def _look(
     query, kv, tables, starts, lengths, slopes, marks, marked, slots, counts, outputs, lses, owns,
-    scale, sinks, queries, kv_heads, spans, places, table_stride, cache_pages,
+    scale, sinks, queries, kv_heads, spans, parts, places, table_stride, cache_pages,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One line over what was met in a span, or some of the keys always read."""
+    """One line over a part of what was met in a span, or some of the keys always read."""
     overlap.begin(OVERLAP)
-    line, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, kv_head = line // kv_heads, line % kv_heads
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     overlap.wait(OVERLAP)
+    span = split // parts
     place = line * spans + span
     look_here(
         query + line * (GROUP * DIM), kv + kv_head * cache_pages * (PAGE * 2 * DIM),
         tables + (row // queries) * table_stride, marked + place * places, slots + place * places,
-        slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, span, spans, start,
-        length, tl.load(marks + line) == 0, tl.load(counts + place, span < spans, 0), sinks,
+        slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, split, spans, parts,
+        start, length, tl.load(marks + line) == 0, tl.load(counts + place, span < spans, 0), sinks,
         GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
     )  # fmt: skip
 
@@ -101,7 +102,7 @@ def _look(
 @triton.jit
 def look_here(
     query, kv, table, marked, slots, slopes, outputs, lses, owns, scale,
-    first_head, span, spans, start, length, lost, noted, sinks,
+    first_head, split, spans, parts, start, length, lost, noted, sinks,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
@@ -114,20 +115,22 @@ def look_here(
     inside, there = channel < DIM, head < GROUP
     wide = inside[:, None] & there[None]
     # Sinks, the recent window's two pages, or what was met.
-    part, met_here = span - spans, span + 0 * member < spans  # [BLOCK]
+    part, met_here = split - spans * parts, split + 0 * member < spans * parts  # [BLOCK]
     stop = tl.maximum(length // PAGE - 1, 0) * PAGE
     always = tl.where(part < PAGE // EACH, 0, stop - PAGE) + part * EACH
     end = tl.where(part < PAGE // EACH, tl.minimum(stop, sinks), length)
-    total = tl.where(span < spans, noted, EACH)
+    drawn = split < spans * parts
+    total, each = tl.where(drawn, noted, EACH), tl.where(drawn, parts, 1) * BLOCK
+    begin = tl.where(drawn, split % parts, 0) * BLOCK
     # Where the mass is not finite nothing was drawn, and that shows.
     plain = tl.where(lost, float("nan"), CERTAIN * 1.0)
     mine = tl.load(query + head[None] * DIM + channel[:, None], wide, 0.0)  # [WIDTH, HEADS]
     peak = tl.full((HEADS,), float("-inf"), tl.float32)
     mass, own_mass = tl.zeros((HEADS,), tl.float32), tl.zeros((HEADS,), tl.float32)
     sums = tl.zeros((WIDTH, HEADS), tl.float32)
-    met = tl.load(slots + member, met_here & (member < total), 0)
-    note = tl.load(marked + member, met_here & (member < total), 0)
-    for block in range(0, total, BLOCK):
+    met = tl.load(slots + begin + member, met_here & (begin + member < total), 0)
+    note = tl.load(marked + begin + member, met_here & (begin + member < total), 0)
+    for block in range(begin, total, each):
         place = block + member
         position = always + place
         seen = tl.where(met_here, place < total, (position >= start) & (position < end))
@@ -135,9 +138,9 @@ def look_here(
         slot = tl.where(met_here, met, page * PAGE + position % PAGE)
         size = (note >> POSITION_BITS).to(tl.float32)
         size = tl.where(seen & met_here, size, plain)
-        own, more = note, met_here & (place + BLOCK < total)
-        met = tl.load(slots + place + BLOCK, more, 0)
-        note = tl.load(marked + place + BLOCK, more, 0)
+        own, more = note, met_here & (place + each < total)
+        met = tl.load(slots + place + each, more, 0)
+        note = tl.load(marked + place + each, more, 0)
         data = kv + slot.to(tl.int64)[:, None] * (2 * DIM) + channel[None]
         keys = tl.load(data, seen[:, None] & inside[None], 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, seen[:, None] & inside[None], 0.0)
@@ -158,7 +161,7 @@ def look_here(
             tl.trans(values), share.to(values.dtype), sums * shrink[None], input_precision="ieee"
         )
         peak = higher
-    place = (first_head + head) * tl.num_programs(1) + span
+    place = (first_head + head) * tl.num_programs(1) + split
     output = sums / tl.where(mass == 0.0, 1.0, mass)[None]
     output = output.to(outputs.dtype.element_ty)
     tl.store(outputs + place[None] * DIM + channel[:, None], output, wide)

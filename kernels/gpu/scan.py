@@ -224,7 +224,7 @@ def _scan(
         tl.debug_barrier()
         look_here(
             query + line * (GROUP * DIM), kv, table, marked, slots, slopes + kv_head * GROUP,
-            outputs, lses, owns, scale, line * GROUP, span, spans, start, length, number == 0,
+            outputs, lses, owns, scale, line * GROUP, span, spans, 1, start, length, number == 0,
             noted, sinks, GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
         )  # fmt: skip
 
