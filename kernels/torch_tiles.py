@@ -10,13 +10,17 @@ import torch.nn.functional as F
 
 from kernels.bits import unpacked
 from kernels.page import PAGE
+from kernels.tile_calls import calls
 from kernels.tiles import ALIKE, SAMPLES, TURN
 from kernels.torch_backend import bias_of, merge, plain_attention, prescaled, wide
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from kernels.cache import LayerCache, Segment
+    from kernels.tile_calls import Reads
     from kernels.tiles import TileSelection
 
 
@@ -103,31 +107,49 @@ def _tiled(query: Tensor, kv_heads: int, segment: Segment) -> tuple[Tensor, Tens
 def _attend_lists(
     tiled: Tensor, cache: LayerCache, segment: Segment, selection: TileSelection, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed pages, a call for each list."""
+    """Attention over the listed pages, few calls for many lists."""
     kv_heads, tiles, rows, head_dim = tiled.shape
     output = torch.zeros_like(tiled)
     lse = tiled.new_full((kv_heads, tiles, rows), -torch.inf, dtype=wide(tiled.dtype))
-    logical = selection.pages.tolist()
-    physical, masks = segment.block_table[selection.pages.long()], selection.masks.tolist()
-    starts, counts, whole = (
-        part.tolist() for part in (selection.starts, selection.counts, selection.whole)
-    )
-    bias = _Bias(tiled, selection)
+    every = cache.kv.flatten(0, 1)  # [kv_heads * pages, 64, 2, head_dim]
+    table = segment.block_table.tolist()
     last, used = divmod(segment.start + segment.tokens, PAGE)
-    for tile in range(tiles):
-        for head in range(kv_heads):
-            start, count = starts[tile][head], counts[tile][head]
-            if count == 0:
-                continue
-            stop = start + count
-            pages = cache.kv[head].index_select(0, physical[start:stop])
-            if used and last in logical[start:stop]:  # behind the last key anything may lie
-                pages[logical.index(last, start, stop) - start, used:] = 0
-            keys, values = pages.view(1, 1, -1, 2, head_dim).unbind(3)
-            partly = tuple(masks[start + whole[tile][head] : stop])
-            mine, added = tiled[head, tile][None, None], bias.of(partly, count)
-            some = plain_attention(mine, keys, values, added, scale)
-            output[head, tile], lse[head, tile] = some[0][0, 0], some[1][0, 0]
+    bias = _Bias(tiled, selection)
+
+    def gathered(some: Sequence[tuple[int, Reads]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of lists alike in length, [lists, keys, head_dim] each."""
+        where = [
+            head * cache.kv.shape[1] + table[page] for head, reads in some for page in reads.pages
+        ]
+        copy = every.index_select(0, torch.tensor(where, device=every.device))
+        if used and last < len(table):  # behind the last key anything may lie
+            flat = [page == last for _, reads in some for page in reads.pages]
+            if any(flat):
+                copy[torch.tensor(flat, device=copy.device), used:] = 0
+        copy = copy.view(len(some), -1, 2, head_dim)
+        if some[0][1].cut:
+            copy = copy[:, : used - PAGE]
+        keys, values = copy.unbind(2)
+        return keys, values
+
+    def attend(some: Sequence[tuple[int, Reads]], where: tuple[Tensor, Tensor]) -> None:
+        """A call: heads and tiles [lists, tiles] of queries, whose lists are `some`."""
+        mine = tiled[where]  # [lists, tiles, rows, head_dim]
+        reads = some[0][1]
+        keys, values = gathered(some)
+        added = bias.of(reads.masks, len(reads.pages))
+        if added is None:
+            found = plain_attention(mine.flatten(1, 2)[None], keys[None], values[None], None, scale)
+        else:
+            pair = (part.expand(mine.shape[1], -1, -1, -1) for part in (keys, values))
+            found = plain_attention(mine.transpose(0, 1), *pair, added, scale)
+            found = found[0].transpose(0, 1), found[1].transpose(0, 1)
+        output[where] = found[0].reshape(mine.shape)
+        lse[where] = found[1].reshape(mine.shape[:-1])
+
+    each = PAGE * 2 * head_dim * every.itemsize
+    for some, place in calls(selection, last if used else None, used, each):
+        attend(some, (place[..., 0].to(tiled.device), place[..., 1].to(tiled.device)))
     empty = lse.isneginf() | lse.isnan()
     return output.masked_fill_(empty[..., None], 0), lse.masked_fill_(empty, -torch.inf)
 
