@@ -47,8 +47,8 @@ def calls(selection: TileSelection, last: int | None, used: int, page_bytes: int
         The KV head and the list of each copy, and int64 [copies, tiles, 2], the KV head and the
         tile of each tile of queries that reads it.
     """
-    single: dict[tuple[int, tuple[int, ...], bool], list[tuple[int, int, Reads]]] = (
-        defaultdict(list)
+    single: dict[tuple[int, tuple[int, ...], bool], list[tuple[int, int, Reads]]] = defaultdict(
+        list
     )
     shared: dict[tuple[Reads, tuple[int, ...]], list[int]] = defaultdict(list)
     for (head, reads), tiles in _by_list(selection, last, used).items():
@@ -57,15 +57,15 @@ def calls(selection: TileSelection, last: int | None, used: int, page_bytes: int
             single[alike].append((tiles[0], head, reads))
         else:
             shared[reads, tuple(tiles)].append(head)
-    for (reads, tiles), heads in shared.items():
+    for (reads, places), heads in shared.items():
         together = _together(len(reads.pages), page_bytes)
         for begin in range(0, len(heads), together):
             some = heads[begin : begin + together]
-            place = [[(head, tile) for tile in tiles] for head in some]
+            place = [[(head, tile) for tile in places] for head in some]
             yield [(head, reads) for head in some], torch.tensor(place)
-    for (pages, _, _), lists in single.items():
+    for (length, _, _), lists in single.items():
         lists.sort(key=lambda one: one[:2])  # tile by tile, so that keys are read again soon
-        together = _together(pages, page_bytes)
+        together = _together(length, page_bytes)
         for begin in range(0, len(lists), together):
             part = lists[begin : begin + together]
             place = [[(head, tile)] for tile, head, _ in part]

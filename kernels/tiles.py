@@ -41,6 +41,19 @@ class TileSelection:
     # int64 [tiles, kv_heads, words]  pages for which their means stand, packed; None: none
     left: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> TileSelection:
+        """The same lists on a device."""
+        left = self.left
+        return TileSelection(
+            starts=self.starts.to(device),
+            counts=self.counts.to(device),
+            whole=self.whole.to(device),
+            pages=self.pages.to(device),
+            masks=self.masks.to(device),
+            bits=self.bits.to(device),
+            left=None if left is None else left.to(device),
+        )
+
     def attended(self, first: int, queries: int) -> Tensor:
         """How many (query, key) pairs the lists hold; what stands for unread pages is not counted.
 

@@ -141,11 +141,15 @@ def _attend_lists(
         if added is None:
             found = plain_attention(mine.flatten(1, 2)[None], keys[None], values[None], None, scale)
         else:
-            pair = (part.expand(mine.shape[1], -1, -1, -1) for part in (keys, values))
-            found = plain_attention(mine.transpose(0, 1), *pair, added, scale)
+            tall = mine.transpose(0, 1)  # [tiles, lists, rows, head_dim]
+            keys, values = (part.expand(len(tall), -1, -1, -1) for part in (keys, values))
+            found = plain_attention(tall, keys, values, added, scale)
             found = found[0].transpose(0, 1), found[1].transpose(0, 1)
-        output[where] = found[0].reshape(mine.shape)
-        lse[where] = found[1].reshape(mine.shape[:-1])
+        output[where], sums = found[0].reshape(mine.shape), found[1].reshape(mine.shape[:-1])
+        if added is not None and len(reads.masks) == len(reads.pages):
+            # Of a row that sees nothing torch says 0 or nan, by its version.
+            sums = sums.masked_fill(added[0].isneginf().all(-1), -torch.inf)
+        lse[where] = sums
 
     each = PAGE * 2 * head_dim * every.itemsize
     for some, place in calls(selection, last if used else None, used, each):

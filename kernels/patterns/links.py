@@ -45,13 +45,13 @@ class Links(Primitive):
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """The query's block is linked to the key's."""
-        listed, (late, early) = self._listed(query.device), torch.broadcast_tensors(query, key)
+        listed = self._listed(query.device)
         rows, most = listed.shape[0] - 1, max(int(listed.max()), 0) + 1
         table = torch.zeros(rows + 1, most + 1, dtype=torch.bool, device=query.device)
         table.scatter_(1, listed.where(listed >= 0, most), True)
         table[:, most] = False  # what is none, and blocks behind all that are seen
-        row = (late // self.size).clamp_max(rows)
-        return table[row, (early // self.size).clamp_max(most)]
+        row = (query // self.size).clamp_max(rows)
+        return table[row, (key // self.size).clamp_max(most)]
 
     def runs(self, view: View) -> list[Run]:
         """A stretch for each block that one of a row's blocks sees."""
