@@ -57,7 +57,7 @@ def load(
     weight = outline.stored_name("head.decoder.weight") if config.head == "masked_lm" else ""
     check_names(folder, list(names.values()), stored, {weight: TIE_HINT})
     check_shapes({names[name]: shape for name, shape in shapes.items()}, stored)
-    used = {*names.values(), *(_twin(name) for name in names.values())}
+    used = {*names.values(), *map(outline.stored_name, names)}
     unused = [name for name in stored if name not in used and not _may_be_ignored(name)]
     check_unused([name for name in unused if name != weight], stored, config.architecture)
     embedding = stored[names["embeddings.word_embeddings.weight"]]
@@ -85,9 +85,12 @@ def dummy(config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> En
 
 
 def _found(name: str, stored: Mapping[str, Stored]) -> str:
-    """The name under which a tensor is stored: a tied bias has two, and a file holds one."""
+    """The name under which a tensor is stored.
+
+    An output layer's bias has two: tied, a file may hold either; else the layer's own counts.
+    """
     twin = _twin(name)
-    return twin if name not in stored and twin in stored else name
+    return twin if twin in stored else name
 
 
 def _twin(name: str) -> str:

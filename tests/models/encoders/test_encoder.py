@@ -143,7 +143,6 @@ def test_bigbird_blocks_of_any_size(size, regime, make):
     "changes",
     [
         {"attention_type": "original_full"},
-        {"num_random_blocks": 0},
         {"use_bias": False, "rescale_embeddings": True, "hidden_act": "relu"},
     ],
 )
@@ -153,6 +152,17 @@ def test_what_config_json_changes(changes, make):
     ids, mask = batch((300, 200), 300)
     found = encoder(Text.of_padded(ids, mask))
     compare(found, expected(oracle, ids, attention_mask=mask), mask)
+
+
+def test_no_random_blocks(make):
+    # Transformers cannot run it; the regimes differ in nothing else.
+    _, folder = make("BigBirdModel", num_random_blocks=0)
+    text = Text.of(tokens(300).tolist())
+    (one,), (other,) = (
+        load(folder, random_attention=regime)([text])
+        for regime in ("published", "transformers_eval")
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ["LongformerForMaskedLM", "BigBirdForMaskedLM"])
