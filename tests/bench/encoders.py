@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,14 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from models.encoders.encoder import Encoder  # noqa: E402  (the script also runs uninstalled)
-from models.encoders.layers import activated  # noqa: E402
+from models.encoders.layers import activated  # noqa: E402  (the script also runs uninstalled)
 from models.encoders.loader import load  # noqa: E402
 from models.encoders.texts import Packed, Text  # noqa: E402
 from service.bench.clock import seconds_of  # noqa: E402
 from service.envelope import as_json, current_commit, envelope  # noqa: E402
+
+if TYPE_CHECKING:
+    from models.encoders.encoder import Encoder
 
 SHAPE = {
     "vocab_size": 50_304,
@@ -130,9 +133,7 @@ def measure(
     else:
         peer, theirs = "transformers", oracle(encoder, values, regime, ids.to(device), bool(chosen))
         error = (ours() - theirs().float()).abs().max().item()
-    turns = []
-    for _ in range(given.repeats):
-        turns.append((*_timed(ours, device), *_timed(theirs, device)))
+    turns = [(*_timed(ours, device), *_timed(theirs, device)) for _ in range(given.repeats)]
     wall, cpu, peer_wall, peer_cpu = zip(*turns, strict=True)
     return Record(
         model=architecture,
