@@ -64,13 +64,13 @@ def global_rows(
     places = torch.tensor(shape.global_tokens, device=hidden.device)
     mine = query(hidden[places]).view(len(places), heads, -1).transpose(0, 1)
     mine = mine * mine.shape[2] ** -0.5  # [heads, global tokens, head_dim]
-    hidden_mask = _mask(shape, hidden.device)
+    mask = _mask(shape, hidden.device)
     if len(places) >= mine.shape[2]:
         keys, values = (
             part(hidden).view(len(hidden), heads, -1).transpose(0, 1) for part in (key, value)
         )
         output = F.scaled_dot_product_attention(
-            mine[None], keys[None], values[None], attn_mask=hidden_mask, scale=1.0
+            mine[None], keys[None], values[None], attn_mask=mask, scale=1.0
         )[0]
     else:
         width = hidden.shape[1]
@@ -78,8 +78,8 @@ def global_rows(
         scores = (folded.flatten(0, 1) @ hidden.T).to(
             torch.promote_types(hidden.dtype, torch.float32)
         )
-        if hidden_mask is not None:
-            scores = scores.masked_fill(~hidden_mask, -torch.inf)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         mixed = scores.softmax(-1).to(hidden.dtype) @ hidden  # [heads * global tokens, hidden_size]
         output = mixed.view(heads, -1, width) @ value.weight.view(heads, -1, width).mT
         output = output + value.bias.view(heads, 1, -1)
@@ -87,10 +87,10 @@ def global_rows(
 
 
 def _mask(shape: Shape, device: torch.device) -> Tensor | None:
-    """bool [tokens], what is no padding."""
+    """bool [1, tokens], what is no padding."""
     if not shape.spans:
         return None
-    mask = torch.zeros(shape.tokens, dtype=torch.bool, device=device)
+    mask = torch.zeros(1, shape.tokens, dtype=torch.bool, device=device)
     for begin, end in shape.spans:
-        mask[begin:end] = True
+        mask[:, begin:end] = True
     return mask
