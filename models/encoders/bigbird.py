@@ -118,11 +118,11 @@ def _plan(
     ]
     plans: defaultdict[int, list[Part]] = defaultdict(list)
     for number, (times, rows) in enumerate(parts):
-        lists = _compiled(rows, blocks, shape)
+        lists = _compiled(rows, blocks, shape).to(device)
         for layer in range(layers):
             part = slice(layer * len(rows) // layers, (layer + 1) * len(rows) // layers)
             if not number or any(row for table in rows[part] for row in table):
-                plans[layer].append(Part(_of_heads(lists, part, blocks.heads).to(device), times))
+                plans[layer].append(Part(_of_heads(lists, part, blocks.heads), times))
     return tuple(tuple(plans[layer]) for layer in range(layers))
 
 
