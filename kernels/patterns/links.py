@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -45,7 +46,7 @@ class Links(Primitive):
 
     def sees(self, query: Tensor, key: Tensor, causal: bool) -> Tensor:
         """The query's block is linked to the key's."""
-        listed = self._listed(query.device)
+        listed = _listed(self.seen, query.device)
         rows, most = listed.shape[0] - 1, max(int(listed.max()), 0) + 1
         table = torch.zeros(rows + 1, most + 1, dtype=torch.bool, device=query.device)
         table.scatter_(1, listed.where(listed >= 0, most), True)
@@ -55,7 +56,7 @@ class Links(Primitive):
 
     def runs(self, view: View) -> list[Run]:
         """A stretch for each block that one of a row's blocks sees."""
-        listed = self._listed(view.first.device)
+        listed = _listed(self.seen, view.first.device)
         row = view.first // self.size  # [rows, 1]
         last = (view.first + (view.size - 1)) // self.size
         most = int((last - row).max()) + 1 if len(row) else 1
@@ -73,8 +74,10 @@ class Links(Primitive):
         """Nothing repeats."""
         return Far(0, 0, 0)
 
-    def _listed(self, device: torch.device) -> Tensor:
-        """int64 [blocks + 1, most], -1 for none, as in the last row."""
-        most = max(map(len, self.seen), default=0) or 1
-        rows = [(*row, *[-1] * (most - len(row))) for row in (*self.seen, ())]
-        return torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), most)
+
+@lru_cache(maxsize=8)
+def _listed(seen: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64 [blocks + 1, most], -1 for none, as in the last row."""
+    most = max(map(len, seen), default=0) or 1
+    rows = [(*row, *(-1,) * (most - len(row))) for row in (*seen, ())]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), most)

@@ -80,16 +80,33 @@ def plans(blocks: Blocks, shape: Shape, device: torch.device) -> tuple[Plan, ...
     if blocks.sparse_above is None or shape.padded <= blocks.sparse_above:
         lists = _pattern(Full(), shape).tiles(0, shape.tokens, shape.tokens, "cpu", blocks.heads)
         return ((Part(lists.to(device)),),) * blocks.layers
-    count = -(-shape.padded // blocks.size)
+    layers = blocks.layers if blocks.regime == "published" else 1
+    found = _plans(_parts(blocks, -(-shape.padded // blocks.size)), blocks, shape, layers, device)
+    return found * (blocks.layers // layers)
+
+
+@lru_cache(maxsize=32)
+def _parts(blocks: Blocks, count: int) -> tuple[tuple[int, tuple[Rows, ...]], ...]:
+    """What blocks see of texts of `count` blocks: all as a set, and what counts more than once.
+
+    Returns:
+        How many times a block counts in a part, and for each layer and head, or for all of them,
+        the blocks that each block sees.
+    """
     if blocks.regime == "transformers_eval":
-        zeros = ((0,) * blocks.random,) * (count - 2)
-        return (_plan([_counted(count, zeros)], blocks, shape, 1, device)[0],) * blocks.layers
-    tables = [
-        _counted(count, rows)
-        for layer in range(blocks.layers)
-        for rows in drawn(layer, blocks.heads, count, blocks.size, blocks.random, blocks.longest)
+        tables = [_counted(count, ((0,) * blocks.random,) * (count - 2))]
+    else:
+        shape = (blocks.heads, count, blocks.size, blocks.random, blocks.longest)
+        tables = [
+            _counted(count, rows) for layer in range(blocks.layers) for rows in drawn(layer, *shape)
+        ]
+    found = [(1, tuple(tuple(tuple(sorted(row)) for row in table) for table in tables))]
+    counted = {times for table in tables for row in table for times in row.values()}
+    found += [
+        (times - 1, tuple(_counting(table, times) for table in tables))
+        for times in sorted(counted - {1})
     ]
-    return _plan(tables, blocks, shape, blocks.layers, device)
+    return tuple(found)
 
 
 def _counted(count: int, rows: Iterable[Sequence[int]]) -> list[Counter[int]]:
@@ -101,21 +118,14 @@ def _counted(count: int, rows: Iterable[Sequence[int]]) -> list[Counter[int]]:
     return [every, *middle, every]
 
 
-def _plan(
-    tables: Sequence[list[Counter[int]]],
+def _plans(
+    parts: Sequence[tuple[int, Sequence[Rows]]],
     blocks: Blocks,
     shape: Shape,
     layers: int,
     device: torch.device,
 ) -> tuple[Plan, ...]:
-    """A plan for each layer, of tables for each layer and head, or of one that all share."""
-    seen = [tuple(tuple(sorted(row)) for row in table) for table in tables]
-    counted = {times for table in tables for row in table for times in row.values()}
-    parts = [(1, seen)]
-    parts += [
-        (times - 1, [_counting(table, times) for table in tables])
-        for times in sorted(counted - {1})
-    ]
+    """A plan for each of so many layers."""
     plans: defaultdict[int, list[Part]] = defaultdict(list)
     for number, (times, rows) in enumerate(parts):
         lists = _compiled(rows, blocks, shape).to(device)
