@@ -19,6 +19,7 @@ from service.encoders.engine import EncoderEngine
 from service.encoders.reads import Embed
 from service.errors import EngineDeadError, OverloadedError, RequestError
 from service.serving import application, build
+from tests.service.conftest import serving
 
 LONG = "The old man went to the sea, and the sea was calm. " * 6
 
@@ -139,6 +140,29 @@ def test_fill_mask(family, encoder_folder):
     close(single.json(), pipeline(one))
     close(many.json(), pipeline(several, top_k=2))
     close(chosen.json(), pipeline(one, targets=["x", "y"]))
+
+
+def test_openai_s_client(encoder_folder):
+    import openai
+
+    config = ServiceConfig(model=encoder_folder("LongformerModel"), dtype="float32", device="cpu")
+    engine = build(config)
+    engine.start()
+    try:
+        with serving(application(engine, config)) as url:
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            name = client.models.list().data[0].id
+            # It asks for base64 by itself, and decodes it.
+            coded = client.embeddings.create(model=name, input=["a sea", "b"])
+            plain = client.embeddings.create(
+                model=name, input=["a sea", "b"], encoding_format="float"
+            )
+            for one, other in zip(coded.data, plain.data, strict=True):
+                assert one.embedding == pytest.approx(other.embedding, abs=1e-6)
+            with pytest.raises(openai.NotFoundError, match="generates no text"):
+                client.completions.create(model=name, prompt="a")
+    finally:
+        engine.stop()
 
 
 def close(found, expected):
