@@ -98,6 +98,19 @@ class LayerCache:
         rows = self.kv.view(self.kv_heads, -1, 2, self.head_dim)
         rows[:, slots] = torch.stack((keys, values), dim=2).transpose(0, 1).to(rows.dtype)
 
+    def write_run(self, page: int, keys: Tensor, values: Tensor) -> None:
+        """Store the keys and values of a whole sequence in neighbouring pages.
+
+        Args:
+            page: the first physical page.
+            keys: [tokens, kv_heads, head_dim].
+            values: [tokens, kv_heads, head_dim].
+        """
+        begin = page * PAGE
+        rows = self.kv.view(self.kv_heads, -1, 2, self.head_dim)[:, begin : begin + len(keys)]
+        rows[:, :, 0] = keys.transpose(0, 1)
+        rows[:, :, 1] = values.transpose(0, 1)
+
     def code(self, pages: Tensor) -> None:
         """Write the codes and the means of pages that have just filled.
 

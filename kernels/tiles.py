@@ -84,6 +84,19 @@ class TileSelection:
         total = partial + self.whole[..., None] * PAGE  # [tiles, kv_heads, 64]
         return total.transpose(1, 2).flatten(0, 1)[first % PAGE :][:queries]
 
+    def to(self, device: torch.device | str) -> TileSelection:
+        """The same lists on a device."""
+        left = self.left
+        return TileSelection(
+            starts=self.starts.to(device),
+            counts=self.counts.to(device),
+            whole=self.whole.to(device),
+            pages=self.pages.to(device),
+            masks=self.masks.to(device),
+            bits=self.bits.to(device),
+            left=None if left is None else left.to(device),
+        )
+
     def attended(self, first: int, queries: int) -> Tensor:
         """How many (query, key) pairs the lists hold; what stands for unread pages is not counted.
 

@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from kernels.alibi import of_groups, page_evenness, page_mass
 from kernels.bits import unpacked
 from kernels.page import PAGE
+from kernels.tile_calls import calls
 from kernels.tiles import ALIKE, SAMPLES, TURN
 from kernels.torch_backend import bias_of, merge, plain_attention, prescaled, wide
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from kernels.cache import LayerCache, Segment
+    from kernels.tile_calls import Reads
     from kernels.tiles import TileSelection
 
 
@@ -112,43 +116,65 @@ def _tiled(query: Tensor, kv_heads: int, segment: Segment) -> tuple[Tensor, Tens
 def _attend_lists(
     tiled: Tensor, cache: LayerCache, segment: Segment, selection: TileSelection, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed pages, a call for each list."""
+    """Attention over the listed pages, few calls for many lists."""
     kv_heads, tiles, rows, head_dim = tiled.shape
     output = torch.zeros_like(tiled)
     lse = tiled.new_full((kv_heads, tiles, rows), -torch.inf, dtype=wide(tiled.dtype))
-    logical = selection.pages.tolist()
-    physical, masks = segment.block_table[selection.pages.long()], selection.masks.tolist()
-    starts, counts, whole = (
-        part.tolist() for part in (selection.starts, selection.counts, selection.whole)
-    )
-    bias = _Bias(tiled, selection)
-    first, group, place = (
-        segment.start // PAGE,
-        rows // PAGE,
-        torch.arange(PAGE, device=tiled.device),
-    )
+    every = cache.kv.flatten(0, 1)  # [kv_heads * pages, 64, 2, head_dim]
+    table = segment.block_table.tolist()
     last, used = divmod(segment.start + segment.tokens, PAGE)
-    for tile in range(tiles):
-        for head in range(kv_heads):
-            start, count = starts[tile][head], counts[tile][head]
-            if count == 0:
-                continue
-            stop = start + count
-            pages = cache.kv[head].index_select(0, physical[start:stop])
-            if used and last in logical[start:stop]:  # behind the last key anything may lie
-                pages[logical.index(last, start, stop) - start, used:] = 0
-            keys, values = pages.view(1, 1, -1, 2, head_dim).unbind(3)
-            partly = tuple(masks[start + whole[tile][head] : stop])
-            mine, added = tiled[head, tile][None, None], bias.of(partly, count)
-            if cache.slopes is not None:
-                key = selection.pages[start:stop, None] * PAGE + place  # [pages, 64]
-                distance = (
-                    key.flatten() - (first + tile) * PAGE - place.repeat_interleave(group)[:, None]
-                )
-                falls = _slopes(cache, rows)[head, :, None] * distance
-                added = falls if added is None else added + falls
-            some = plain_attention(mine, keys, values, added, scale)
-            output[head, tile], lse[head, tile] = some[0][0, 0], some[1][0, 0]
+    bias = _Bias(tiled, selection)
+
+    def gathered(some: Sequence[tuple[int, Reads]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of lists alike in length, [lists, keys, head_dim] each."""
+        where = [
+            head * cache.kv.shape[1] + table[page] for head, reads in some for page in reads.pages
+        ]
+        copy = every.index_select(0, torch.tensor(where, device=every.device))
+        if used and last < len(table):  # behind the last key anything may lie
+            flat = [page == last for _, reads in some for page in reads.pages]
+            if any(flat):
+                copy[torch.tensor(flat, device=copy.device), used:] = 0
+        copy = copy.view(len(some), -1, 2, head_dim)
+        if some[0][1].cut:
+            copy = copy[:, : used - PAGE]
+        keys, values = copy.unbind(2)
+        return keys, values
+
+    def falls(lists: Sequence[Sequence[int]], where: tuple[Tensor, Tensor]) -> Tensor:
+        """What distance adds (`kernels.alibi`): [tiles, lists, rows, keys]."""
+        place = torch.arange(PAGE, device=every.device)
+        key = torch.tensor(lists, device=every.device)[..., None] * PAGE + place
+        own = (segment.start // PAGE + where[1].T)[..., None] * PAGE  # [tiles, lists, 1]
+        own = own + place.repeat_interleave(rows // PAGE)  # [tiles, lists, rows]
+        slope = _slopes(cache, rows)[where[0].T]  # [tiles, lists, rows]
+        return slope[..., None] * (key.flatten(1)[None, :, None] - own[..., None])
+
+    def attend(some: Sequence[tuple[int, Reads]], where: tuple[Tensor, Tensor]) -> None:
+        """A call: heads and tiles [lists, tiles] of queries, whose lists are `some`."""
+        mine = tiled[where]  # [lists, tiles, rows, head_dim]
+        reads = some[0][1]
+        keys, values = gathered(some)
+        added = bias.of(reads.masks, len(reads.pages))
+        if cache.slopes is not None:
+            fall = falls([reads.pages for _, reads in some], where)[..., : keys.shape[1]]
+            added = fall if added is None else added + fall
+        if added is None:
+            found = plain_attention(mine.flatten(1, 2)[None], keys[None], values[None], None, scale)
+        else:
+            tall = mine.transpose(0, 1)  # [tiles, lists, rows, head_dim]
+            keys, values = (part.expand(len(tall), -1, -1, -1) for part in (keys, values))
+            found = plain_attention(tall, keys, values, added, scale)
+            found = found[0].transpose(0, 1), found[1].transpose(0, 1)
+        output[where], sums = found[0].reshape(mine.shape), found[1].reshape(mine.shape[:-1])
+        if added is not None and len(reads.masks) == len(reads.pages):
+            # Of a row that sees nothing torch says 0 or nan, by its version.
+            sums = sums.masked_fill(added.isneginf().all(-1).transpose(0, 1), -torch.inf)
+        lse[where] = sums
+
+    each = PAGE * 2 * head_dim * every.itemsize
+    for some, place in calls(selection, last if used else None, used, each):
+        attend(some, (place[..., 0].to(tiled.device), place[..., 1].to(tiled.device)))
     empty = lse.isneginf() | lse.isnan()
     return output.masked_fill_(empty[..., None], 0), lse.masked_fill_(empty, -torch.inf)
 

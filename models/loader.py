@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from kernels.attention import Impl
@@ -15,26 +13,19 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import CheckpointError, ModelError
 from models.families import bloom, mpt
-from models.fields import Fields
 from models.names import Source
+from models.stored import check_names, check_shapes, check_unused, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from models.names import Cut, Names
+    from models.names import Names
+    from models.stored import Stored
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+TIE_HINT = "if the output layer is the embedding, set tie_word_embeddings in config.json"
 
-# Names of the safetensors format.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 # Of the families that do not share Llama's names.
 _NAMES: Mapping[str, Names] = {"BloomForCausalLM": bloom.NAMES, "MptForCausalLM": mpt.NAMES}
 _NAMED_DTYPES = {
@@ -43,38 +34,6 @@ _NAMED_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """One tensor of the checkpoint, as its file's header describes it."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    cut: Cut | None = None  # the rows that are meant; None: all
-
-    def of(self, cut: Cut | None) -> _Stored:
-        """A part of this tensor."""
-        return self if cut is None else replace(self, shape=cut.shape(self.shape), cut=cut)
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        """The tensor, as a view of the mapped file.
-
-        The file is opened anew for each tensor: pages of a mapping count as this process's memory
-        until it is closed, and a whole shard's would add up to the weights a second time.
-        """
-        try:
-            with safe_open(self.file, framework="pt") as handle:
-                tensor: Tensor = handle.get_tensor(self.name)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(self.file, error) from error
-        return tensor if self.cut is None else self.cut.of(tensor)
 
 
 def load(
@@ -107,7 +66,7 @@ def load(
     if load_format == "dummy":
         return dummy(config, resolve_dtype(dtype, config.dtype, place), place), config
 
-    held = _tensors(folder)
+    held = tensors(folder)
     wanted = dict(Decoder(config, torch.float32, "meta").named_parameters())
     stored = _stored(folder, config, wanted, held)
     source = config.dtype or str(stored["model.embed_tokens.weight"].dtype).removeprefix("torch.")
@@ -185,112 +144,24 @@ def usable_device(device: torch.device | str) -> torch.device:
     return place
 
 
-def _tensors(folder: Path) -> dict[str, _Stored]:
-    """Every tensor of the checkpoint, from the headers of its files."""
-    if (folder / SINGLE).exists():
-        return _header(folder / SINGLE)
-    if not (folder / INDEX).exists():
-        raise _no_weights(folder)
-    weight_map = Fields.read(folder / INDEX).maybe_object("weight_map")
-    if weight_map is None:
-        raise CheckpointError(f"{folder / INDEX} lacks 'weight_map'; fetch the file again.")
-    stored: dict[str, _Stored] = {}
-    files = {name: str(shard) for name, shard in weight_map.values.items()}
-    for shard in sorted(set(files.values())):
-        if not shard or Path(shard).name != shard:
-            raise CheckpointError(
-                f"{folder / INDEX} names the file {shard!r}, which is not in its folder; fetch the "
-                "checkpoint again."
-            )
-        if not (folder / shard).exists():
-            raise CheckpointError(
-                f"{folder / shard} is missing, but {INDEX} names it; fetch the file."
-            )
-        stored |= _header(folder / shard)
-    for name, shard in files.items():
-        if name not in stored or stored[name].file != folder / shard:
-            raise CheckpointError(
-                f"{folder / shard} lacks the tensor {name!r} that {INDEX} says it holds; "
-                "fetch both files again."
-            )
-    return stored
-
-
-def _header(file: Path) -> dict[str, _Stored]:
-    stored = {}
-    try:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118  (the handle is no mapping)
-                view = handle.get_slice(name)
-                code = view.get_dtype()
-                if code not in _DTYPES:
-                    raise CheckpointError(
-                        f"{file}: the tensor {name!r} is stored as {code}; only floating point "
-                        "checkpoints of 16 to 64 bits are supported, so use one that is not "
-                        "quantised."
-                    )
-                stored[name] = _Stored(file, name, tuple(view.get_shape()), _DTYPES[code])
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
-    return stored
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file} is truncated or damaged ({error}); fetch the file again.")
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    others = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
-    if others:
-        return CheckpointError(
-            f"{folder} has {others[0]} but no {SINGLE}: pickled weights can run code and are never "
-            "loaded, only safetensors are; convert the checkpoint with transformers' "
-            "save_pretrained."
-        )
-    return CheckpointError(
-        f"{folder} has neither {SINGLE} nor {INDEX}; fetch the weights in safetensors format."
-    )
-
-
 def _stored(
     folder: Path,
     config: ModelConfig,
     wanted: Mapping[str, Tensor],
-    held: Mapping[str, _Stored],
-) -> dict[str, _Stored]:
+    held: Mapping[str, Stored],
+) -> dict[str, Stored]:
     """Where each parameter is stored; names and shapes are checked before any memory is taken."""
     names = _NAMES.get(config.architecture)
     sources = {
         name: Source(name) if names is None else names.source(name, config.heads, held)
         for name in wanted
     }
-    missing = [source.name for source in sources.values() if source.name not in held]
-    if missing:
-        hint = "fetch the checkpoint again"
-        if missing == ["lm_head.weight"]:
-            hint = "if the output layer is the embedding, set tie_word_embeddings in config.json"
-        raise CheckpointError(
-            f"{folder} lacks the tensor {missing[0]!r}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; {hint}."
-        )
+    used = dict.fromkeys(source.name for source in sources.values())
+    check_names(folder, used, held, {"lm_head.weight": TIE_HINT})
     stored = {name: held[source.name].of(source.cut) for name, source in sources.items()}
-    for name, parameter in wanted.items():
-        if stored[name].shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{stored[name].file}: the tensor {stored[name].name!r} has the shape "
-                f"{list(held[stored[name].name].shape)}, but config.json asks for "
-                f"{list(parameter.shape)}{'' if stored[name].cut is None else ' in each third'}; "
-                "use the files of one checkpoint."
-            )
-    used = {source.name for source in sources.values()}
+    check_shapes({name: tuple(part.shape) for name, part in wanted.items()}, stored)
     unused = [name for name in held if name not in used and not _may_be_ignored(name, config)]
-    if unused:
-        raise CheckpointError(
-            f"{held[unused[0]].file} holds the tensor {unused[0]!r}"
-            f"{f' and {len(unused) - 1} more' if len(unused) > 1 else ''}, for which "
-            f"{config.architecture} with this config.json has no use; without it the answers would "
-            "be wrong, so correct config.json or use another checkpoint."
-        )
+    check_unused(unused, held, config.architecture)
     return stored
 
 
@@ -299,7 +170,7 @@ def _may_be_ignored(name: str, config: ModelConfig) -> bool:
     return name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
 
 
-def _check_tie(embedding: Tensor, head: _Stored) -> None:
+def _check_tie(embedding: Tensor, head: Stored) -> None:
     stored = head.read().to(embedding.device, embedding.dtype)
     if stored.shape != embedding.shape or not torch.equal(stored, embedding):
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,25 @@ REPLACEMENT = "\ufffd"
 _KEPT = 4
 _LONGEST = 16
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_SPECIAL_NAMES = (
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+    *("sep_token", "cls_token", "mask_token"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts as tokens.
+
+    Attributes:
+        ids: all tokens, special ones included.
+        types: which text each belongs to, as the model takes it.
+        spans: characters of the second text, begin and end; None for other tokens.
+    """
+
+    ids: list[int]
+    types: list[int]
+    spans: list[tuple[int, int] | None]
 
 
 class Tokenizer:
@@ -31,6 +50,7 @@ class Tokenizer:
     Attributes:
         bos_id, eos_id: the tokens that begin and end a text, if the checkpoint names them. A
             model may have more ends: see `ModelConfig.eos_ids`.
+        mask_id: the token that an encoder is to fill in, if the checkpoint names it.
         special_ids: tokens that are no text and that decoding can leave out.
         chat_template: None when the checkpoint has none.
     """
@@ -41,6 +61,7 @@ class Tokenizer:
         *,
         bos_token: str | None = None,
         eos_token: str | None = None,
+        mask_token: str | None = None,
         add_bos: bool = False,
         chat_template: ChatTemplate | None = None,
     ) -> None:
@@ -50,6 +71,7 @@ class Tokenizer:
         self._backend = backend
         self.bos_id = None if bos_token is None else backend.token_to_id(bos_token)
         self.eos_id = None if eos_token is None else backend.token_to_id(eos_token)
+        self.mask_id = None if mask_token is None else backend.token_to_id(mask_token)
         self.special_ids = frozenset(
             token for token, added in backend.get_added_tokens_decoder().items() if added.special
         )
@@ -89,6 +111,7 @@ class Tokenizer:
             backend,
             bos_token=tokens.get("bos_token"),
             eos_token=tokens.get("eos_token"),
+            mask_token=tokens.get("mask_token"),
             add_bos=config.flag("add_bos_token", False),
             chat_template=ChatTemplate.from_folder(folder, config, tokens),
         )
@@ -130,6 +153,32 @@ class Tokenizer:
         offsets: list[tuple[int, int]] = encoded.offsets
         missing = len(self.encode(text, add_special_tokens)) - len(offsets)
         return [(0, 0)] * missing + offsets  # a beginning that tokenizer.json leaves out
+
+    def encode_pair(self, first: str, second: str) -> Pair:
+        """The tokens of two texts, joined by special tokens as the model was trained.
+
+        Raises:
+            ModelError: a text holds half of a surrogate pair, which is no character.
+        """
+        try:
+            found = self._backend.encode(first, second)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise ModelError(
+                "The text holds half of a surrogate pair, which is no character; remove it."
+            ) from error
+        return Pair(
+            ids=found.ids,
+            types=found.type_ids,
+            spans=[
+                span if sequence == 1 else None
+                for span, sequence in zip(found.offsets, found.sequence_ids, strict=True)
+            ],
+        )
+
+    def token_id(self, text: str) -> int | None:
+        """The token that is spelled so in the vocabulary, if there is one."""
+        token: int | None = self._backend.token_to_id(text)
+        return token
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens; ids that are no token count as nothing."""

@@ -50,6 +50,21 @@ class LimitsConfig(BaseModel):
     messages: int = Field(default=4096, ge=1, description="messages of a chat")
 
 
+class EncoderServing(BaseModel):
+    """How Longformer and BigBird are served."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pooling: Literal["mean", "cls"] = Field(
+        default="mean", description="a text's embedding: mean of its tokens', or the first one's"
+    )
+    normalize: bool = Field(default=True, description="embeddings have length 1, as OpenAI's have")
+    random_attention: Literal["published", "transformers_eval"] = Field(
+        default="published",
+        description="BigBird's random blocks: as trained, or block 0, as transformers' eval() has",
+    )
+
+
 class ServiceConfig(BaseSettings):
     """Everything that `saccade serve` and the Ray Serve application can be told."""
 
@@ -106,6 +121,7 @@ class ServiceConfig(BaseSettings):
     replicas: int = Field(default=1, ge=1, description="copies of the model (Ray Serve)")
     sparsity: SparsityConfig = SparsityConfig()
     limits: LimitsConfig = LimitsConfig()
+    encoder: EncoderServing = EncoderServing()
 
     @model_validator(mode="before")
     @classmethod

@@ -12,10 +12,10 @@ import torch
 from ray import serve
 from ray.serve import Application
 
-from service.api.app import create_app
 from service.config import ServiceConfig
-from service.engine.build import build_engine
 from service.errors import EngineDeadError
+from service.serving import application
+from service.serving import build as build_engine
 
 NAME = "saccade"
 """Of the application and of its deployment."""
@@ -31,7 +31,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> object:
         """Called by Serve after the constructor."""
-        return create_app(self._engine, self._config)
+        return application(self._engine, self._config)
 
     def check_health(self) -> None:
         """Called by Serve; a replica that raises is replaced.

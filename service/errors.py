@@ -3,6 +3,7 @@
 ServiceError
     RequestError           400  the request is wrong; `param` names the field
         UnknownModelError  404
+        NotOfferedError    404  the model has no such route
         AuthError          401
         TooLargeError      413  the body is larger than the limit
     UnavailableError       503  with Retry-After
@@ -63,6 +64,15 @@ class UnknownModelError(RequestError):
     """The request names a model that is not served here."""
 
     status = 404
+
+
+class NotOfferedError(RequestError):
+    """The model that is served here cannot do what the route is for."""
+
+    status = 404
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="not_offered")
 
 
 class AuthError(RequestError):

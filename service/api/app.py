@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from fastapi import FastAPI
 from starlette.routing import Route
@@ -15,13 +15,20 @@ from service.api.guard import Guard
 from service.api.pattern_auto import pattern_auto
 from service.api.patterns import look, patterns
 from service.api.sample import sample
-from service.api.state import State, saccade_version
+from service.api.state import State, saccade_version, state_of
 from service.api.status import health, metrics, model, models, version
 from service.api.tokens import detokenize, tokenize
+from service.errors import NotOfferedError
 
 if TYPE_CHECKING:
+    from fastapi import Request
+
     from service.config import ServiceConfig
     from service.engine.engine import Engine
+
+
+ENCODER_PATHS = ("/v1/embeddings", "/classify", "/fill-mask", "/question-answering")
+"""What `service.encoders.app` offers and a decoder does not."""
 
 
 def create_app(engine: Engine, config: ServiceConfig) -> FastAPI:
@@ -36,6 +43,7 @@ def create_app(engine: Engine, config: ServiceConfig) -> FastAPI:
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            *(Route(path, encodes_nothing, methods=["POST"]) for path in ENCODER_PATHS),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/v1/patterns", patterns, methods=["GET"]),
@@ -56,3 +64,16 @@ def create_app(engine: Engine, config: ServiceConfig) -> FastAPI:
     add_handlers(app)
     app.add_middleware(Guard, config=config)
     return app
+
+
+async def encodes_nothing(request: Request) -> NoReturn:
+    """A decoder has no such head.
+
+    Raises:
+        NotOfferedError: always.
+    """
+    raise NotOfferedError(
+        f"{request.url.path} is not offered: {state_of(request).engine.model_name} is a decoder, "
+        "which generates text; use /v1/completions or /v1/chat/completions, or serve a Longformer "
+        "or BigBird checkpoint"
+    )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     state = state_of(request)
-    engine = state.engine
+    engine = state.decoder
     asked = await body.read(request, ChatRequest, state.bounds, state.max_bytes)
     state.check_model(asked.model)
     prompt = await asyncio.to_thread(chat_tokens, asked.messages, engine.tokenizer)

@@ -30,7 +30,7 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(request: Request) -> Response:
     """Continue one or more prompts."""
     state = state_of(request)
-    engine = state.engine
+    engine = state.decoder
     asked = await body.read(request, CompletionRequest, state.bounds, state.max_bytes)
     state.check_model(asked.model)
     prompts, echoes = await asyncio.to_thread(_prompts, asked, engine.tokenizer)

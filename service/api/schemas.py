@@ -48,7 +48,9 @@ class Bounds:
         return values
 
 
-class _Request(BaseModel):
+class Body(BaseModel):
+    """A request's body, or an object within one."""
+
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -59,7 +61,7 @@ class _Request(BaseModel):
         return {key: value for key, value in body.items() if value is not None}
 
 
-class SparsityRequest(_Request):
+class SparsityRequest(Body):
     """`sparsity`: where this request's attention looks; what is absent is the service's default."""
 
     model_config = ConfigDict(extra="forbid")
@@ -88,14 +90,14 @@ class SparsityRequest(_Request):
             raise InvalidPatternError(error) from None
 
 
-class StreamOptions(_Request):
+class StreamOptions(Body):
     """`stream_options`."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(_Request):
+class GenerationRequest(Body):
     """What completions and chats share."""
 
     model: str = Field(min_length=1)
@@ -188,23 +190,7 @@ class CompletionRequest(GenerationRequest):
     @field_validator("prompt", mode="plain")
     @classmethod
     def _prompt_is_one_or_many(cls, prompt: Any, info: ValidationInfo) -> list[Prompt]:
-        # By hand: a union would try every element of a million ids against each form.
-        bounds = _bounds(info)
-        if isinstance(prompt, str):
-            return [prompt]
-        if not isinstance(prompt, list) or not prompt:
-            raise ValueError(
-                "must be a string, a list of strings, a list of token ids, or a list of such lists"
-            )
-        if type(prompt[0]) is int:
-            return [bounds.token_ids(prompt)]
-        if len(prompt) > (cap := bounds.limits.prompts):
-            raise ValueError(f"at most {cap} prompts a request")
-        if all(isinstance(one, str) for one in prompt):
-            return prompt
-        if all(isinstance(one, list) for one in prompt):
-            return [bounds.token_ids(one) for one in prompt]
-        raise ValueError("must not mix strings, token ids and lists")
+        return one_or_many(prompt, info)
 
     @field_validator("logprobs")
     @classmethod
@@ -222,7 +208,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-class Message(_Request):
+class Message(Body):
     """One message of a chat; text parts become one text, a line each, as in vLLM."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -273,7 +259,7 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(Body):
     """Body of POST /tokenize: a prompt or the messages of a chat."""
 
     model: str | None = None
@@ -291,7 +277,7 @@ class TokenizeRequest(_Request):
         return self
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Body):
     """Body of POST /detokenize."""
 
     model: str | None = None
@@ -303,6 +289,31 @@ class DetokenizeRequest(_Request):
         if not isinstance(tokens, list):
             raise ValueError("must be a list of token ids")
         return _bounds(info).token_ids(tokens)
+
+
+def one_or_many(prompt: Any, info: ValidationInfo) -> list[Prompt]:
+    """Texts or token ids, one or several.
+
+    Raises:
+        ValueError: they are something else, or too many.
+    """
+    # By hand: a union would try every element of a million ids against each form.
+    bounds = _bounds(info)
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(
+            "must be a string, a list of strings, a list of token ids, or a list of such lists"
+        )
+    if type(prompt[0]) is int:
+        return [bounds.token_ids(prompt)]
+    if len(prompt) > (cap := bounds.limits.prompts):
+        raise ValueError(f"at most {cap} prompts a request")
+    if all(isinstance(one, str) for one in prompt):
+        return prompt
+    if all(isinstance(one, list) for one in prompt):
+        return [bounds.token_ids(one) for one in prompt]
+    raise ValueError("must not mix strings, token ids and lists")
 
 
 def _bounds(info: ValidationInfo) -> Bounds:

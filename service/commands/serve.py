@@ -18,8 +18,9 @@ import typer
 
 from service.commands.options import as_fields, with_config_options
 from service.config import BUNDLED_CHECKPOINT, load_config
-from service.engine.build import build_engine, check_config, device_name
+from service.engine.build import device_name
 from service.errors import ConfigError
+from service.serving import application, build, check, is_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +49,7 @@ def serve(
     if model is not None:
         given["model"] = model
     settings = load_config(given, config)
-    check_config(settings)
+    check(settings)
     with _stopping_on_signals(), _claim(settings), _free_port(settings) as listener:
         if standalone:
             _serve_standalone(settings, listener)
@@ -69,8 +70,6 @@ def _serve_with_ray(config: ServiceConfig) -> None:
 def _serve_standalone(config: ServiceConfig, listener: socket.socket) -> None:
     import uvicorn
 
-    from service.api.app import create_app
-
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -83,11 +82,11 @@ def _serve_standalone(config: ServiceConfig, listener: socket.socket) -> None:
             await super().shutdown(sockets)
             timer.cancel()
 
-    engine = build_engine(config)
+    engine = build(config)
     engine.start()
     try:
         settings = uvicorn.Config(
-            create_app(engine, config), log_level="warning", timeout_graceful_shutdown=GRACE
+            application(engine, config), log_level="warning", timeout_graceful_shutdown=GRACE
         )
         Server(settings).run(sockets=[listener])
     finally:
@@ -170,6 +169,14 @@ def _greeting(config: ServiceConfig) -> str:
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key is not None else ""
+    if is_encoder(config):
+        body = shlex.quote(json.dumps({"model": config.model_name, "input": "The old man"}))
+        return f"""
+Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
+
+  curl {url}/v1/embeddings{key} \\
+    -H 'Content-Type: application/json' -d {body}
+"""
     path, body, about = _example(config)
     dense_below = config.sparsity.dense_below_on(device_name(config.device))
     return f"""
