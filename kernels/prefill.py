@@ -36,7 +36,7 @@ import torch
 
 from kernels import reference, torch_tiles
 from kernels.attention import Impl, check_query
-from kernels.bits import packed
+from kernels.bits import first_bits, packed
 from kernels.errors import KernelError
 from kernels.page import PAGE
 from kernels.tiles import TileSelection
@@ -156,7 +156,7 @@ def visible_pairs(start: int, tokens: int, window: int | None = None) -> int:
 def causal_bits(device: torch.device) -> Tensor:
     """int64 [1, 64], the mask of a page that queries of the same page see up to themselves."""
     place = torch.arange(PAGE, device=device)
-    return (-1 << (place + 1)).bitwise_not().masked_fill(place == PAGE - 1, -1)[None]
+    return first_bits(place + 1)[None]
 
 
 def tile_attention(

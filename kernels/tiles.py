@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kernels.bits import unpacked
+from kernels.bits import ones, unpacked
 from kernels.errors import KernelError
 from kernels.page import PAGE
 
@@ -57,7 +57,7 @@ class TileSelection:
         ends = (first + queries - edge[:-1]).clamp(0, PAGE)
         total = self.whole.long() * ((ends - begins) * PAGE)[:, None]
         for begin, end in {*zip(begins.tolist(), ends.tolist(), strict=True)}:
-            seen = _ones(self.bits[:, begin:end])  # int64 [masks]
+            seen = ones(self.bits[:, begin:end])  # int64 [masks]
             row = self.masks.long().clamp(0, max(len(seen) - 1, 0))
             listed = seen[row] if len(seen) else torch.zeros_like(row)
             before = F.pad(listed.cumsum(0), (1, 0))  # int64 [places + 1]
@@ -125,9 +125,3 @@ class TileSelection:
             raise KernelError("a mask shows a key which may not be seen")
         if self.left is not None and bool(unpacked(self.left).flatten(0, 1)[number, page].any()):
             raise KernelError("a page is read, and its mean stands for it, too")
-
-
-def _ones(words: Tensor) -> Tensor:
-    """int64 [masks], how many bits of int64 [masks, words] are set."""
-    rows = [unpacked(part).sum(1) for part in torch.split(words, 1024)]
-    return torch.cat(rows) if rows else words.new_zeros(0)

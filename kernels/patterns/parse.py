@@ -39,6 +39,8 @@ LENGTH = 256
 """Characters that a pattern may have."""
 DEPTH = 16
 """Parentheses that may be open at once."""
+MOST = 16
+"""Primitives that a pattern may have: what each of them sees is looked at for every key."""
 PRIMITIVES: tuple[type[Primitive], ...] = (
     Full,
     Window,
@@ -78,6 +80,7 @@ class _Reader:
 
     text: str
     at: int = 0
+    primitives: int = 0  # read so far
 
     def union(self, depth: int) -> Expression:
         parts = [self.intersection(depth)]
@@ -113,6 +116,9 @@ class _Reader:
                 f"write one of {forms}, joined by + or &, {EXAMPLE}; or nothing but the name of a "
                 f"preset, {', '.join(SPECS)}",
             )
+        self.primitives += 1
+        if self.primitives > MOST:
+            self.fail(place, f"leave some primitives out, a pattern has at most {MOST}")
         self.takes(name)
         numbers: list[int] = []
         for field in fields(kind):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernels.errors import PatternError
 from kernels.patterns.expression import Intersection, Union
 from kernels.patterns.fixed import Fixed
-from kernels.patterns.parse import DEPTH, LENGTH, PRIMITIVES
+from kernels.patterns.parse import DEPTH, LENGTH, MOST, PRIMITIVES
 from kernels.patterns.pattern import Pattern
 from kernels.patterns.random_blocks import Random
 from kernels.patterns.sinks import Sinks
@@ -88,7 +88,7 @@ def test_blanks_parentheses_and_zeros_do_not_matter():
 
 
 def test_limits_of_length_depth_and_size():
-    longest = "full+" * 51 + "f"
+    longest = "full" + " " * 250 + "+f"
     assert len(longest) == LENGTH
     with pytest.raises(PatternError, match="character 256"):
         Pattern.parse(longest)
@@ -96,6 +96,10 @@ def test_limits_of_length_depth_and_size():
         Pattern.parse(longest + "f")
     with pytest.raises(PatternError, match="the pattern has 10000000 characters"):
         Pattern.parse("(" * 10**7)
+    most = "full+" * (MOST - 1) + "full"
+    assert len(Pattern.parse(most).primitives) == MOST
+    with pytest.raises(PatternError, match=f"character {5 * MOST + 1}: leave some primitives out"):
+        Pattern.parse(f"{most}+full")
     assert Pattern.parse("(" * DEPTH + "full" + ")" * DEPTH) == Pattern.parse("full")
     with pytest.raises(PatternError, match=rf"character {DEPTH + 1}: close some parentheses"):
         Pattern.parse("(" * (DEPTH + 1) + "full" + ")" * (DEPTH + 1))
