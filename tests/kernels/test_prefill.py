@@ -12,7 +12,7 @@ from kernels.cache import LayerCache, Segment
 from kernels.errors import KernelError
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
-from kernels.prefill import choose, pattern_lists, tile_attention
+from kernels.prefill import choose, of_tiles, pattern_lists, tile_attention, visible_pairs
 from kernels.reference import masked_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,9 +134,12 @@ PATTERNS = [
 def test_attention_over_a_patterns_lists_is_a_masked_softmax(prompt, text, impl):
     pattern, one = Pattern.parse(text), prompt("odd" if "@" in text else "cut")
     stop = one.segment.start + one.tokens
-    selection = pattern_lists(pattern, one.segment, one.cache.kv_heads)
+    selection, pairs = pattern_lists(pattern, one.segment, one.cache.kv_heads)
     output, lse, own = one.attend(selection, impl)
     mask = pattern.mask(one.tokens, stop, one.segment.start).to(DEVICE)  # [tokens, keys]
+    seen = of_tiles(mask.sum(1).double(), one.segment)  # of a query, mean over each tile's
+    queries = visible_pairs(one.segment, window=1)
+    assert pairs.tolist() == pytest.approx((seen * queries).tolist())
     heads = one.query.shape[1]
     pages = one.cache.kv[:, one.segment.block_table].flatten(1, 2)[:, :stop]
     keys, values = pages.repeat_interleave(heads // one.cache.kv_heads, dim=0).unbind(2)
