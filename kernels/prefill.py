@@ -4,7 +4,8 @@ A tile is a page of queries: 64 positions of one KV head's group. For a page of 
 stand: a key and a value, counted 64 times. That is exact where a query finds all of its keys alike,
 and the further off the more they differ for it. A page is read as it is where, by estimate, some
 query of the tile would lose more than `least` of its attention mass to its mean; every other query
-is asked. The first page, the tile's own and the one before it always are.
+is asked, and a tile that has none of these reads all. The first page, the tile's own and the one
+before it always are.
 
 A query's scores on the keys of a page are taken for normal, with the score u of their mean for mean
 and a variance v that is |q|^2 times what keys vary in a channel, mean over all pages before the

@@ -77,6 +77,15 @@ def test_all_of_the_mass_is_dense_attention(harness):
     assert last(every).prefill.coverage == pytest.approx(1.0)
 
 
+def test_all_of_the_mass_is_dense_attention_where_a_page_has_one_query_before_the_tail(harness):
+    prompt = prompt_of(20 * 64 + 1 + 128)
+    one = harness(wrap=level)
+    every = dynamic(prefill="dynamic", prefill_coverage=1.0)
+    [deltas] = one.run(one.generate(prompt, greedy(12), every))
+    assert tokens_of(deltas) == one.tokens(prompt, greedy(12), DENSE)
+    assert last(deltas).prefill.density == last(deltas).prefill.coverage == 1.0
+
+
 def test_a_pattern_that_shows_everything_is_dense_attention(harness):
     fixed = run(harness, dynamic(prefill="fixed", pattern="window:4000"))[1]
     assert tokens_of(fixed) == tokens_of(run(harness, DENSE)[1])
