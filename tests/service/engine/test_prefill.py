@@ -15,19 +15,12 @@ from service.engine import runner, trouble
 from service.engine.scheduler import Scheduler, Work
 from service.engine.sequence import Fallback, Mode, Request, Sequence
 from tests.service.engine.test_fallbacks import Poisoned, counter, fail, last
-from tests.service.engine.tiny import dynamic, greedy, prompt_of, tokens_of
+from tests.service.engine.tiny import dynamic, greedy, level, prompt_of, tokens_of
 
 DENSE = dynamic()
 SPARSE = dynamic(prefill="dynamic", prefill_coverage=0.7)
 LENGTH = 1500
 BODY = LENGTH - 128
-
-
-def level(decoder):
-    """The model with smaller queries: its attention is level enough to leave pages."""
-    for layer in decoder.model.layers:
-        layer.self_attn.q_proj.weight.mul_(0.15)
-    return decoder
 
 
 def run(harness, sparsity, **settings):
