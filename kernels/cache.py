@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+    from kernels.patterns.pattern import Pattern
+    from kernels.tiles import TileSelection
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +216,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive tokens of one sequence that attend densely: a prefill chunk or a decode token."""
+    """Consecutive tokens of one sequence: a prefill chunk or a decode token."""
 
     block_table: Tensor  # int64 [pages]  physical pages
     runs: tuple[
@@ -221,6 +224,15 @@ class Segment:
     ]  # (first physical page, pages) of neighbouring pages, in order
     start: int  # position of the first token; the keys before it are cached
     tokens: int
+    # What its tiles read by patterns, once known: all layers share it. By pattern and KV heads.
+    known: dict[tuple[Pattern, int], tuple[TileSelection, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @property
+    def tiles(self) -> int:
+        """Pages that its tokens lie in."""
+        return len(self.block_table) - self.start // PAGE
 
     @staticmethod
     def of(block_table: list[int], start: int, tokens: int, device: torch.device) -> Segment:

@@ -4,7 +4,8 @@ A tile is a page of queries: 64 positions of one KV head's group. For a page of 
 stand: a key and a value, counted 64 times. That is exact where a query finds all of its keys alike,
 and the further off the more they differ for it. A page is read as it is where, by estimate, some
 query of the tile would lose more than `least` of its attention mass to its mean; every other query
-is asked. The first page, the tile's own and the one before it always are.
+is asked, and a tile that has none of these reads all. The first page, the tile's own and the one
+before it always are.
 
 A query's scores on the keys of a page are taken for normal, with the score u of their mean for mean
 and a variance v that is |q|^2 times what keys vary in a channel, mean over all pages before the
@@ -34,14 +35,14 @@ centroids of Vyas et al. 2020, "Fast Transformers with Clustered Attention".
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from kernels import reference, torch_tiles
 from kernels.attention import Impl, check_query
-from kernels.bits import packed
+from kernels.bits import first_bits, packed
 from kernels.errors import KernelError
 from kernels.page import PAGE
 from kernels.tiles import TileSelection
@@ -120,48 +121,61 @@ def causal_lists(read: Tensor, segment: Segment) -> TileSelection:
     )
 
 
-def pattern_lists(pattern: Pattern, segment: Segment, kv_heads: int) -> TileSelection:
-    """The pages that a segment's tiles read by a causal pattern, the same for all layers."""
-    stop = segment.start + segment.tokens
-    first = segment.start // PAGE * PAGE
-    return _lists(pattern, first, stop, segment.block_table.device, kv_heads)
+def pattern_lists(
+    pattern: Pattern, segment: Segment, kv_heads: int
+) -> tuple[TileSelection, Tensor]:
+    """The pages that a segment's tiles read by a causal pattern, made once for all layers.
 
-
-@lru_cache(maxsize=8)
-def _lists(
-    pattern: Pattern, first: int, stop: int, device: torch.device, kv_heads: int
-) -> TileSelection:
-    return pattern.tiles(first, stop - first, stop, device, kv_heads)
+    Returns:
+        The lists, and the pairs of a query and a key in each tile's, float64 [tiles].
+    """
+    if (pattern, kv_heads) not in segment.known:
+        first, stop = segment.start // PAGE * PAGE, segment.start + segment.tokens
+        device = segment.block_table.device
+        lists = pattern.tiles(first, stop - first, stop, device, kv_heads)
+        pairs = lists.attended(segment.start, segment.tokens).double().mean(1)
+        segment.known[pattern, kv_heads] = lists, pairs
+    return segment.known[pattern, kv_heads]
 
 
 def causal_density(selection: TileSelection, segment: Segment) -> Tensor:
-    """Keys read over keys visible, mean over a segment's tokens and KV heads: [], float32.
+    """Keys read over keys visible by each tile's tokens and all KV heads: float64 [tiles].
 
     Of lists as `causal_lists` makes them, of which nothing has to be waited for.
     """
-    start, tokens = segment.start, segment.tokens
-    kv_heads, first, stop = selection.counts.shape[1], start // PAGE, start + tokens
-    # Of the first tile and of the last some queries may not be there.
-    early, late = start - first * PAGE, -stop % PAGE
-    whole = selection.whole.sum(1)  # [tiles]
-    read = (whole.sum() * PAGE - whole[0] * early - whole[-1] * late) * PAGE
+    position = _positions(segment)
+    whole = selection.whole.double().mean(1)  # [tiles]  pages that each of its tokens reads
     # Of its own page query i sees i + 1 keys.
-    place = torch.arange(start, stop)
-    own = int((place % PAGE + 1).sum()) * kv_heads
-    return (read + own) / (visible_pairs(start, tokens) * kv_heads)
+    read = whole * PAGE * _sums(torch.ones_like(position), segment)
+    read += _sums(position % PAGE + 1, segment)
+    return read / visible_pairs(segment)
 
 
-def visible_pairs(start: int, tokens: int, window: int | None = None) -> int:
-    """Keys that consecutive causal queries see, all of them together."""
-    seen = torch.arange(start + 1, start + tokens + 1)
-    return int(seen.clamp_max(window or start + tokens).sum())
+def visible_pairs(segment: Segment, window: int | None = None) -> Tensor:
+    """Keys that a segment's causal queries see, those of each tile together: int64 [tiles]."""
+    seen = _positions(segment) + 1
+    return _sums(seen if window is None else seen.clamp_max(window), segment)
 
 
-@lru_cache(maxsize=8)
+def of_tiles(values: Tensor, segment: Segment) -> Tensor:
+    """The mean of values [tokens] over the tokens of each tile: [tiles]."""
+    return _sums(values, segment) / _sums(torch.ones_like(values), segment)
+
+
+def _positions(segment: Segment) -> Tensor:
+    stop = segment.start + segment.tokens
+    return torch.arange(segment.start, stop, device=segment.block_table.device)  # [tokens]
+
+
+def _sums(values: Tensor, segment: Segment) -> Tensor:
+    """Values [tokens] summed up for each tile: [tiles]."""
+    behind = -(segment.start + segment.tokens) % PAGE
+    return F.pad(values, (segment.start % PAGE, behind)).view(-1, PAGE).sum(1)
+
+
 def causal_bits(device: torch.device) -> Tensor:
     """int64 [1, 64], the mask of a page that queries of the same page see up to themselves."""
-    place = torch.arange(PAGE, device=device)
-    return (-1 << (place + 1)).bitwise_not().masked_fill(place == PAGE - 1, -1)[None]
+    return first_bits(torch.arange(1, PAGE + 1, device=device))[None]
 
 
 def tile_attention(
@@ -191,10 +205,9 @@ def tile_attention(
         KernelError: when the shapes or dtypes do not fit together.
     """
     _check(query, cache, segment, impl)
-    tiles = segment.block_table.shape[0] - segment.start // PAGE
-    if tuple(selection.counts.shape) != (tiles, cache.kv_heads):
+    if tuple(selection.counts.shape) != (segment.tiles, cache.kv_heads):
         raise KernelError(
-            f"the selection must have [tiles, kv_heads] = {[tiles, cache.kv_heads]}, "
+            f"the selection must have [tiles, kv_heads] = {[segment.tiles, cache.kv_heads]}, "
             f"not {list(selection.counts.shape)}"
         )
     if impl is Impl.TRITON:

@@ -183,7 +183,7 @@ def read_pages(
 ) -> Tensor:
     """The pages that each tile reads; see `kernels.prefill.choose`.
 
-    Of `asked` queries on end the last one is asked.
+    Of `asked` queries on end the last one is asked; where a tile has none of these, it reads all.
 
     Returns:
         bool [tiles, kv_heads, pages] over the segment's pages.
@@ -210,8 +210,11 @@ def read_pages(
         mass = torch.cat((whole[token, :, :tile], scores), dim=1).softmax(1)[:, :tile]
         error = mass * ((variance[token].exp() / even - 1) / PAGE).sqrt()[:, None]
         read[tile - first, :, :tile] |= error.view(kv_heads, group, tile).amax(1) >= least
+    stop = segment.start + tokens
     for row in range(pages - first):
         tile = first + row
+        begin, end = max(segment.start, tile * PAGE), min(stop, (tile + 1) * PAGE)
+        read[row, :, :tile] |= begin // asked == end // asked
         read[row, :, : min(tile, 1)] = True
         read[row, :, max(0, tile - 1) : tile] = True
     return read

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kernels.bits import unpacked
+from kernels.bits import ones, unpacked
 from kernels.errors import KernelError
 from kernels.page import PAGE
 
@@ -107,20 +107,20 @@ class TileSelection:
         Returns:
             int64 [tiles, kv_heads].
         """
-        tiles = self.counts.shape[0]
-        edge = (torch.arange(tiles + 1, device=self.bits.device) + first // PAGE) * PAGE
-        begins = (first - edge[:-1]).clamp(0, PAGE)  # of a tile's 64 queries, those that are there
-        ends = (first + queries - edge[:-1]).clamp(0, PAGE)
-        total = self.whole.long() * ((ends - begins) * PAGE)[:, None]
-        for begin, end in {*zip(begins.tolist(), ends.tolist(), strict=True)}:
-            seen = _ones(self.bits[:, begin:end])  # int64 [masks]
-            row = self.masks.long().clamp(0, max(len(seen) - 1, 0))
-            listed = seen[row] if len(seen) else torch.zeros_like(row)
-            before = F.pad(listed.cumsum(0), (1, 0))  # int64 [places + 1]
-            partial = before[self.starts + self.counts] - before[self.starts + self.whole]
-            here = ((begins == begin) & (ends == end))[:, None]
-            total = torch.where(here, total + partial, total)
+        total = self._pairs(0, PAGE)
+        last = (first + queries - 1) // PAGE - first // PAGE
+        total[:1] -= self._pairs(0, first % PAGE)[:1]
+        total[last : last + 1] -= self._pairs((first + queries - 1) % PAGE + 1, PAGE)[last:][:1]
+        total[last + 1 :] = 0
         return total
+
+    def _pairs(self, begin: int, end: int) -> Tensor:
+        """How many pairs the lists hold of the queries from `begin` to `end` of each tile."""
+        seen = ones(self.bits[:, begin:end])  # int64 [masks]
+        listed = seen[self.masks.long().clamp(0, len(seen) - 1)]
+        before = F.pad(listed.cumsum(0), (1, 0))  # int64 [places + 1]
+        partial = before[self.starts + self.counts] - before[self.starts + self.whole]
+        return self.whole.long() * ((end - begin) * PAGE) + partial
 
     def validate(self, first: int, queries: int, keys: int, *, causal: bool = True) -> None:
         """Check every promise of this class; it waits for the device, so it is for tests.
@@ -181,9 +181,3 @@ class TileSelection:
             raise KernelError("a mask shows a key which may not be seen")
         if self.left is not None and bool(unpacked(self.left).flatten(0, 1)[number, page].any()):
             raise KernelError("a page is read, and its mean stands for it, too")
-
-
-def _ones(words: Tensor) -> Tensor:
-    """int64 [masks], how many bits of int64 [masks, words] are set."""
-    rows = [unpacked(part).sum(1) for part in torch.split(words, 1024)]
-    return torch.cat(rows) if rows else words.new_zeros(0)

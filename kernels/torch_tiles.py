@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kernels.tile_calls import Reads
     from kernels.tiles import TileSelection
 
+FEW = 4
+"""Masks of a list up to which what is made of them is kept for other lists."""
+
 
 def mean_spreads(cache: LayerCache, segment: Segment) -> Tensor:
     """Each tile's mean over the pages before it: float32 [kv_heads, tiles], 0 where none is."""
@@ -71,6 +74,7 @@ def read_pages(
     enough = mass - excess - error + math.log(least) if least > 0 else mass - torch.inf
     enough.masked_fill_(~there, torch.inf)
     read = ~(whole < enough[..., None]).all(2) & past  # [kv_heads, tiles, pages - 1]
+    read |= past & ~there.any(1, keepdim=True)
     read[..., :1] |= past[:, :1]
     read |= past & ~_past(segment, tiles, pages - 1, behind=1)  # the page before the tile's
     return F.pad(read, (0, 1)).transpose(0, 1)
@@ -182,7 +186,9 @@ def _attend_lists(
 class _Bias:
     """What is added to the scores of a list: 0, and -inf where a page in part is not seen.
 
-    Lists that end with the same masks share one.
+    Lists that end with the same few masks share one, as those of a window's tiles do. Where there
+    are many masks lists are seldom alike, and all of them together would take more room than the
+    cache does.
     """
 
     def __init__(self, tiled: Tensor, selection: TileSelection) -> None:
@@ -198,11 +204,14 @@ class _Bias:
         """[1, 1, rows, pages * 64] of a list whose last pages have `masks`."""
         if not masks:
             return None
-        if masks not in self._known:
-            whole = self._masks.new_zeros(self._masks.shape[1], self._most)
-            whole[:, -len(masks) * PAGE :] = torch.cat([self._masks[mask] for mask in masks], 1)
+        if masks in self._known:
+            return self._known[masks][None, None, :, self._most - pages * PAGE :]
+        kept = len(masks) <= FEW
+        whole = self._masks.new_zeros(self._masks.shape[1], self._most if kept else pages * PAGE)
+        whole[:, -len(masks) * PAGE :] = torch.cat([self._masks[mask] for mask in masks], 1)
+        if kept:
             self._known[masks] = whole
-        return self._known[masks][None, None, :, self._most - pages * PAGE :]
+        return whole[None, None, :, -pages * PAGE :]
 
 
 def _past(segment: Segment, tiles: int, pages: int, behind: int = 0) -> Tensor:

@@ -18,8 +18,16 @@ from kernels.cache import Rows
 from kernels.dynamic import Attended
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
+from kernels.patterns.window import Window
 from kernels.policy import Dynamic, Pages
-from kernels.prefill import causal_density, choose, pattern_lists, tile_attention, visible_pairs
+from kernels.prefill import (
+    causal_density,
+    choose,
+    of_tiles,
+    pattern_lists,
+    tile_attention,
+    visible_pairs,
+)
 from kernels.timing import Phases
 from models.explain import glance
 
@@ -56,12 +64,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class TileEntry:
-    """What the tokens of one group of tiles looked at in one layer, mean over them."""
+    """What one group of tiles looked at in one layer."""
 
-    layer: int
     first: int  # place of the group's first token in the step
-    density: Tensor  # []  keys read over keys visible, mean over KV heads
-    coverage: Tensor  # [heads]  estimated share of the attention mass on them; nan: unknown
+    density: Tensor  # [tiles]  keys read over keys visible, of its tokens and all KV heads
+    coverage: Tensor  # [tiles]  estimated share of the mass on them, mean over heads; nan: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,26 +153,24 @@ class LayerAttention:
         windowed = self.window is not None and isinstance(policy, Pages)
         if self.layer < group.dense_layers or windowed:
             # A sliding window has few keys to leave out.
-            every = query.new_ones((), dtype=torch.float32)
-            recorder.tiles.append(
-                TileEntry(self.layer, group.first, every, every.expand(query.shape[1]))
-            )
+            every = query.new_ones(segment.tiles, dtype=torch.float64)
+            recorder.tiles.append(TileEntry(group.first, every, every))
             return dense_attention(query, cache, segment, scale, self.window, impl)
         if isinstance(policy, Pages):
             selection = choose(query, cache, segment, policy.least, scale, impl)
         else:
             pattern = policy.pattern
             if self.window is not None:
-                pattern = pattern & Pattern.parse(f"window:{self.window}")
-            selection = pattern_lists(pattern, segment, cache.kv_heads)
+                pattern = pattern & Pattern(Window(self.window))
+            selection, pairs = pattern_lists(pattern, segment, cache.kv_heads)
         output, lse, own = tile_attention(query, cache, segment, selection, scale, impl)
         if isinstance(policy, Pages):
-            density, coverage = causal_density(selection, segment), (own - lse).exp().mean(0)
+            density = causal_density(selection, segment)
+            coverage = of_tiles((own - lse).double().exp().mean(1), segment)
         else:
-            seen = visible_pairs(segment.start, segment.tokens, self.window)
-            density = selection.attended(segment.start, segment.tokens).float().mean(1).sum() / seen
-            coverage = torch.full_like(lse[0], torch.nan)
-        recorder.tiles.append(TileEntry(self.layer, group.first, density, coverage))
+            density = pairs / visible_pairs(segment, self.window)
+            coverage = torch.full_like(density, torch.nan)
+        recorder.tiles.append(TileEntry(group.first, density, coverage))
         return output
 
     def _selected(

@@ -71,9 +71,8 @@ class PatternAttention:
             output[part], density = self._segment(
                 query[part], cache, tiled.segment, fixed, recorder
             )
-            known = torch.ones_like if fixed is None else _unknown
-            coverage = known(query.new_empty(query.shape[1], dtype=torch.float32))
-            recorder.tiles.append(TileEntry(self.layer, tiled.first, density, coverage))
+            coverage = torch.ones_like(density) if fixed is None else _unknown(density)
+            recorder.tiles.append(TileEntry(tiled.first, density, coverage))
         if step.alone is not None:
             place, rows = step.alone.tokens, step.alone.rows
             selection = self._select(rows, self.patterns, recorder)
@@ -105,15 +104,15 @@ class PatternAttention:
         policy: Fixed | None,
         recorder: Recorder,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of consecutive tokens, and what share of the model's pattern they read, []."""
+        """Attention of consecutive tokens, and the share of the model's pattern read, [tiles]."""
         lists = own = self._lists(segment, self.patterns, recorder)
         if policy is not None:
             lists = self._lists(segment, self._within(policy), recorder)
         output, _, _ = tile_attention(query, cache, segment, lists, self.scale, self.impl)
         if lists is own:
-            return output, query.new_ones((), dtype=torch.float32)
-        read, seen = (one.attended(segment.start, segment.tokens).sum() for one in (lists, own))
-        return output, read.float() / seen
+            return output, query.new_ones(segment.tiles, dtype=torch.float64)
+        read, seen = (one.attended(segment.start, segment.tokens).sum(1) for one in (lists, own))
+        return output, read.double() / seen
 
     def _attend(
         self, query: Tensor, cache: LayerCache, rows: Rows, selection: Selection
@@ -127,7 +126,7 @@ class PatternAttention:
         where = _Where(patterns, id(segment))
         if where not in recorder.shared:
             kinds = list(dict.fromkeys(patterns))
-            lists = [pattern_lists(kind, segment, 1) for kind in kinds]
+            lists = [pattern_lists(kind, segment, 1)[0] for kind in kinds]
             recorder.shared[where] = TileSelection.of_heads(lists, list(map(kinds.index, patterns)))
         found = recorder.shared[where]
         assert isinstance(found, TileSelection)

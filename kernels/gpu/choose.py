@@ -120,8 +120,12 @@ def _little(
         higher = tl.maximum(peak, tl.max(score, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
         peak = higher
-    # A row that is none finds little anywhere; what is not a number does not.
-    enough = tl.where(there, peak + tl.log2(total) + least - error - more, float("inf"))
+    # A row that is none finds little anywhere, unless no query of the tile is asked; what is not a
+    # number does not.
+    begin = tl.maximum(start - past * PAGE, 0)
+    end = tl.minimum(start + tokens - past * PAGE, PAGE)
+    nothing = tl.where(begin // ASKED == end // ASKED, float("-inf"), float("inf"))
+    enough = tl.where(there, peak + tl.log2(total) + least - error - more, nothing)
     little += (unit * tl.num_programs(1) + kv_head).to(tl.int64) * pages
     for block in range(0, past, TOGETHER):
         # Pages are the product's rows here, so that most of a page's queries share a thread.

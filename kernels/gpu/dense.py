@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from kernels.gpu.tiles import tile_attention
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
+from kernels.patterns.window import Window
 from kernels.prefill import causal_bits, pattern_lists
 from kernels.tiles import TileSelection
 
@@ -39,7 +40,7 @@ def dense_attention(
 ) -> Tensor:
     """See `kernels.attention.dense_attention`."""
     if window is not None and window < segment.start + segment.tokens:
-        seen = pattern_lists(Pattern.parse(f"window:{window}"), segment, cache.kv_heads)
+        seen, _ = pattern_lists(Pattern(Window(window)), segment, cache.kv_heads)
         return tile_attention(query, cache, segment, seen, scale)[0]
     # The library's kernel knows nothing of distance.
     library = _suits(query) and cache.slopes is None

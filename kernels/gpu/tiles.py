@@ -307,11 +307,17 @@ def _add_with_samples(
     for sample in tl.static_range(SAMPLES):
         keys = samples.load([place + sample * apart, 0])
         one = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + excess
+        one = tl.where(stands[None] & alike[:, None], one, float("-inf"))
+        # One key may be far above its page's mean: float16 ends eleven nats above the peak.
+        peak, higher = higher, tl.maximum(higher, tl.max(one, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(peak - safe)
         one = tl.exp2(one - safe[:, None]) / SAMPLES
-        one = tl.where(stands[None] & alike[:, None], one, 0.0)
-        total += tl.sum(one, 1)
+        total = total * shrink + tl.sum(one, 1)
+        of_means *= shrink[:, None]
         values = samples.load([place + sample * apart, DIM])
-        sums = tl.dot((one - of_means).to(values.dtype), values, sums, input_precision="ieee")
+        less = (one - of_means).to(values.dtype)
+        sums = tl.dot(less, values, sums * shrink[:, None], input_precision="ieee")
     return higher, total, sums
 
 

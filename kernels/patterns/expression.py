@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
+from operator import and_, attrgetter, or_
 from typing import TYPE_CHECKING, NamedTuple
 
 from kernels.errors import PatternError
-from kernels.patterns.view import Bounds
+from kernels.patterns.view import Bounds, Cover
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -39,6 +40,9 @@ class Expression(ABC):
     __slots__ = ()
 
     @abstractmethod
+    def joined(self, of: Callable[[Primitive], Tensor]) -> Tensor:
+        """What `of` says of the primitives, bools or sets of bits, joined as they are."""
+
     def allows(self, query: Tensor, key: Tensor, causal: bool = True) -> Tensor:
         """Whether `query` may see `key`: bool, broadcast over int64 positions from 0.
 
@@ -47,18 +51,15 @@ class Expression(ABC):
             key: int64 positions.
             causal: whether a query sees nothing behind itself.
         """
+        return self.joined(lambda primitive: primitive.allows(query, key, causal))
 
     @abstractmethod
-    def units(self, view: View) -> list[Tensor]:
-        """Units that hold every key that the view's rows see, and perhaps others.
+    def cover(self, view: View) -> Cover:
+        """Where all keys lie that the view's rows see, and perhaps others.
 
-        Returns:
-            int64 [rows, n] each, `FOREVER` where there is none; some may repeat.
+        Each part is asked once for each view: within each other parts could otherwise take time
+        exponential in their depth.
         """
-
-    @abstractmethod
-    def columns(self, view: View) -> int:
-        """How many places `units` takes in a row."""
 
     @abstractmethod
     def bounds(self, view: View) -> Bounds:
@@ -118,20 +119,13 @@ class Union(Compound):
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
 
-    def allows(self, query: Tensor, key: Tensor, causal: bool = True) -> Tensor:
-        """Whether any part lets `query` see `key`."""
-        allowed = self.parts[0].allows(query, key, causal)
-        for part in self.parts[1:]:
-            allowed = allowed | part.allows(query, key, causal)
-        return allowed
+    def joined(self, of: Callable[[Primitive], Tensor]) -> Tensor:
+        """What is so of any part."""
+        return reduce(or_, (part.joined(of) for part in self.parts))
 
-    def units(self, view: View) -> list[Tensor]:
-        """The units of all parts."""
-        return [units for part in self.parts for units in part.units(view)]
-
-    def columns(self, view: View) -> int:
-        """How many places `units` takes in a row."""
-        return sum(part.columns(view) for part in self.parts)
+    def cover(self, view: View) -> Cover:
+        """All parts' runs."""
+        return Cover.of(part.cover(view) for part in self.parts)
 
     def bounds(self, view: View) -> Bounds:
         """From the first key of any part to the last of any."""
@@ -150,20 +144,22 @@ class Intersection(Compound):
     def __str__(self) -> str:
         return "&".join(f"({x})" if isinstance(x, Union) else str(x) for x in self.parts)
 
-    def allows(self, query: Tensor, key: Tensor, causal: bool = True) -> Tensor:
-        """Whether every part lets `query` see `key`."""
-        allowed = self.parts[0].allows(query, key, causal)
-        for part in self.parts[1:]:
-            allowed = allowed & part.allows(query, key, causal)
-        return allowed
+    def joined(self, of: Callable[[Primitive], Tensor]) -> Tensor:
+        """What is so of every part."""
+        return reduce(and_, (part.joined(of) for part in self.parts))
 
-    def units(self, view: View) -> list[Tensor]:
-        """The units of the part that has the fewest where all of them see anything."""
-        return [units for part, narrow in self._fewest(view) for units in part.units(narrow)]
-
-    def columns(self, view: View) -> int:
-        """How many places `units` takes in a row."""
-        return sum(part.columns(narrow) for part, narrow in self._fewest(view))
+    def cover(self, view: View) -> Cover:
+        """The runs of the part that lists the fewest units where all of them see anything."""
+        view = self._narrow(view)
+        covers = [_smallest(self.parts, view)]
+        alone = [part for part in self.parts if len(part.primitives) == 1]
+        for part in self.parts:
+            # A union may be wide of which each part is narrow. Only one of primitives is taken
+            # apart: within each other that would take exponential time.
+            if isinstance(part, Union) and all(len(x.primitives) == 1 for x in part.parts):
+                narrows = ((x, view.within(x.bounds(view))) for x in part.parts)
+                covers.append(Cover.of(_smallest((x, *alone), narrow) for x, narrow in narrows))
+        return min(covers, key=attrgetter("columns"))
 
     def bounds(self, view: View) -> Bounds:
         """Where the bounds of all parts overlap."""
@@ -180,19 +176,6 @@ class Intersection(Compound):
             view = view.within(part.bounds(view))
         return view
 
-    def _fewest(self, view: View) -> list[tuple[Expression, View]]:
-        """Parts whose units hold all that is seen, each with where to list them."""
-        view = self._narrow(view)
-        found = [[_cheapest(self.parts, view)]]
-        for part in self.parts:
-            # A union may be wide of which each part is narrow. Only one of primitives is taken
-            # apart: within each other that would take exponential time.
-            if isinstance(part, Union) and all(len(x.primitives) == 1 for x in part.parts):
-                others = [x for x in self.parts if len(x.primitives) == 1]
-                narrows = ((x, view.within(x.bounds(view))) for x in part.parts)
-                found.append([_cheapest((x, *others), narrow) for x, narrow in narrows])
-        return min(found, key=lambda pieces: sum(x.columns(narrow) for x, narrow in pieces))
 
-
-def _cheapest(parts: Iterable[Expression], view: View) -> tuple[Expression, View]:
-    return min(parts, key=lambda part: part.columns(view)), view
+def _smallest(parts: Iterable[Expression], view: View) -> Cover:
+    return min((part.cover(view) for part in parts), key=attrgetter("columns"))

@@ -157,7 +157,7 @@ def _listed(looks: Looks, tile: Tensor, row: Tensor, begin: Tensor, end: Tensor)
     if not len(tile):
         return []
     view = _view(looks, tile, begin, end)
-    columns, width = looks.expression.columns(view), -(-view.span // PAGE)
+    columns, width = looks.expression.cover(view).columns, -(-view.span // PAGE)
     at_once = max(1, AT_ONCE // max(columns, min(width, SPARSE * columns), 1))
     found = []
     total = made = 0
@@ -205,7 +205,7 @@ def _view(looks: Looks, tile: Tensor, begin: Tensor, end: Tensor) -> View:
 
 def _pages(expression: Expression, view: View) -> tuple[Tensor, Tensor]:
     """The pages in which the rows of a view may see keys: the row and the page of each place."""
-    units = torch.cat(expression.units(view), dim=1)  # [rows, columns]
+    units = expression.cover(view).units()  # [rows, columns]
     begin, width = view.low // PAGE, -(-view.span // PAGE)
     if width <= SPARSE * units.shape[1]:
         place = (units - begin).clamp_max_(width)  # what is none lies behind the last

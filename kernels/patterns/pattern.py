@@ -12,7 +12,6 @@ from kernels.errors import PatternError
 from kernels.page import PAGE
 from kernels.patterns import complexity, parse
 from kernels.patterns.expression import Intersection, Union
-from kernels.patterns.full import Full
 from kernels.patterns.lists import compile_lists
 from kernels.patterns.view import FOREVER, View
 from kernels.selection import Selection
@@ -114,28 +113,30 @@ class Pattern:
             kv_heads: number of KV heads.
         """
         query = lengths[:, None] - 1  # [rows, 1]
-        earliest, latest, least = torch.stack(
-            (lengths.amin() - 1, lengths.amax() - 1, starts.amin())
+        earliest, latest, span = torch.stack(
+            (lengths.amin() - 1, lengths.amax() - 1, (lengths - starts).amax())
         ).tolist()
         view = View(
             first=query,
             low=starts[:, None],
             high=query,
             size=1,
-            span=max(latest + 1 - least, 0),
+            span=max(span, 0),
             earliest=earliest,
             latest=latest,
             causal=self.causal,
         )
-        # A union may list keys more often than there are any: then each of them is asked about.
-        many = self.expression.columns(view) > view.span
-        listed = (Full() if many else self.expression).units(view)
-        keys = torch.cat(listed, dim=1)  # [rows, listed]
-        seen = (keys < FOREVER) & self.allows(query, keys)
-        if len(listed) > 1:
-            keys = keys.masked_fill(~seen, FOREVER).sort(dim=1).values
-            seen = keys < FOREVER
-            seen[:, 1:] &= keys[:, 1:] != keys[:, :-1]  # what two primitives see counts once
+        cover = self.expression.cover(view)
+        if cover.columns >= view.span:  # not more than there are, whatever the pattern
+            keys = view.low + torch.arange(view.span, device=query.device)  # [rows, span]
+            seen = (keys <= query) & self.allows(query, keys)
+        else:
+            keys = cover.units()  # [rows, columns]
+            seen = (keys < FOREVER) & self.allows(query, keys)
+            if len(cover.pieces) > 1:
+                keys = keys.masked_fill(~seen, FOREVER).sort(dim=1).values
+                seen = keys < FOREVER
+                seen[:, 1:] &= keys[:, 1:] != keys[:, :-1]  # what two primitives see counts once
         one = Selection.from_mask(seen[:, None], keys[:, None])
         return Selection(one.indices.expand(-1, kv_heads, -1), one.counts.expand(-1, kv_heads))
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FEW = 1 << 12
+"""Masks up to which equal ones are looked for. More are seldom equal, and it takes long."""
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Pages that rows see, row by row, ascending in each."""
@@ -27,17 +31,18 @@ class Places:
 
     @staticmethod
     def join(parts: list[Places], device: torch.device | str) -> Places:
-        """The rows of all parts, one part behind the other; equal masks become one."""
+        """The rows of all parts, one behind the other; of few masks equal ones become one."""
         none = torch.zeros(0, dtype=torch.int32, device=device)
         parts = [Places(none, none, none, none, none.long().view(0, PAGE)), *parts]
         bits = torch.cat([part.bits for part in parts])
-        if len(bits):
+        number = torch.arange(len(bits), device=device)
+        if 0 < len(bits) <= FEW:
             bits, number = torch.unique(bits, dim=0, return_inverse=True)
-            number = F.pad(number.int(), (0, 1), value=WHOLE)  # as the last it is WHOLE's, too
+        number = F.pad(number.int(), (0, 1), value=WHOLE)  # as the last it is WHOLE's, too
         masks, before = [], 0
         for part in parts:
             row = part.mask.where(part.mask == WHOLE, part.mask + before)
-            masks.append(number.index_select(0, row.long() % len(number)) if len(bits) else row)
+            masks.append(number.index_select(0, row.long() % len(number)))
             before += len(part.bits)
         return Places(
             row=torch.cat([part.row for part in parts]),

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kernels.errors import PatternError
 from kernels.patterns.expression import Expression
-from kernels.patterns.view import Bounds
+from kernels.patterns.view import Bounds, Cover
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Self
 
     from torch import Tensor
@@ -86,13 +87,14 @@ class Primitive(Expression):
         seen = self.sees(query, key, causal)
         return seen & (key <= query) if causal else seen
 
-    def units(self, view: View) -> list[Tensor]:
-        """The units of all runs."""
-        return [run.units(view) for run in self.runs(view)]
+    def joined(self, of: Callable[[Primitive], Tensor]) -> Tensor:
+        """What `of` says of it."""
+        return of(self)
 
-    def columns(self, view: View) -> int:
-        """How many places `units` takes in a row."""
-        return sum(run.columns(view) for run in self.runs(view))
+    def cover(self, view: View) -> Cover:
+        """Its runs."""
+        runs = self.runs(view)
+        return Cover(tuple((run, view) for run in runs), sum(run.columns(view) for run in runs))
 
     def bounds(self, view: View) -> Bounds:
         """From the first key of any run to the last of any."""

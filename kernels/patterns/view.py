@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 FOREVER = 1 << 62
@@ -125,3 +127,25 @@ class Run:
             place = int((self.starts % view.size).max())
             most = min(most, (place + self.width - 1) // view.size + 1)
         return most
+
+
+class Cover(NamedTuple):
+    """Runs in which all keys lie that some rows see, each with the keys that count there."""
+
+    pieces: tuple[tuple[Run, View], ...]
+    columns: int  # places that `units` takes in a row
+
+    @staticmethod
+    def of(parts: Iterable[Cover]) -> Cover:
+        """What several cover together."""
+        covers = tuple(parts)
+        pieces = tuple(piece for cover in covers for piece in cover.pieces)
+        return Cover(pieces, sum(cover.columns for cover in covers))
+
+    def units(self) -> Tensor:
+        """The units in which the runs lie.
+
+        Returns:
+            int64 [rows, columns], `FOREVER` where there is none; some may repeat.
+        """
+        return torch.cat([run.units(view) for run, view in self.pieces], dim=1)

@@ -19,7 +19,7 @@ from kernels.attention import Impl, dense_attention
 from kernels.cache import LayerCache, Segment
 from kernels.page import PAGE
 from kernels.policy import Pages
-from kernels.prefill import causal_density, causal_lists, choose, tile_attention
+from kernels.prefill import causal_density, causal_lists, choose, tile_attention, visible_pairs
 from service.bench.clock import seconds_of
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class _Bench:
 
         chosen = choose(*where, least, *rest)
         whole = causal_lists(torch.ones_like(self._flags(self.drawn)), self.segment)
-        density = float(causal_density(self.drawn, self.segment))
+        density = self._density(self.drawn)
         return {
             "dense": (lambda: dense_attention(*where, self.scale, None, self.impl), 1.0),
             "every page": (lambda: attend(replace(whole, left=None)), 1.0),
@@ -173,9 +173,14 @@ class _Bench:
             "share alone": (lambda: attend(replace(self.drawn, left=None)), density),
             "dynamic": (
                 lambda: attend(choose(*where, least, *rest)),
-                float(causal_density(chosen, self.segment)),
+                self._density(chosen),
             ),
         }
+
+    def _density(self, lists: TileSelection) -> float:
+        """Keys read over keys visible, of all tokens together: the share of the work."""
+        seen = visible_pairs(self.segment)
+        return float((causal_density(lists, self.segment) * seen).sum() / seen.sum())
 
     def _flags(self, lists: TileSelection) -> Tensor:
         pages = len(self.segment.block_table)
@@ -234,7 +239,7 @@ class _Bench:
         lists = causal_lists(
             pages[:, None].expand(-1, self.shape.kv_heads, -1).contiguous(), self.segment
         )
-        density = float(causal_density(lists, self.segment))
+        density = self._density(lists)
         ours = replace(lists, left=None)
         return {
             "flex": (

@@ -123,7 +123,7 @@ def _run(
     for step in _steps(ids, chunk, policy):
         recorder = Recorder()
         hidden = decoder(step, caches, recorder)
-        notes += [entry.density for entry in recorder.tiles]
+        notes += [entry.density.mean() for entry in recorder.tiles]
     decoder.logits(hidden[-1:])
 
 

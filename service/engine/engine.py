@@ -51,7 +51,6 @@ class _Progress:
     tally: Tally = field(default_factory=Tally)
     prompt_ranked: list[Ranked] = field(default_factory=list)  # of prompt tokens 1, 2, ...
     opened: bool = False  # whether its first delta is out
-    prefilled: int = 0  # positions before it have been counted, but for the tail's
     passages: Passages | None = None  # what its tokens attended to, where asked for
 
 
@@ -304,18 +303,16 @@ class Engine:
             self._finish(sequence, "", Ending("error"), error=outcome.error)
             return
 
-        def note(reason: Fallback, to: Mode) -> None:
-            progress.tally.fell_back(reason)
-            self.metrics.fallback(reason.value, to.value, 1)
+        def note(reason: Fallback, to: Mode, tokens: int) -> None:
+            progress.tally.fell_back(reason, tokens)
+            self.metrics.fallback(reason.value, to.value, tokens)
 
         # A sequence that was put back computes its prompt again, which is counted once.
-        if outcome.prefilled is not None and item.start >= progress.prefilled:
-            progress.prefilled = item.stop
-            progress.tally.add_prefill(outcome.prefilled)
-            prefilled.append(outcome.prefilled)
-            for reason, tokens in outcome.fell_back.items():
-                progress.tally.fell_back(reason, tokens)
-                self.metrics.fallback(reason.value, Mode.DENSE.value, tokens)
+        if outcome.prefilled is not None:
+            body = outcome.prefilled.behind(sequence.decided - item.start)
+            if len(body.tokens):
+                progress.tally.add_prefill(body)
+                prefilled.append(body)
         skip = decide(item, note)
         if outcome.looked is not None and skip < item.count:
             fresh = outcome.looked.cut(slice(skip, None))

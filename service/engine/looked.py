@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kernels.page import PAGE
+from service.engine.sequence import pages_of
 from service.engine.tally import Looked, Prefilled
 
 if TYPE_CHECKING:
@@ -47,32 +49,26 @@ def of_step(step: StepInput, recorder: Recorder, windows: Seq[int | None], heads
     return Looked(density.numpy(), keys.numpy(), coverage.numpy(), audited)
 
 
-def of_prefill(
-    step: StepInput, recorder: Recorder, place: int, tokens: int, layers: int, heads: int
-) -> Prefilled:
-    """What a prompt's tokens at `place` and on looked at, those before its tail.
+def of_prefill(step: StepInput, recorder: Recorder, place: int, tokens: range) -> Prefilled:
+    """What a prompt's tokens looked at, those before its tail.
 
     Args:
         step: the step.
         recorder: its notes.
         place: in the step, of the first of them.
-        tokens: how many.
-        layers: of the model.
-        heads: query heads of a layer.
+        tokens: their positions.
     """
-    density, coverage = np.zeros(layers), np.zeros((layers, heads))
-    sparse = 0
+    pages = [len(page) for page in pages_of(tokens)]
+    density, coverage = np.ones((2, len(pages)))
     for group in step.tiled:
-        if not place <= group.first < place + tokens:
+        if not place <= group.first < place + len(tokens):
             continue
-        sparse += group.segment.tokens
         entries = [entry for entry in recorder.tiles if entry.first == group.first]
-        parts = torch.stack([torch.cat((one.density[None], one.coverage)) for one in entries])
-        found = parts.double().cpu().numpy() * group.segment.tokens  # [layers, 1 + heads]
-        density += found[:, 0]
-        coverage += found[:, 1:]
-    dense = tokens - sparse
-    return Prefilled(tokens, (density + dense) / tokens, (coverage + dense) / tokens)
+        found = torch.stack([torch.stack((one.density, one.coverage)) for one in entries])
+        begin = group.segment.start // PAGE - tokens.start // PAGE
+        part = slice(begin, begin + found.shape[2])
+        density[part], coverage[part] = found.double().mean(0).cpu().numpy()
+    return Prefilled(np.array(pages), density, coverage)
 
 
 def of_replay(

@@ -1,13 +1,15 @@
 """Runs the model on a step's work and decides, before anything is emitted, what must run again.
 
-A request whose coverage is too low, or whose kernel failed, runs the same tokens once more under
-its fallback; a request that breaks the model alone fails alone.
+Tokens whose coverage is too low, or whose kernel failed, run once more under their fallback; a
+request that breaks the model alone fails alone. What falls back is kept in the sequence, which
+`decide` counts it from.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -20,7 +22,8 @@ from models.attention import Recorder
 from service.engine import explained, looked
 from service.engine.batch import build_step
 from service.engine.device import check_alive
-from service.engine.sequence import Fallback, Mode
+from service.engine.sequence import Fallback, Mode, pages_of
+from service.engine.trouble import Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +44,8 @@ AUDIT_EVERY = 256
 """Of so many steps with sparse rows one is audited: it also reads every key, and is timed."""
 HOLD = 32
 """Tokens that stay on a fallback before the dynamic policy is tried again."""
+PROMPT_HOLD = 32 * PAGE
+"""The same of a prompt before its tail: each time it is tried costs a step more."""
 
 _log = logging.getLogger("saccade.engine")
 
@@ -65,7 +70,6 @@ class Outcome:
     looked: Looked | None
     error: str | None = None
     prefilled: Prefilled | None = None  # of its tokens before the prompt's tail, if any
-    fell_back: dict[Fallback, int] = field(default_factory=dict)  # those of them that did
     # Of a replayed row, on the host.
     logits: Tensor | None = None  # float32 [vocab]
     finite: bool | None = None  # whether the hidden state is
@@ -105,17 +109,13 @@ class Runner:
         self._device = caches[0].kv.device
         self._sparse_steps = 0
         self._audit: bool | None = None  # whether this step is audited; None for every so many
-        # What went wrong in this step with dynamic selection, and with sparse prefill.
-        self._trouble: str | None = None
-        self._prefill_trouble: str | None = None
-        # Why these do not run at present.
-        self._degraded: str | None = None
-        self._prefill_degraded: str | None = None
+        self._trouble = Trouble("dynamic selection failed")
+        self._prefill_trouble = Trouble("sparse prefill failed")
 
     @property
     def degraded(self) -> str | None:
         """Why dynamic selection or sparse prefill does not run at present."""
-        return self._degraded or self._prefill_degraded
+        return self._trouble.reason or self._prefill_trouble.reason
 
     def run(self, work: Seq[Work], audit: bool | None = None) -> list[Outcome]:
         """Compute `work`; one outcome each, in order, whatever happens to the others.
@@ -124,18 +124,18 @@ class Runner:
             work: what to compute.
             audit: whether sparse rows are audited; by default in one of `audit_every` steps.
         """
-        self._trouble = self._prefill_trouble = None
         self._audit = audit
-        dynamic = any(dynamic_rows(item) for item in work)
-        sparse = any(prefills_sparsely(item) for item in work)
         outcomes = self._run(work)
-        held = any(_held_by_error(item) for item in work)
-        if self._trouble is not None:
-            self._degraded = self._trouble
-        elif dynamic and not held:
-            self._degraded = None
-        if sparse:
-            self._prefill_degraded = self._prefill_trouble
+        # What fails under its fallback, too, tells of itself and not of the kernels.
+        sound = [outcome.work for outcome in outcomes if outcome.error is None]
+        self._trouble.note(
+            failed=any(_held_by_error(item) for item in sound),
+            ran=any(dynamic_rows(item) for item in sound),
+        )
+        self._prefill_trouble.note(
+            failed=any(_prompt_held_by_error(item) for item in sound),
+            ran=any(prefills_sparsely(item) for item in sound),
+        )
         return outcomes
 
     def _run(self, work: Seq[Work]) -> list[Outcome]:
@@ -175,37 +175,35 @@ class Runner:
 
     def _judged(self, work: Seq[Work]) -> list[Outcome]:
         outcomes = self._forward(work)
-        again: list[int] = []
-        fell_back: dict[int, dict[Fallback, int]] = {}
-        for place, outcome in enumerate(outcomes):
-            reason, body = self._suspicion(outcome), self._suspicion_of_prefill(outcome)
-            if reason is not None:
-                hold(outcome.work, reason)
-            if body is not None:
-                hold_prefill(outcome.work)
-            if reason is not None or body is not None:
-                again.append(place)
-                fell_back[place] = {} if body is None else {body: body_of(outcome.work)}
-        if again:
-            redone = self._forward([work[place] for place in again])
+        # By place: from which position on a prompt's pages have yet to be judged.
+        judged = {place: item.sequence.decided for place, item in enumerate(work)}
+        while judged:
+            again: dict[int, int] = {}
+            for place, since in judged.items():
+                rows = self._falls_back(outcomes[place])
+                until = self._prompt_falls_back(outcomes[place], since)
+                if rows or until is not None:
+                    again[place] = since if until is None else until
+            redone = self._forward([work[place] for place in again]) if again else []
             for place, outcome in zip(again, redone, strict=True):
-                outcomes[place] = replace(outcome, fell_back=fell_back[place])
+                outcomes[place] = outcome
+            judged = again
         return _finite(outcomes)
 
     def _rescue(self, item: Work, error: Exception) -> Outcome:
-        """One item alone failed: once more on the fixed pattern if it was dynamic, else give up."""
+        """One item alone failed: once more without what is sparse in it, else give up."""
         failure = error
         if isinstance(error, PatternError):  # the request's own is too much: nobody else's trouble
             return Outcome(item, None, None, f"sparsity.pattern: {error}")
         if prefills_sparsely(item):
             _log.warning("sparse prefill failed, going on densely", exc_info=error)
-            self._prefill_trouble = f"sparse prefill failed: {type(error).__name__}"
-            hold_prefill(item)
+            self._prefill_trouble.told = f"sparse prefill failed: {type(error).__name__}"
+            hold_prompt(item, item.start, Fallback.KERNEL_ERROR)
             [outcome] = self._run([item])
-            return replace(outcome, fell_back={Fallback.KERNEL_ERROR: body_of(item)})
+            return outcome
         if dynamic_rows(item):
             _log.warning("dynamic selection failed, using the fixed pattern", exc_info=error)
-            self._trouble = f"dynamic selection failed: {type(error).__name__}"
+            self._trouble.told = f"dynamic selection failed: {type(error).__name__}"
             hold(item, Fallback.KERNEL_ERROR)
             try:
                 return _finite(self._forward([item]))[0]
@@ -215,32 +213,44 @@ class Runner:
         _log.error("request %s failed", item.sequence.request.id, exc_info=failure)
         return Outcome(item, None, None, f"the model failed on this request: {_name(failure)}")
 
-    def _suspicion(self, outcome: Outcome) -> Fallback | None:
-        """Why an outcome must not be used as it is."""
+    def _falls_back(self, outcome: Outcome) -> bool:
+        """Whether an outcome's tail or generated tokens must run again, under a fallback."""
         rows = dynamic_rows(outcome.work)
         if not rows:
-            return None
+            return False
         assert outcome.looked is not None
         coverage = outcome.looked.coverage[:, rows]
-        if not np.isfinite(coverage).all():
-            self._trouble = "dynamic selection met scores that are not finite"
-            return Fallback.KERNEL_ERROR
         floor = outcome.work.sequence.request.sparsity.min_coverage
-        return Fallback.LOW_COVERAGE if floor > 0 and coverage.mean() < floor else None
+        if not np.isfinite(coverage).all():
+            self._trouble.told = "dynamic selection met scores that are not finite"
+            hold(outcome.work, Fallback.KERNEL_ERROR)
+        elif floor > 0 and coverage.mean() < floor:
+            hold(outcome.work, Fallback.LOW_COVERAGE)
+        else:
+            return False
+        return True
 
-    def _suspicion_of_prefill(self, outcome: Outcome) -> Fallback | None:
-        """The same of the prompt's tokens before its tail."""
-        seen = outcome.prefilled
-        if seen is None or not prefills_sparsely(outcome.work):
-            return None
-        wanted = outcome.work.sequence.request.sparsity
-        if wanted.prefill == "fixed":  # whose coverage nobody estimates
-            return None
-        if not np.isfinite(seen.coverage).all():
-            self._prefill_trouble = "sparse prefill met scores that are not finite"
-            return Fallback.KERNEL_ERROR
-        low = wanted.min_coverage > 0 and seen.coverage.mean() < wanted.min_coverage
-        return Fallback.LOW_COVERAGE if low else None
+    def _prompt_falls_back(self, outcome: Outcome, since: int) -> int | None:
+        """From where on pages of the prompt, before its tail, are judged when it has run again.
+
+        The first page from `since` on that must not stay as it is goes to its fallback, and some
+        behind it. Those farther behind are judged again, by what they see then: so what falls back
+        depends on the prompt alone, not on the chunks. None: there is no such page.
+        """
+        item, wanted = outcome.work, outcome.work.sequence.request.sparsity
+        if outcome.prefilled is None or wanted.prefill != "dynamic":
+            return None  # of a pattern nobody estimates what it covers
+        for page, coverage in zip(
+            pages_of(body_of(item)), outcome.prefilled.coverage.tolist(), strict=True
+        ):
+            if page.start < since or item.sequence.mode(page.start) is Mode.DENSE:
+                continue
+            if not math.isfinite(coverage):
+                self._prefill_trouble.told = "sparse prefill met scores that are not finite"
+                return hold_prompt(item, page.start, Fallback.KERNEL_ERROR)
+            if coverage < wanted.min_coverage:
+                return hold_prompt(item, page.start, Fallback.LOW_COVERAGE)
+        return None
 
     def _forward(self, work: Seq[Work]) -> list[Outcome]:
         if self._device.type == "cuda":  # of this thread: where Triton launches
@@ -264,9 +274,7 @@ class Runner:
         for item in work:
             part, body, prefilled = slice(first, first + item.count), body_of(item), None
             if body:
-                prefilled = looked.of_prefill(
-                    step, recorder, first, body, len(self._caches), self._heads
-                )
+                prefilled = looked.of_prefill(step, recorder, first, body)
             mine, last = seen.cut(part), first + item.count - 1
             told = None
             if last in recorder.explain:
@@ -293,20 +301,31 @@ def hold(item: Work, reason: Fallback) -> None:
     item.sequence.hold_until = item.stop + HOLD
 
 
-def body_of(item: Work) -> int:
-    """Tokens of the item that are of the prompt before its tail."""
-    return max(0, min(item.stop, item.sequence.request.tail_start) - item.start)
+def body_of(item: Work) -> range:
+    """Positions of the item's tokens that are of the prompt before its tail."""
+    return range(item.start, max(item.start, min(item.stop, item.sequence.request.tail_start)))
 
 
 def prefills_sparsely(item: Work) -> bool:
     """Whether some of these do not attend densely."""
-    sequence, stop = item.sequence, item.start + body_of(item)
-    return any(sequence.mode(at) is not Mode.DENSE for at in range(item.start, stop, PAGE))
+    mode = item.sequence.mode
+    return any(mode(page.start) is not Mode.DENSE for page in pages_of(body_of(item)))
 
 
-def hold_prefill(item: Work) -> None:
-    """Have these attend densely, now and whenever they are computed again."""
-    item.sequence.dense_parts.append(range(item.start, item.start + body_of(item)))
+def hold_prompt(item: Work, start: int, reason: Fallback) -> int:
+    """Have a prompt attend densely from the page of `start` on, also when it is computed again.
+
+    Up to its tail where something failed, that would fail at every try; else for `PROMPT_HOLD`.
+
+    Returns:
+        Up to which position.
+    """
+    sequence, stop = item.sequence, item.sequence.request.tail_start
+    if reason is not Fallback.KERNEL_ERROR:
+        stop = min(stop, start + PROMPT_HOLD)
+    for page in range(start // PAGE * PAGE, stop, PAGE):
+        sequence.fallbacks.setdefault(page, reason)
+    return stop
 
 
 def _is_explained(item: Work) -> bool:
@@ -326,6 +345,11 @@ def _held_by_error(item: Work) -> bool:
     return sequence.hold_reason is Fallback.KERNEL_ERROR and item.start < sequence.hold_until
 
 
+def _prompt_held_by_error(item: Work) -> bool:
+    fallback = item.sequence.fallback
+    return any(fallback(page.start) is Fallback.KERNEL_ERROR for page in pages_of(body_of(item)))
+
+
 def dynamic_rows(item: Work) -> list[int]:
     """Places within the item of the undecided tokens that attend dynamically."""
     sequence = item.sequence
@@ -337,19 +361,24 @@ def dynamic_rows(item: Work) -> list[int]:
     ]
 
 
-def decide(item: Work, note: Callable[[Fallback, Mode], None]) -> int:
-    """Fix how the item's tokens attended, for good; `note` hears of each that fell back.
+def decide(item: Work, note: Callable[[Fallback, Mode, int], None]) -> int:
+    """Fix how the item's tokens attended, for good; `note` hears why how many went where.
 
     Returns:
         How many of the item's first tokens had been decided before or are not under the policy.
     """
     sequence = item.sequence
-    first = max(item.start, sequence.request.tail_start, sequence.decided)
+    fresh = max(item.start, sequence.decided)
+    for page in pages_of(range(fresh, body_of(item).stop)):
+        reason = sequence.fallback(page.start)
+        if reason is not None:
+            note(reason, sequence.mode(page.start), len(page))
+    first = max(fresh, sequence.request.tail_start)
     for position in range(first, item.stop):
         reason = sequence.fallback(position)
         if reason is not None:
             sequence.fallbacks[position] = reason
-            note(reason, sequence.mode(position))
+            note(reason, sequence.mode(position), 1)
     sequence.decided = max(sequence.decided, item.stop)
     return max(0, min(first, item.stop) - item.start)
 

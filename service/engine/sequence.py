@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from service.engine.types import Delta, SamplingParams, SparsityParams
 
@@ -39,7 +39,7 @@ class Mode(StrEnum):
 
 
 class Fallback(StrEnum):
-    """Why a token did not attend under the dynamic policy."""
+    """Why a token did not attend under the dynamic policy, or a prompt's sparsely."""
 
     SHORT_CONTEXT = "short_context"
     LOW_COVERAGE = "low_coverage"
@@ -49,7 +49,7 @@ class Fallback(StrEnum):
 
     @property
     def to(self) -> Mode:
-        """Where such a token goes instead (a requested policy names its own)."""
+        """Where such a token goes from the tail on (a requested policy names its own)."""
         return Mode.FIXED if self is Fallback.KERNEL_ERROR else Mode.DENSE
 
 
@@ -86,9 +86,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose keys are cached
     decided: int = 0  # positions before it keep the mode they first ran with, also when recomputed
-    fallbacks: dict[int, Fallback] = field(default_factory=dict)  # by position, once decided
-    # Parts of the prompt that attend densely since something else failed there.
-    dense_parts: list[range] = field(default_factory=list)
+    # By position, once decided. Before the prompt's tail: of pages, by their first positions, that
+    # must not attend as they would otherwise, decided or not.
+    fallbacks: dict[int, Fallback] = field(default_factory=dict)
     hold_until: int = 0  # positions before it repeat `hold_reason` instead of trying again
     hold_reason: Fallback = Fallback.LOW_COVERAGE
     started: float | None = None  # first step, seconds, monotonic
@@ -110,22 +110,21 @@ class Sequence:
 
         Nothing here depends on the batch, so neither do answers.
         """
-        policy = Mode(self.request.sparsity.policy)
+        wanted, fallback = self.request.sparsity, self.fallback(position)
         if position < self.request.tail_start:
-            return self._prefill_mode(position)
-        fallback = self.fallback(position)
-        return policy if fallback in (None, Fallback.REQUESTED) else fallback.to
-
-    def _prefill_mode(self, position: int) -> Mode:
-        """The same before the tail, where the tokens of a page attend alike."""
-        wanted = Mode(self.request.sparsity.prefill)
-        short = position // PAGE * PAGE < self.request.prefill_dense_below
-        if wanted is Mode.DYNAMIC and (short or self.request.own_pattern):
-            return Mode.DENSE
-        return Mode.DENSE if any(position in part for part in self.dense_parts) else wanted
+            return Mode(wanted.prefill) if fallback is None else Mode.DENSE
+        return Mode(wanted.policy) if fallback in (None, Fallback.REQUESTED) else fallback.to
 
     def fallback(self, position: int) -> Fallback | None:
-        """Why the token at `position`, in the tail or generated, leaves the dynamic policy."""
+        """Why the token at `position` leaves the dynamic policy, or the way of a sparse prompt."""
+        if position < self.request.tail_start:  # where the tokens of a page attend alike
+            page = position // PAGE * PAGE
+            dynamic = self.request.sparsity.prefill == "dynamic"
+            if dynamic and self.request.own_pattern:
+                return Fallback.OWN_PATTERN
+            if dynamic and page < self.request.prefill_dense_below:
+                return Fallback.SHORT_CONTEXT
+            return self.fallbacks.get(page)
         if self.request.sparsity.policy != "dynamic":
             return Fallback.REQUESTED
         if position < self.decided:
@@ -135,3 +134,12 @@ class Sequence:
         if position < self.request.dense_below:
             return Fallback.SHORT_CONTEXT
         return self.hold_reason if position < self.hold_until else None
+
+
+def pages_of(positions: range) -> Iterator[range]:
+    """Consecutive positions, page by page."""
+    start = positions.start
+    while start < positions.stop:
+        stop = min(positions.stop, start // PAGE * PAGE + PAGE)
+        yield range(start, stop)
+        start = stop

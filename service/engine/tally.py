@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,21 +35,27 @@ class Looked:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """What consecutive tokens of a prompt, before its tail, looked at; means over them."""
+    """What consecutive tokens of a prompt, before its tail, looked at, page by page of queries."""
 
-    tokens: int
-    density: NDArray[np.float64]  # [layers]  keys read over keys visible
-    coverage: NDArray[np.float64]  # [layers, heads]  estimated; 1 where dense, nan: unknown
+    tokens: NDArray[np.int64]  # [pages]  how many of a page's
+    density: NDArray[np.float64]  # [pages]  keys read over keys visible, mean over layers
+    coverage: NDArray[np.float64]  # [pages]  mean over layers and heads; 1: dense, nan: unknown
+
+    def behind(self, count: int) -> Prefilled:
+        """The same without the first `count` tokens."""
+        left = (self.tokens.cumsum() - count).clip(0, self.tokens)
+        some = left > 0
+        return Prefilled(left[some], self.density[some], self.coverage[some])
 
     @property
     def mean_density(self) -> float:
-        """Mean over the layers."""
-        return float(self.density.mean())
+        """Mean over the tokens."""
+        return float(np.average(self.density, weights=self.tokens))
 
     @property
     def mean_coverage(self) -> float | None:
-        """Mean over layers and heads; None: unknown."""
-        mean = float(self.coverage.mean())
+        """The same; None: unknown."""
+        mean = float(np.average(self.coverage, weights=self.tokens))
         return None if np.isnan(mean) else mean
 
 
@@ -61,7 +68,10 @@ class Tally:
     keys: float = 0.0
     coverage: NDArray[np.float64] | None = None  # [layers, heads], summed over rows
     fallbacks: Counter[str] = field(default_factory=Counter)
-    prefilled: list[Prefilled] = field(default_factory=list)  # of a prompt, computed once
+    # Of a prompt before its tail, computed once: its tokens, and sums over them.
+    prefilled: int = 0
+    prefill_density: float = 0.0
+    prefill_coverage: float = 0.0  # nan: unknown
 
     def add(self, looked: Looked) -> None:
         """Count more tokens."""
@@ -73,7 +83,9 @@ class Tally:
 
     def add_prefill(self, prefilled: Prefilled) -> None:
         """Count more tokens of the prompt before its tail."""
-        self.prefilled.append(prefilled)
+        self.prefilled += int(prefilled.tokens.sum())
+        self.prefill_density += float(prefilled.density @ prefilled.tokens)
+        self.prefill_coverage += float(prefilled.coverage @ prefilled.tokens)
 
     def fell_back(self, reason: Fallback, tokens: int = 1) -> None:
         """Count tokens that left the dynamic policy."""
@@ -81,10 +93,7 @@ class Tally:
 
     def shared(self) -> Tally:
         """For another choice on the same prompt: it looked there too; its tokens count once."""
-        coverage = None if self.coverage is None else self.coverage.copy()
-        tally = Tally(self.rows, self.density, self.keys, coverage)
-        tally.prefilled = self.prefilled
-        return tally
+        return replace(deepcopy(self), fallbacks=Counter())
 
     def report(self, sparsity: SparsityParams) -> SparsityReport:
         """Means over everything counted; coverage's 5th percentile is over layers and heads."""
@@ -101,11 +110,11 @@ class Tally:
         )
 
     def _prefill_report(self, policy: str) -> PrefillReport | None:
-        tokens = sum(one.tokens for one in self.prefilled)
-        if tokens == 0:
+        if self.prefilled == 0:
             return None
-        density = sum(one.tokens * one.mean_density for one in self.prefilled) / tokens
-        coverages = [(one.tokens, one.mean_coverage) for one in self.prefilled]
-        known = [count * mean for count, mean in coverages if mean is not None]
-        coverage = sum(known) / tokens if len(known) == len(coverages) else None
-        return PrefillReport(policy, density, coverage)
+        coverage = self.prefill_coverage / self.prefilled
+        return PrefillReport(
+            policy=policy,
+            density=self.prefill_density / self.prefilled,
+            coverage=None if np.isnan(coverage) else coverage,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from service.engine.runner import decide
 from service.engine.sequence import Mode
-from service.engine.tally import Looked, Prefilled, Tally
+from service.engine.tally import Looked, Tally
 from service.errors import GenerationError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Script:
     """A sequence, and notes of its steps; they are added up once, at the end."""
 
     sequence: Sequence
-    prefilled: tuple[Prefilled, ...] = ()
+    prefilled: Tally = field(default_factory=Tally)  # of the prompt before its tail
     _looked: list[Looked] = field(default_factory=list)
     _exact: list[NDArray[np.float64]] = field(default_factory=list)
     _estimated: list[NDArray[np.float64]] = field(default_factory=list)
@@ -67,7 +68,8 @@ class Script:
 
     def report(self) -> SparsityReport:
         """What the answer would carry."""
-        tally = Tally(fallbacks=self._fallbacks, prefilled=list(self.prefilled))
+        tally = deepcopy(self.prefilled)
+        tally.fallbacks += self._fallbacks
         if self._looked:
             density, keys, coverage = (
                 np.concatenate([getattr(one, name) for one in self._looked], axis=1)
@@ -84,5 +86,5 @@ class Script:
             np.concatenate([none, *self._estimated], axis=1),
         )
 
-    def _fell_back(self, reason: Fallback, _: Mode) -> None:
-        self._fallbacks[reason.value] += 1
+    def _fell_back(self, reason: Fallback, _: Mode, tokens: int) -> None:
+        self._fallbacks[reason.value] += tokens

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kernels.page import PAGE
 from service.engine.sequence import TAIL
+from service.engine.tally import Tally
 from service.errors import GenerationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from service.engine.tally import Prefilled
+    from service.engine.sequence import Fallback
     from service.eval.paper import Dictation, Exam
     from service.eval.room import Room
 
@@ -58,19 +59,32 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Front:
+    """What the shared tokens of a document's prompts did.
+
+    Attributes:
+        prefilled: what they looked at.
+        fallbacks: as in a sequence, of their pages and of some behind them.
+    """
+
+    prefilled: Tally = field(default_factory=Tally)
+    fallbacks: dict[int, Fallback] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Seat:
     """A prompt with its pages; its document lies in the first of them.
 
     Attributes:
         behind: most tokens that follow it.
-        prefilled: what its tokens before the tail looked at, once they are computed.
+        front: what its tokens before the tail did, as far as they are computed.
     """
 
     prompt: tuple[int, ...]
     shared: int
     behind: int
     pages: list[int]
-    prefilled: tuple[Prefilled, ...] = ()
+    front: Front
 
 
 def groups(documents: Sequence[Document], room: Room) -> Iterator[list[Document]]:
@@ -107,24 +121,24 @@ def shared_pages(group: Sequence[Document]) -> list[list[int]]:
 
 
 def seatings(
-    group: Sequence[Document], room: Room, prefilled: Sequence[tuple[Prefilled, ...]]
+    group: Sequence[Document], room: Room, fronts: Sequence[Front]
 ) -> Iterator[list[Seat]]:
     """The prompts of a group, in order: all at once, or in parts those of a document alone.
 
     Args:
         group: documents that have room together.
         room: how much that is.
-        prefilled: of each document, what its shared tokens looked at.
+        fronts: of each document.
     """
     front = first = sum(one.pages for one in group)
     seats: list[Seat] = []
-    for document, shared, looked in zip(group, shared_pages(group), prefilled, strict=True):
+    for document, shared, done in zip(group, shared_pages(group), fronts, strict=True):
         own = document.own
         for prompt in document.prompts:
             if len(seats) == room.together or first + own > room.pages:
                 yield seats
                 seats, first = [], front
             pages = [*shared, *range(first, first + own)]
-            seats.append(Seat(prompt, document.shared, document.behind, pages, looked))
+            seats.append(Seat(prompt, document.shared, document.behind, pages, done))
             first += own
     yield seats

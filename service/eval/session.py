@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -11,13 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from kernels.cache import LayerCache
-from service.engine.runner import Runner
+from service.engine.runner import PROMPT_HOLD, Runner, decide
 from service.engine.scheduler import Work
 from service.engine.sequence import TAIL, Request, Sequence
+from service.engine.tally import Tally
 from service.engine.types import SamplingParams
 from service.errors import GenerationError
 from service.eval.script import Script
-from service.eval.seating import Document, groups, seatings, shared_pages
+from service.eval.seating import Document, Front, groups, seatings, shared_pages
 from service.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.decoder import Decoder
     from models.tokenizer import Tokenizer
-    from service.engine.tally import Prefilled
+    from service.engine.runner import Outcome
     from service.engine.types import SparsityParams, SparsityReport
     from service.eval.paper import Dictation, Exam
     from service.eval.room import Room
@@ -65,9 +67,9 @@ class Session:
     """A model with room for some documents and their questions at a time.
 
     Every document is prefilled once, for all policies that do so alike, and its questions are
-    forked behind it. The last 128
-    tokens of every prompt, where the question is, and the answer attend under the policy, exactly
-    as they do in the engine. All prompts that have room together run together, policy by policy.
+    forked behind it. The last 128 tokens of every prompt, where the question is, and the answer
+    attend under the policy, exactly as they do in the engine. All prompts that have room together
+    run together, policy by policy.
 
     A policy's steps are counted from the prompts' tails on, where all of them start together: which
     of a prompt's tokens are audited does not depend on its companions.
@@ -146,35 +148,31 @@ class Session:
         for group in groups(documents, self._room):
             fronts = []
             for document, pages in zip(group, shared_pages(group), strict=True):
-                # As the front of a longer prompt, whose tail is yet to come.
-                prompt = (*document.prompts[0][: document.shared], *[0] * TAIL)
+                # As the front of a longer prompt, whose tail is yet to come, and behind all that
+                # falls back with it.
+                prompt = (*document.prompts[0][: document.shared], *[0] * (PROMPT_HOLD + TAIL))
                 sequence = Sequence(_request(prompt, sparsity, 1), 0, list(prompt), pages=pages)
                 fronts.append(Work(sequence, 0, document.shared))
-            looked = self._prefill(fronts)
-            for seats in seatings(group, self._room, looked):
+            done = self._prefill(fronts, [Tally() for _ in fronts])
+            for seats in seatings(group, self._room, done):
                 # What does not fill a page is every prompt's own, and the same for all policies.
-                sequences = [(seat.shared, _script(seat, sparsity).sequence) for seat in seats]
+                scripts = [_script(seat, sparsity) for seat in seats]
                 rest = self._prefill(
                     [
-                        Work(one, shared, one.request.tail_start - shared)
-                        for shared, one in sequences
-                    ]
+                        Work(one, seat.shared, one.request.tail_start - seat.shared)
+                        for seat, one in zip(seats, (x.sequence for x in scripts), strict=True)
+                    ],
+                    [deepcopy(one.prefilled) for one in scripts],
                 )
-                yield [
-                    replace(seat, prefilled=(*seat.prefilled, *more))
-                    for seat, more in zip(seats, rest, strict=True)
-                ]
+                yield [replace(seat, front=front) for seat, front in zip(seats, rest, strict=True)]
 
-    def _prefill(self, work: Seq[Work]) -> list[tuple[Prefilled, ...]]:
-        """Compute the work; what the tokens of each looked at."""
-        found: dict[Sequence, list[Prefilled]] = {item.sequence: [] for item in work}
+    def _prefill(self, work: Seq[Work], tallies: Seq[Tally]) -> list[Front]:
+        """Compute the work; each tally counts what its tokens did, too."""
+        counts = {item.sequence: tally for item, tally in zip(work, tallies, strict=True)}
         for step in steps(work, self._room.step):
             for outcome in self._runner.run(step):
-                if outcome.error is not None:
-                    raise GenerationError(outcome.error)
-                if outcome.prefilled is not None:
-                    found[outcome.work.sequence].append(outcome.prefilled)
-        return [tuple(found[item.sequence]) for item in work]
+                _book(outcome, counts[outcome.work.sequence])
+        return [Front(counts[item.sequence], item.sequence.fallbacks) for item in work]
 
     def _answered(self, scripts: list[Script], seeds: list[int | None]) -> list[Answer]:
         rngs = [None if seed is None else np.random.default_rng(seed) for seed in seeds]
@@ -244,7 +242,7 @@ def prefilled_alike(policies: Seq[SparsityParams]) -> list[list[int]]:
     for number, one in enumerate(policies):
         way = {
             "dense": (),
-            "dynamic": (one.prefill_coverage, one.dense_layers),
+            "dynamic": (one.prefill_coverage, one.dense_layers, one.min_coverage),
             "fixed": (one.pattern, one.dense_layers),
         }[one.prefill]
         groups.setdefault((one.prefill, *way), []).append(number)
@@ -287,6 +285,15 @@ def steps(work: Iterable[Work], most: int) -> Iterator[list[Work]]:
         yield step
 
 
+def _book(outcome: Outcome, tally: Tally) -> None:
+    """Count what became of a part of a prompt before its tail."""
+    if outcome.error is not None:
+        raise GenerationError(outcome.error)
+    if outcome.prefilled is not None:
+        tally.add_prefill(outcome.prefilled)
+    decide(outcome.work, lambda reason, _, tokens: tally.fell_back(reason, tokens))
+
+
 def _rest(script: Script) -> int:
     """Tokens that are not computed yet."""
     return len(script.sequence.tokens) - script.sequence.computed
@@ -296,8 +303,10 @@ def _script(seat: Seat, sparsity: SparsityParams, tokens: list[int] | None = Non
     """A seat's sequence at the start of its tail; `tokens` where more is known than the prompt."""
     request = _request(seat.prompt, sparsity, seat.behind)
     known = list(seat.prompt) if tokens is None else list(tokens)
-    sequence = Sequence(request, 0, known, pages=seat.pages, computed=request.tail_start)
-    return Script(sequence, seat.prefilled)
+    tail, front = request.tail_start, seat.front
+    fallbacks = {page: why for page, why in front.fallbacks.items() if page < tail}
+    sequence = Sequence(request, 0, known, pages=seat.pages, computed=tail, fallbacks=fallbacks)
+    return Script(sequence, front.prefilled)
 
 
 def _request(prompt: tuple[int, ...], sparsity: SparsityParams, max_tokens: int) -> Request:

@@ -7,13 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels import torch_tiles
 from kernels.attention import Impl, dense_attention
 from kernels.cache import LayerCache, Segment
 from kernels.errors import KernelError
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
-from kernels.prefill import choose, pattern_lists, tile_attention
+from kernels.prefill import (
+    causal_density,
+    causal_lists,
+    choose,
+    of_tiles,
+    pattern_lists,
+    tile_attention,
+    visible_pairs,
+)
 from kernels.reference import masked_attention
+from kernels.tiles import TURN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAST = 0.5
@@ -134,9 +144,12 @@ PATTERNS = [
 def test_attention_over_a_patterns_lists_is_a_masked_softmax(prompt, text, impl):
     pattern, one = Pattern.parse(text), prompt("odd" if "@" in text else "cut")
     stop = one.segment.start + one.tokens
-    selection = pattern_lists(pattern, one.segment, one.cache.kv_heads)
+    selection, pairs = pattern_lists(pattern, one.segment, one.cache.kv_heads)
     output, lse, own = one.attend(selection, impl)
     mask = pattern.mask(one.tokens, stop, one.segment.start).to(DEVICE)  # [tokens, keys]
+    seen = of_tiles(mask.sum(1).double(), one.segment)  # of a query, mean over each tile's
+    queries = visible_pairs(one.segment, window=1)
+    assert pairs.tolist() == pytest.approx((seen * queries).tolist())
     heads = one.query.shape[1]
     pages = one.cache.kv[:, one.segment.block_table].flatten(1, 2)[:, :stop]
     keys, values = pages.repeat_interleave(heads // one.cache.kv_heads, dim=0).unbind(2)
@@ -159,6 +172,83 @@ def test_low_precision_is_near_the_reference(prompt, impl):
     expected = one.attend(selection, Impl.REFERENCE)
     for ours, theirs in zip(one.attend(selection, impl), expected, strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("impl", [Impl.REFERENCE, *BACKENDS])
+@pytest.mark.parametrize("least", [0.0, LEAST])
+def test_a_tile_of_which_no_query_is_asked_reads_everything(prompt, least, impl):
+    one = prompt("last-token")
+    selection = one.choose(impl, least)
+    assert not selection.left.any()
+    output, _, _ = one.attend(selection, impl)
+    dense = dense_attention(one.query, one.cache, one.segment, one.scale, impl=Impl.REFERENCE)
+    torch.testing.assert_close(output, dense, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_a_sampled_key_far_above_its_pages_mean_does_not_overflow(impl):
+    page, pages, head_dim, dtype = 2, 6, 32, torch.float16
+    cache = LayerCache.allocate(pages, 1, head_dim, dtype, torch.device(DEVICE))
+    generator = torch.Generator().manual_seed(2)
+    tokens = pages * PAGE
+    keys, values = torch.randn(2, tokens, 1, head_dim, generator=generator) * 0.01
+    keys[page * PAGE + page * TURN % PAGE, 0, 0] = 60.0
+    place = torch.arange(tokens, device=DEVICE)
+    cache.write(place, keys.to(DEVICE), values.to(DEVICE))
+    cache.code(torch.arange(pages, device=DEVICE))
+    query = torch.zeros(PAGE, 2, head_dim, dtype=dtype, device=DEVICE)
+    query[..., 0] = 0.25  # 15 nats, and a variance of some 0.01 in a page
+    segment = Segment.of(list(range(pages)), tokens - PAGE, PAGE, torch.device(DEVICE))
+    none = torch.zeros(1, 1, pages, dtype=torch.bool, device=DEVICE)
+    one = query, cache, segment, causal_lists(none, segment), 1.0
+    expected = tile_attention(*one, Impl.REFERENCE)
+    for ours, theirs in zip(tile_attention(*one, impl), expected, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=4e-3, atol=4e-3)
+
+
+def test_lists_of_many_masks_keep_no_bias(prompt, monkeypatch):
+    made, kept = [], torch_tiles._Bias.of
+
+    def watched(self, masks, pages):
+        bias = kept(self, masks, pages)
+        made.append((len(masks), sum(part.numel() for part in self._known.values())))
+        return bias
+
+    monkeypatch.setattr(torch_tiles._Bias, "of", watched)
+    one = prompt("cut")
+    for text in ("strided:7", "window:100"):
+        lists, _ = pattern_lists(Pattern.parse(text), one.segment, one.cache.kv_heads)
+        one.attend(lists, Impl.TORCH)
+    width = -(-431 // PAGE) * PAGE * PAGE * 4
+    strided, windows = made[: len(made) // 2], made[len(made) // 2 :]
+    assert max(masks for masks, _ in strided) > torch_tiles.FEW
+    assert strided[-1][1] <= 2 * width  # of the first lists alone, which are short
+    assert windows[-1][1] <= 3 * width
+
+
+def test_all_layers_share_a_patterns_lists(prompt, monkeypatch):
+    one, other = prompt("cut"), prompt("odd")
+    first = pattern_lists(Pattern.parse("strided:7"), one.segment, 2)
+    monkeypatch.setattr(Pattern, "tiles", None)
+    assert pattern_lists(Pattern.parse("strided:7"), one.segment, 2) is first
+    with pytest.raises(TypeError):  # another segment's would have to be made
+        pattern_lists(Pattern.parse("strided:7"), other.segment, 2)
+
+
+def test_what_is_counted_is_counted_tile_by_tile(prompt):
+    one = prompt("cut")  # positions 150 to 430
+    seen = [sum(min(i + 1, 100) for i in range(a, b)) for a, b in ((150, 192), (384, 431))]
+    assert visible_pairs(one.segment, 100)[[0, -1]].tolist() == seen
+    values = torch.arange(150.0, 431.0)
+    assert of_tiles(values, one.segment)[[0, -1]].tolist() == [170.5, 407.0]
+    every = torch.ones(5, 1, 7, dtype=torch.bool)
+    density = causal_density(causal_lists(every, one.segment), one.segment)
+    assert density.tolist() == pytest.approx([1.0] * 5)
+    density = causal_density(causal_lists(~every, one.segment), one.segment)
+    own = [sum(i % PAGE + 1 for i in range(a, b)) for a, b in ((150, 192), (384, 431))]
+    seen = [sum(i + 1 for i in range(a, b)) for a, b in ((150, 192), (384, 431))]
+    assert density[[0, -1]].tolist() == pytest.approx([own[0] / seen[0], own[1] / seen[1]])
 
 
 def test_what_does_not_fit_is_refused(prompt):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.patterns.parse import DEPTH
 from kernels.patterns.pattern import Pattern
+from kernels.patterns.sinks import Sinks
+from kernels.patterns.strided import Strided
 from kernels.patterns.view import View
 
 MILLION = 1 << 20
@@ -57,7 +60,7 @@ def test_few_more_keys_are_listed_than_are_seen(text):
         latest=MILLION - 1,
         causal=pattern.causal,
     )
-    assert pattern.expression.columns(view) <= 1.2 * CASES[text] + 64
+    assert pattern.expression.cover(view).columns <= 1.2 * CASES[text] + 64
 
 
 def test_no_more_keys_are_asked_about_than_there_are(monkeypatch):
@@ -81,3 +84,40 @@ def test_selections_respect_lengths_and_starts():
     assert selection.indices[2, 1, :5].tolist() == [45, 46, 47, 48, 49]
     nothing = Pattern.parse("sinks:4").select(lengths, torch.tensor([3, 100, 50]), 2)
     assert nothing.counts.tolist() == [[0, 0]] * 3
+
+
+def test_a_part_is_asked_once_a_view_however_deep_it_lies(monkeypatch):
+    asked = []
+    for kind in (Strided, Sinks):
+
+        def runs(self, view, runs=kind.runs):
+            asked.append(self)
+            assert len(asked) < 1000
+            return runs(self, view)
+
+        monkeypatch.setattr(kind, "runs", runs)
+    pattern, sinks, full = map(Pattern.parse, ("strided:999", "sinks:1", "full"))
+    for _ in range(DEPTH):
+        pattern = (pattern + sinks) & full
+    selection = pattern.select(torch.tensor([4096]), torch.tensor([0]), 1)
+    assert selection.counts.tolist() == [[6]]
+    plain = Pattern.parse("strided:999+sinks:1").tiles(4096, 64, 4160, "cpu")
+    assert torch.equal(pattern.tiles(4096, 64, 4160, "cpu").pages, plain.pages)
+    assert asked
+
+
+def test_no_more_keys_are_listed_than_there_are(monkeypatch):
+    pattern = Pattern.parse("+".join(f"random:99999,{seed}" for seed in range(15)))
+    listed, allows = [], Pattern.allows
+
+    def watched(self, query, key):
+        listed.append(key.numel())
+        return allows(self, query, key)
+
+    monkeypatch.setattr(Pattern, "allows", watched)
+    lengths = torch.tensor([2048, 8192])
+    selection = pattern.select(lengths, lengths - 1024, 1)
+    assert listed == [2 * 1024]
+    selection.validate(lengths)
+    assert selection.counts.tolist() == [[1024 - 64]] * 2  # all but the query's own block
+    assert selection.indices[1, 0, 0] == 8192 - 1024

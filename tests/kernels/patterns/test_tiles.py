@@ -9,7 +9,9 @@ import torch
 
 from kernels.errors import KernelError, PatternError
 from kernels.page import PAGE
+from kernels.patterns import places
 from kernels.patterns.pattern import Pattern
+from kernels.patterns.strided import Strided
 
 MILLION = 1 << 20
 CASES = [
@@ -163,3 +165,25 @@ def test_pairs_of_a_chunk_that_begins_and_ends_in_a_tile():
     for first, queries in ((128, n - 128), (150, 300), (130, 1), (128, 64)):
         found = tiles.attended(first, queries)
         assert found.sum(0).tolist() == [int(expected[first : first + queries].sum())] * 2
+
+
+MANY = "+".join(f"strided:{67 + 2 * i}+fixed:{68 + 3 * i},3" for i in range(8))
+
+
+def test_masks_that_all_differ_are_joined_from_the_primitives(monkeypatch, listed):
+    looked, sees = [], Strided.sees
+
+    def watched(self, query, key, causal):
+        looked.append((query - key).numel() // PAGE**2)
+        return sees(self, query, key, causal)
+
+    pattern, n = Pattern.parse(MANY), 5000
+    with monkeypatch.context() as patch:
+        patch.setattr(Strided, "sees", watched)
+        tiles = pattern.tiles(0, n, n, "cpu")
+    assert len(tiles.bits) > 3000  # nearly as many as there are pairs of a tile and a page
+    assert sum(looked) < 8 * 3 * (2 * PAGE + 1)
+    monkeypatch.setattr(places, "FEW", 0)
+    for first, queries, keys in ((0, 700, 700), (128, 300, 428), (64, 100, 400)):
+        mask = pattern.mask(queries, keys, first)
+        assert torch.equal(listed(pattern, first, queries, keys), mask)

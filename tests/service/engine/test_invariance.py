@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from tests.service.engine.tiny import dynamic, greedy, prompt_of, tokens_of
+from service.engine import runner
+from tests.service.engine.tiny import dynamic, greedy, level, prompt_of, tokens_of
 
 LENGTHS = [3, 64, 129, 200, 517, 900]
 POLICIES = {
@@ -14,6 +17,9 @@ POLICIES = {
     "fixed": dynamic(policy="fixed"),
     "dense": dynamic(policy="dense"),
     "sparse prompt": dynamic(prefill="dynamic", prefill_coverage=0.7),
+    "sparse prompt with a floor": dynamic(
+        prefill="dynamic", prefill_coverage=0.7, min_coverage=0.5
+    ),
     "fixed prompt": dynamic(prefill="fixed", pattern="sinks:4+window:100"),
 }
 
@@ -23,9 +29,28 @@ def policy(request):
     return POLICIES[request.param]
 
 
+@pytest.fixture
+def harness(harness, request, monkeypatch):
+    """The same, on a model whose sparse prompts leave pages unread."""
+    monkeypatch.setattr(runner, "PROMPT_HOLD", 128)
+    sparse = "policy" in request.fixturenames and request.getfixturevalue("policy")
+    if sparse and sparse.prefill == "dynamic":
+        return partial(harness, wrap=level)
+    return harness
+
+
 def alone(harness, policy, **settings):
     one = harness(**settings)
     return [one.tokens(prompt_of(n, n), greedy(12), policy) for n in LENGTHS]
+
+
+def test_sparse_prompts_leave_pages_and_fall_back_here_and_there(harness):
+    for name, least in (("sparse prompt", 0), ("sparse prompt with a floor", 64)):
+        one = harness(wrap=level)
+        [deltas] = one.run(one.generate(prompt_of(900, 900), greedy(2), POLICIES[name]))
+        report = deltas[-1].sparsity
+        assert 0 < report.prefill.density < 0.99
+        assert least <= report.fallbacks.get("low_coverage", 0) < 600
 
 
 def test_greedy_answers_are_the_same_in_company_and_in_any_chunks(harness, policy):

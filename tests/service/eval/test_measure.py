@@ -9,6 +9,7 @@ import torch
 from kernels.cache import LayerCache
 from kernels.page import PAGE
 from service.config import BUNDLED_CHECKPOINT
+from service.engine import runner
 from service.engine.scheduler import Work
 from service.engine.sequence import TAIL, Sequence
 from service.errors import ConfigError, GenerationError
@@ -28,6 +29,7 @@ from tests.service.engine.tiny import (
     dynamic,
     greedy,
     letters,
+    level,
     prompt_of,
     text_of,
     tiny_config,
@@ -70,6 +72,31 @@ def test_answers_and_reports_are_those_of_the_engine(harness, sparsity):
         assert answer.report.density == pytest.approx(report.density)
         assert answer.report.coverage == pytest.approx(report.coverage)
         assert answer.report.fallbacks == report.fallbacks
+
+
+@pytest.mark.parametrize("step", [512, TAIL])
+def test_sparse_prompts_read_and_fall_back_as_in_the_engine(harness, monkeypatch, step):
+    monkeypatch.setattr(runner, "PROMPT_HOLD", 256)
+    one = harness(wrap=level)
+    document = prompt_of(1200, 1)
+    prompts = [document + prompt_of(n, n) for n in (30, 150)]
+    floors = (0.0, 0.35, 1.0)
+    policies = [
+        dynamic(prefill="dynamic", prefill_coverage=0.7, min_coverage=floor) for floor in floors
+    ]
+    session = session_of(one.decoder, Room(pages=200, together=2, step=step))
+    answers = session.answers([exam(prompts)], policies)
+    found = []
+    for number, sparsity in enumerate(policies):
+        for prompt, answer in zip(prompts, answers[number][0], strict=True):
+            [deltas] = one.run(one.generate(prompt, greedy(9, ignore_eos=False), sparsity))
+            report = deltas[-1].sparsity
+            assert answer.text.startswith(text_of(deltas))
+            assert answer.report.fallbacks == report.fallbacks
+            assert answer.report.prefill.density == pytest.approx(report.prefill.density)
+            assert answer.report.prefill.coverage == pytest.approx(report.prefill.coverage)
+            found.append(report.prefill.density)
+    assert found[0] < found[2] < found[4] == 1.0
 
 
 @pytest.mark.parametrize(("room", "step"), [(200, 512), (20, TAIL)])
