@@ -173,7 +173,7 @@ def test_a_prompt_densely_and_by_a_pattern(paged, lengths, start, kv_heads, grou
             for impl in (Impl.TRITON, Impl.REFERENCE)
         )
         near(ours, theirs)
-    lists = pattern_lists(Pattern.parse("strided:7+window:9"), segment, kv_heads)
+    lists, _ = pattern_lists(Pattern.parse("strided:7+window:9"), segment, kv_heads)
     ours, theirs = (
         tile_attention(query, one.cache, segment, lists, SCALE, impl)
         for impl in (Impl.TRITON, Impl.REFERENCE)

@@ -240,9 +240,9 @@ def test_what_is_counted_is_counted_tile_by_tile(prompt):
     one = prompt("cut")  # positions 150 to 430
     seen = [sum(min(i + 1, 100) for i in range(a, b)) for a, b in ((150, 192), (384, 431))]
     assert visible_pairs(one.segment, 100)[[0, -1]].tolist() == seen
-    values = torch.arange(150.0, 431.0)
+    values = torch.arange(150.0, 431.0, device=DEVICE)
     assert of_tiles(values, one.segment)[[0, -1]].tolist() == [170.5, 407.0]
-    every = torch.ones(5, 1, 7, dtype=torch.bool)
+    every = torch.ones(5, 1, 7, dtype=torch.bool, device=DEVICE)
     density = causal_density(causal_lists(every, one.segment), one.segment)
     assert density.tolist() == pytest.approx([1.0] * 5)
     density = causal_density(causal_lists(~every, one.segment), one.segment)
