@@ -192,7 +192,7 @@ Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
                  percentile over layers and heads
   keys_attended  keys read a step, mean over layers and heads
   fallbacks      tokens that did not follow the policy, by reason; short_context: fewer than
-                 {dense_below} tokens, where reading them all is the faster
+                 {dense_below} tokens, or too few of a prompt: reading them all is the faster
 """
 
 

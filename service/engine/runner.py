@@ -126,12 +126,12 @@ class Runner:
         """
         self._audit = audit
         outcomes = self._run(work)
-        # What fails under its fallback, too, tells of itself and not of the kernels.
         sound = [outcome.work for outcome in outcomes if outcome.error is None]
         self._trouble.note(
-            failed=any(_held_by_error(item) for item in sound),
+            failed=any(_held_by_error(item) for item in work),
             ran=any(dynamic_rows(item) for item in sound),
         )
+        # What fails under its fallback, too, tells of itself: a dense prompt has no other.
         self._prefill_trouble.note(
             failed=any(_prompt_held_by_error(item) for item in sound),
             ran=any(prefills_sparsely(item) for item in sound),

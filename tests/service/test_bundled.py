@@ -10,6 +10,7 @@ import pytest
 from service.api.app import create_app
 from service.config import BUNDLED_CHECKPOINT, ServiceConfig
 from service.engine.build import build_engine
+from service.engine.sequence import TAIL
 from tests.service.conftest import serving
 
 EXAMPLE = json.loads((BUNDLED_CHECKPOINT / "example_request.json").read_text())
@@ -28,7 +29,7 @@ def url():
 def ask(url, policy):
     body = EXAMPLE | {"sparsity": {"policy": policy, "pattern": "sinks:16+window:512"}}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300).json()
-    return answer["choices"][0]["message"]["content"], answer["sparsity"]
+    return answer["choices"][0]["message"]["content"], answer["sparsity"], answer["usage"]
 
 
 def test_it_fits_in_25_megabytes():
@@ -36,13 +37,14 @@ def test_it_fits_in_25_megabytes():
 
 
 def test_the_example_is_answered_right_by_a_tenth_of_the_keys(url):
-    text, sparsity = ask(url, "dynamic")
+    text, sparsity, usage = ask(url, "dynamic")
     assert EXAMPLE["metadata"]["answer"] in text
     assert sparsity["density"] <= 0.10
-    assert sparsity["fallbacks"] == {}
+    # Before its tail the prompt is too short to be worth it.
+    assert sparsity["fallbacks"] == {"short_context": usage["prompt_tokens"] - TAIL}
 
 
 def test_a_window_of_as_many_keys_loses_the_answer(url):
-    text, sparsity = ask(url, "fixed")
+    text, sparsity, _ = ask(url, "fixed")
     assert EXAMPLE["metadata"]["answer"] not in text
     assert sparsity["keys_attended"] == 528
