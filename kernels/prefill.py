@@ -196,6 +196,11 @@ def tile_attention(
         from kernels.gpu.tiles import tile_attention as attention_on_gpu  # a CPU has no Triton
 
         return attention_on_gpu(query, cache, segment, selection, scale)
+    if impl is Impl.NUMBA:
+        from kernels.cpu import tiles as on_cpu  # numba takes a moment
+
+        if on_cpu.takes(query):
+            return on_cpu.tile_attention(query, cache, segment, selection, scale)
     if impl is Impl.REFERENCE:
         output, lse, own = reference.tile_attention(query, cache, segment, selection, scale)
         return output.to(query.dtype), lse.to(wide(query.dtype)), own.to(wide(query.dtype))
