@@ -172,6 +172,10 @@ class Attention(nn.Module):
             weights = None if norms is None else (norms[0].weight, norms[1].weight)
             eps = 0.0 if norms is None else norms[0].eps
             return rotate_and_write(qkv, angles, step.slots, cache, weights, eps, coded=False)
+        if self.attend.impl is Impl.NUMBA and norms is None:
+            from kernels.cpu import layer  # numba takes a moment
+
+            return layer.rotate_and_write(qkv, angles, step.slots, cache)
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         # [tokens, heads, head_dim], and twice [tokens, kv_heads, head_dim]
         query, keys, values = torch.split(heads, self.parts, dim=1)
@@ -199,6 +203,10 @@ class FeedForward(nn.Module):
             from kernels.gpu.layer import silu_mul  # a CPU has no Triton
 
             inner = silu_mul(both)
+        elif self.impl is Impl.NUMBA:
+            from kernels.cpu.layer import silu_mul as silu_mul_on_cpu  # numba takes a moment
+
+            inner = silu_mul_on_cpu(both)
         else:
             gate, up = both.chunk(2, dim=-1)
             inner = F.silu(gate) * up
@@ -229,6 +237,10 @@ class RMSNorm(nn.Module):
             from kernels.gpu.layer import add_norm  # a CPU has no Triton
 
             return add_norm(hidden, update, self.weight, self.eps)
+        if self.impl is Impl.NUMBA:
+            from kernels.cpu.layer import add_norm as add_norm_on_cpu  # numba takes a moment
+
+            return add_norm_on_cpu(hidden, update, self.weight, self.eps)
         total = hidden if update is None else hidden + update
         return total, self(total)
 

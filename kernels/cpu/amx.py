@@ -27,6 +27,11 @@ _TILE, _SIDE = 16 * _ROW, 64
 """Bytes from a tile of those to the one below, and to the one beside."""
 
 
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether there are tile registers for heads of `head_dim` channels."""
+    return dtype == torch.bfloat16 and head_dim % BLOCK == 0 and has_tiles()
+
+
 @lru_cache
 def has_tiles() -> bool:
     """Whether the processor multiplies tiles and the system lets this process use them."""

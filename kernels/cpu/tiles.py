@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.cpu.amx import BLOCK, configure, configured, has_tiles, multiply, shape, turn
+from kernels.cpu.amx import configure, configured, multiply, shape, turn
 from kernels.cpu.keys import numbers
 from kernels.cpu.launch import entry, in_threads, jit, sources
-from kernels.cpu.number import bits, exp, long_vectors, number
+from kernels.cpu.number import bits, long_vectors, number, small_power
 from kernels.page import PAGE
 from kernels.tiles import ALIKE, SAMPLES, TURN
 from kernels.torch_tiles import mean_spreads
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _NONE = np.float32(-np.inf)
 _ALIKE = np.float32(ALIKE)
-_PAGES, _EACH = np.float32(math.log(PAGE)), np.float32(math.log(PAGE / SAMPLES))
+_LOG2E, _LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
+_PAGES, _EACH = np.float32(math.log2(PAGE)), np.float32(math.log2(PAGE / SAMPLES))
+
+_TOGETHER = 16
+"""Pages that a block reads on end: as many as stay near while a tile's other blocks read them."""
 
 
 class Prompt(NamedTuple):
@@ -67,11 +71,6 @@ class Work(NamedTuple):
     output: Any  # float32 [blocks, head_dim * 32]
     score: Any  # float32 [64, 32]
     weight: Any  # uint32 [32, 32]  pairs of keys, e ** (score - most)
-
-
-def takes(query: Tensor) -> bool:
-    """Whether tile registers are there, and hold these numbers: bfloat16, by 32 channels."""
-    return query.dtype == torch.bfloat16 and query.shape[2] % BLOCK == 0 and has_tiles()
 
 
 def tile_attention(
@@ -231,7 +230,7 @@ def _add(
         moved |= high > before
         most[row] = high
         shift[row] = more[row] - base
-        less[row] = exp(before - base)
+        less[row] = small_power(before - base)
     if moved:
         output = work.output[block]
         for channel in range(output.shape[0] // 32):
@@ -242,8 +241,8 @@ def _add(
     added = np.zeros(32, np.float32)
     for pair in range(32):
         for row in range(32):
-            one = exp(score[2 * pair, row] * scale + shift[row])
-            two = exp(score[2 * pair + 1, row] * scale + shift[row])
+            one = small_power(score[2 * pair, row] * scale + shift[row])
+            two = small_power(score[2 * pair + 1, row] * scale + shift[row])
             added[row] += one + two
             low, high = bits(one) + np.int32(0x8000), bits(two) + np.int32(0x8000)
             weight[pair, row] = np.uint32(low) >> np.uint32(16) | np.uint32(high) & np.uint32(
@@ -269,14 +268,15 @@ def _read(prompt: Prompt, values: Any, tile: int, head: int, work: Work) -> None
     start, count, whole = (
         prompt.starts[tile, head], prompt.counts[tile, head], prompt.whole[tile, head],
     )  # fmt: skip
-    for place in range(count):
-        page = prompt.listed[start + place]
-        at = (head * prompt.pages + prompt.table[page]) * 64 * 2 * head_dim
+    for first in range(0, count, _TOGETHER):
         for block in range(work.query.shape[0]):
-            _score(work, block, prompt.kv, at, 4 * head_dim)
-            if place >= whole:
-                _hide(work, prompt.bits[prompt.masks[start + place]], block % 2 * 32)
-            _add(work, block, values, turned + page, prompt.scale, nothing, True)
+            for place in range(first, min(first + _TOGETHER, count)):
+                page = prompt.listed[start + place]
+                at = (head * prompt.pages + prompt.table[page]) * 64 * 2 * head_dim
+                _score(work, block, prompt.kv, at, 4 * head_dim)
+                if place >= whole:
+                    _hide(work, prompt.bits[prompt.masks[start + place]], block % 2 * 32)
+                _add(work, block, values, turned + page, prompt.scale * _LOG2E, nothing, True)
 
 
 @jit
@@ -297,7 +297,7 @@ def _stand_in(prompt: Prompt, values: Any, tile: int, head: int, work: Work) -> 
             variance = work.variance[block, row]
             alike = variance < _ALIKE
             many += alike
-            rough[row] = _NONE if alike else _PAGES + variance * _HALF
+            rough[row] = _NONE if alike else _PAGES + variance * (_HALF * _LOG2E)
             plain[row] = _PAGES if alike else _NONE
             fine[row] = _EACH if alike else _NONE
         for word in range(min(words, (past + 63) // 64)):
@@ -319,7 +319,7 @@ def _stand_in(prompt: Prompt, values: Any, tile: int, head: int, work: Work) -> 
                         work.score[key, :] = _NONE
                 more = rough if kind == 0 else plain if source == 0 else fine
                 _add(
-                    work, block, values, turned + kind * words + word, prompt.scale, more,
+                    work, block, values, turned + kind * words + word, prompt.scale * _LOG2E, more,
                     kind + 1 < kinds,
                 )  # fmt: skip
 
@@ -333,7 +333,7 @@ def _lse(prompt: Prompt, tile: int, head: int, work: Work, out: Any) -> None:
         for row in range(32):
             token = first + block % 2 * 32 + row
             if 0 <= token < out.shape[0]:
-                sum_ = np.log(work.total[block, row]) + work.most[block, row]
+                sum_ = np.log(work.total[block, row]) + work.most[block, row] * _LN2
                 out[token, head * (blocks // 2) + block // 2] = sum_
 
 
@@ -355,7 +355,7 @@ def _store(prompt: Prompt, tile: int, head: int, work: Work, rows: Any, out: Any
             token = first + block % 2 * 32 + row
             if 0 <= token < tokens:
                 total = work.total[block, row]
-                part = _ONE / total if total != 0 else _ZERO
+                part = _ONE / total if work.most[block, row] > _NONE else _ZERO
                 for channel in range(head_dim):
                     out[token, head * (blocks // 2) + block // 2, channel] = (
                         rows[row, channel] * part
