@@ -49,15 +49,17 @@ def shape() -> Any:
 
 
 def _multiply(
-    _typing: Any, a: Any, _a: Any, _row: Any, b: Any, _b: Any, out: Any, _out: Any, _steps: Any,
-    _more: Any,
+    _typing: Any, a: Any, _a: Any, spots: Any, _many: Any, _row: Any, _steps: Any, b: Any,
+    _b: Any, out: Any, _out: Any, _more: Any,
 ) -> Any:  # fmt: skip
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
         left, right, total = (
-            _pointer(context, builder, kinds[n], *arguments[n : n + 2]) for n in (0, 3, 5)
+            _pointer(context, builder, kinds[n], *arguments[n : n + 2]) for n in (0, 6, 8)
         )
-        row, (steps, more) = arguments[2], arguments[7:]
+        (given, many, row, steps), more = arguments[2:6], arguments[10]
+        size = _LONG(context.get_abi_sizeof(context.get_data_type(kinds[0].dtype)))
+        starts = context.make_array(kinds[2])(context, builder, given).data
         wide = _LONG(_ROW)
         places = [builder.gep(total, [_LONG(n // 2 * _TILE + n % 2 * _SIDE)]) for n in range(4)]
 
@@ -71,9 +73,12 @@ def _multiply(
             with new:
                 for tile in range(4):
                     _call(builder, "tilezero", _BYTE(tile))
-        with for_range(builder, steps) as loop:
-            one = builder.gep(left, [builder.mul(loop.index, _LONG(_SIDE))])
-            two = builder.gep(right, [builder.mul(loop.index, _LONG(_TILE))])
+        with for_range(builder, many) as outer, for_range(builder, steps) as inner:
+            start = builder.mul(builder.load(builder.gep(starts, [outer.index])), size)
+            one = builder.add(start, builder.mul(inner.index, _LONG(_SIDE)))
+            two = builder.add(builder.mul(outer.index, steps), inner.index)
+            one = builder.gep(left, [one])
+            two = builder.gep(right, [builder.mul(two, _LONG(_TILE))])
             load(4, one, row)
             load(5, builder.gep(one, [builder.mul(row, _LONG(16))]), row)
             load(6, two)
@@ -86,7 +91,7 @@ def _multiply(
         return context.get_dummy_value()
 
     long = types.int64
-    return types.none(a, long, long, b, long, out, long, long, long), generate
+    return types.none(a, long, spots, long, long, long, b, long, out, long, long), generate
 
 
 def _turn(_typing: Any, source: Any, _from: Any, _row: Any, out: Any, _to: Any, _out: Any) -> Any:
@@ -144,8 +149,12 @@ def _call(builder: Any, name: str, *arguments: Any) -> None:
 
 
 multiply: Any = intrinsic(_multiply)
-"""multiply(a, at, row, b, at, out, at, steps, more): the product of a [32, 32 steps], whose rows
-lie `row` bytes apart, and b [16 steps, 32] of pairs, in float32 [32, 32]; `more` adds to it."""
+"""multiply(a, at, spots, many, row, steps, b, at, out, at, more): the product of a and b.
+
+Of `a` 32 rows, `row` bytes apart, begin at each of the first `many` of int64 `spots`, counted from
+`at`, and have 32 `steps` numbers there; all of these side by side times b [.., 32] of pairs, in
+float32 [32, 32]. `more` adds to what is there.
+"""
 turn: Any = intrinsic(_turn)
 """turn(source, at, row, out, at, row): 16 x 16 words of 32 bits transposed; rows are so many bytes
 apart."""

@@ -146,7 +146,7 @@ def _kernel(version: int) -> Any:
             np.empty(32, np.float32), np.empty(32, np.float32), np.empty(32, np.float32),
             np.empty(32, np.float32), np.empty(32, np.float32),
         )  # fmt: skip
-        scale = np.float32(given.scale * _LOG2E)
+        scale, here = np.float32(given.scale * _LOG2E), np.zeros(1, np.int64)
         before = np.empty(64, np.uint8)
         configured(before)
         configure(tiled)
@@ -161,8 +161,8 @@ def _kernel(version: int) -> Any:
                     at = (group * given.pages + given.table[past]) * 64 * 2 * head_dim
                     for key in range(0, 64, 32):
                         multiply(
-                            given.kv, at + key * 2 * head_dim, 4 * head_dim, query, 0,
-                            own, key * 32, head_dim // 32, 0,
+                            given.kv, at + key * 2 * head_dim, here, 1, 4 * head_dim,
+                            head_dim // 32, query, 0, own, key * 32, 0,
                         )  # fmt: skip
                     for key in range(64):
                         for row in range(32):
@@ -171,8 +171,8 @@ def _kernel(version: int) -> Any:
                     at = group * given.means.shape[1] * head_dim
                     for page in range(0, past, 32):
                         multiply(
-                            given.means, at + page * head_dim, 2 * head_dim, query, 0,
-                            score, page * 32, head_dim // 32, 0,
+                            given.means, at + page * head_dim, here, 1, 2 * head_dim,
+                            head_dim // 32, query, 0, score, page * 32, 0,
                         )  # fmt: skip
                     more[:], most[:], total[:] = _ZERO, _NONE, _ZERO
                     _gather_mass(own, scale, more, most, total)

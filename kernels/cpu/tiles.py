@@ -33,6 +33,8 @@ _ALIKE = np.float32(ALIKE)
 _LOG2E, _LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
 _PAGES, _EACH = np.float32(math.log2(PAGE)), np.float32(math.log2(PAGE / SAMPLES))
 
+_AT_ONCE = 8
+"""Pages whose scores are computed, and then their values added: outputs are loaded less often."""
 _TOGETHER = 16
 """Pages that a block reads on end: as many as stay near while a tile's other blocks read them."""
 
@@ -69,8 +71,10 @@ class Work(NamedTuple):
     most: Any  # float32 [blocks, 32]  greatest score
     total: Any  # float32 [blocks, 32]  of e ** (score - most)
     output: Any  # float32 [blocks, head_dim * 32]
-    score: Any  # float32 [64, 32]
-    weight: Any  # uint32 [32, 32]  pairs of keys, e ** (score - most)
+    score: Any  # float32 [AT_ONCE * 64, 32]
+    weight: Any  # uint32 [AT_ONCE * 32, 32]  pairs of keys, e ** (score - most)
+    value: Any  # int64 [AT_ONCE]  where the values begin
+    here: Any  # int64 [1], 0
 
 
 def tile_attention(
@@ -173,37 +177,38 @@ def _load(prompt: Prompt, tile: int, head: int, work: Work, rows: Any) -> None:
 
 
 @jit
-def _score(work: Work, block: int, keys: Any, at: int, row: int) -> None:
+def _score(work: Work, block: int, place: int, keys: Any, at: int, row: int) -> None:
     """Products of a block's queries and 64 keys, whose rows lie `row` bytes apart."""
-    steps = work.query.shape[1] // 512
+    each = work.query.shape[1]
     for key in range(0, 64, 32):
         multiply(
-            keys, at + key * (row // 2), row, work.query, block * work.query.shape[1],
-            work.score, key * 32, steps, 0,
+            keys, at + key * (row // 2), work.here, 1, row, each // 512,
+            work.query, block * each, work.score, (place * 64 + key) * 32, 0,
         )  # fmt: skip
 
 
 @jit
-def _hide(work: Work, words: Any, first: int) -> None:
+def _hide(work: Work, place: int, words: Any, first: int) -> None:
     """Hide the keys that a block's queries do not see, by the bits of `words` [64]."""
     long_vectors()
     for key in range(64):
         for row in range(32):
             seen = words[first + row] >> key & 1
-            work.score[key, row] = work.score[key, row] if seen != 0 else _NONE
+            score = work.score[place * 64 + key, row]
+            work.score[place * 64 + key, row] = score if seen != 0 else _NONE
 
 
 @jit
 def _add(
-    work: Work, block: int, values: Any, at: int, scale: Any, more: Any, counted: bool
+    work: Work, block: int, many: int, values: Any, scale: Any, more: Any, counted: bool
 ) -> None:
-    """Add 64 values by the scores at hand, times `scale` and `more` [32] added to each.
+    """Add values by the scores at hand, times `scale` and `more` [32] added to each.
 
     Args:
         work: see there.
         block: see there.
+        many: times 64 values are added.
         values: uint16 [.., head_dim * 64], transposed.
-        at: which of them.
         scale: factor on the scores.
         more: float32 [32].
         counted: whether their weights count in the total.
@@ -211,7 +216,7 @@ def _add(
     long_vectors()
     score, weight = work.score, work.weight
     peak = np.full(32, _NONE, np.float32)
-    for key in range(0, 64, 4):
+    for key in range(0, many * 64, 4):
         for row in range(32):
             one, two = score[key, row], score[key + 1, row]
             three, four = score[key + 2, row], score[key + 3, row]
@@ -239,7 +244,7 @@ def _add(
         for row in range(32):
             total[row] *= less[row]
     added = np.zeros(32, np.float32)
-    for pair in range(32):
+    for pair in range(many * 32):
         for row in range(32):
             one = small_power(score[2 * pair, row] * scale + shift[row])
             two = small_power(score[2 * pair + 1, row] * scale + shift[row])
@@ -254,8 +259,8 @@ def _add(
     channels = values.shape[1] // 64
     for channel in range(0, channels, 32):
         multiply(
-            values, (at * channels + channel) * 64, 128, weight, 0,
-            work.output, (block * channels + channel) * 32, 2, 1,
+            values, channel * 64, work.value, many, 128, 2,
+            weight, 0, work.output, (block * channels + channel) * 32, 1,
         )  # fmt: skip
 
 
@@ -270,13 +275,18 @@ def _read(prompt: Prompt, values: Any, tile: int, head: int, work: Work) -> None
     )  # fmt: skip
     for first in range(0, count, _TOGETHER):
         for block in range(work.query.shape[0]):
-            for place in range(first, min(first + _TOGETHER, count)):
-                page = prompt.listed[start + place]
-                at = (head * prompt.pages + prompt.table[page]) * 64 * 2 * head_dim
-                _score(work, block, prompt.kv, at, 4 * head_dim)
-                if place >= whole:
-                    _hide(work, prompt.bits[prompt.masks[start + place]], block % 2 * 32)
-                _add(work, block, values, turned + page, prompt.scale * _LOG2E, nothing, True)
+            stop = min(first + _TOGETHER, count)
+            for begin in range(first, stop, _AT_ONCE):
+                many = min(_AT_ONCE, stop - begin)
+                for nth in range(many):
+                    place = start + begin + nth
+                    page = prompt.listed[place]
+                    at = (head * prompt.pages + prompt.table[page]) * 64 * 2 * head_dim
+                    _score(work, block, nth, prompt.kv, at, 4 * head_dim)
+                    if begin + nth >= whole:
+                        _hide(work, nth, prompt.bits[prompt.masks[place]], block % 2 * 32)
+                    work.value[nth] = (turned + page) * head_dim * 64
+                _add(work, block, many, values, prompt.scale * _LOG2E, nothing, True)
 
 
 @jit
@@ -287,41 +297,41 @@ def _stand_in(prompt: Prompt, values: Any, tile: int, head: int, work: Work) -> 
     kinds = prompt.value.shape[1]
     turned = head * (pages + kinds * words) + pages
     past = prompt.start // 64 + tile
-    there = np.empty(64, np.int64)
     rough, plain, fine = (
         np.empty(32, np.float32), np.empty(32, np.float32), np.empty(32, np.float32),
     )  # fmt: skip
     for block in range(work.query.shape[0]):
-        many = 0
+        many_alike = 0
         for row in range(32):
             variance = work.variance[block, row]
             alike = variance < _ALIKE
-            many += alike
+            many_alike += alike
             rough[row] = _NONE if alike else _PAGES + variance * (_HALF * _LOG2E)
             plain[row] = _PAGES if alike else _NONE
             fine[row] = _EACH if alike else _NONE
-        for word in range(min(words, (past + 63) // 64)):
-            flags = prompt.left[tile, head, word]
-            if past < word * 64 + 64:
-                flags &= (1 << (past - word * 64)) - 1
-            if flags == 0:
+        for kind in range(kinds):
+            # Means that count, keys that count, and means that only weigh.
+            if many_alike == (0 if kind > 0 else 32):
                 continue
-            there[:] = flags
-            for kind in range(kinds):
-                # Means that count, keys that count, and means that only weigh.
-                if many == (0 if kind > 0 else 32):
-                    continue
-                source = kind if kind + 1 < kinds else 0
-                at = ((head * (kinds - 1) + source) * words + word) * 64 * head_dim
-                _score(work, block, prompt.key, at, 2 * head_dim)
-                for key in range(64):
-                    if flags >> key & 1 == 0:
-                        work.score[key, :] = _NONE
-                more = rough if kind == 0 else plain if source == 0 else fine
-                _add(
-                    work, block, values, turned + kind * words + word, prompt.scale * _LOG2E, more,
-                    kind + 1 < kinds,
-                )  # fmt: skip
+            source = kind if kind + 1 < kinds else 0
+            more = rough if kind == 0 else plain if source == 0 else fine
+            many = 0
+            for word in range(words):
+                flags = prompt.left[tile, head, word]
+                if past < word * 64 + 64:
+                    flags &= (1 << max(past - word * 64, 0)) - 1
+                if flags != 0:
+                    at = ((head * (kinds - 1) + source) * words + word) * 64 * head_dim
+                    _score(work, block, many, prompt.key, at, 2 * head_dim)
+                    for key in range(64):
+                        if flags >> key & 1 == 0:
+                            work.score[many * 64 + key, :] = _NONE
+                    work.value[many] = (turned + kind * words + word) * head_dim * 64
+                    many += 1
+                if many == _AT_ONCE or (many > 0 and word + 1 == words):
+                    counted = kind + 1 < kinds
+                    _add(work, block, many, values, prompt.scale * _LOG2E, more, counted)
+                    many = 0
 
 
 @jit
@@ -419,8 +429,10 @@ def _kernels(version: int) -> tuple[Any, Any]:
             np.empty((blocks, 32), np.float32),
             np.empty((blocks, 32), np.float32),
             np.empty((blocks, head_dim * 32), np.float32),
-            np.empty((64, 32), np.float32),
-            np.empty((32, 32), np.uint32),
+            np.empty((_AT_ONCE * 64, 32), np.float32),
+            np.empty((_AT_ONCE * 32, 32), np.uint32),
+            np.empty(_AT_ONCE, np.int64),
+            np.zeros(1, np.int64),
         )
         rows, narrow = np.empty((32, head_dim), np.float32), np.empty((32, head_dim), np.uint16)
         before = np.empty(64, np.uint8)
