@@ -34,6 +34,7 @@ def words(head_dim: int) -> int:
     """int64 words of one key's code."""
     return -(-head_dim // WORD)
 
+
 _GATHER_BITS = sum(1 << 56 - 7 * bit for bit in range(8))
 
 

@@ -97,9 +97,7 @@ def _multiply(
 def _turn(_typing: Any, source: Any, _from: Any, _row: Any, out: Any, _to: Any, _out: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds, row = signature.args, ir.VectorType(_WORD, 16)
-        start, end = (
-            _pointer(context, builder, kinds[n], *arguments[n : n + 2]) for n in (0, 3)
-        )
+        start, end = (_pointer(context, builder, kinds[n], *arguments[n : n + 2]) for n in (0, 3))
 
         def rows(base: Any, stride: Any) -> list[Any]:
             spots = [builder.gep(base, [builder.mul(stride, _LONG(n))]) for n in range(16)]

@@ -138,10 +138,13 @@ def _kernel(version: int) -> Any:
     ) -> None:
         """Every `threads`-th tile of a query head, from numbers `start` to `stop` on."""
         _ = version
-        tiles, kv_heads, pages = read.shape
+        tiles, kv_heads, _pages = read.shape
         heads, head_dim = given.query.shape[1:]
         query, rows = np.empty(head_dim * 16, np.uint32), np.empty((32, head_dim), np.uint16)
-        own, score = np.empty((64, 32), np.float32), np.empty((given.means.shape[1], 32), np.float32)
+        own, score = (
+            np.empty((64, 32), np.float32),
+            np.empty((given.means.shape[1], 32), np.float32),
+        )
         size, more, most, total, enough = (
             np.empty(32, np.float32), np.empty(32, np.float32), np.empty(32, np.float32),
             np.empty(32, np.float32), np.empty(32, np.float32),

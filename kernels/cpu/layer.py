@@ -126,10 +126,7 @@ def _kernels(version: int) -> tuple[Any, Any, Any]:
         heads, kv_heads, half = query.shape[1], kv.shape[0], cos.shape[1]
         for row in range(start, stop):
             for head in range(heads + kv_heads):
-                if head < heads:
-                    out = query[row, head]
-                else:
-                    out = kv[head - heads, slots[row], 0]
+                out = query[row, head] if head < heads else kv[head - heads, slots[row], 0]
                 for channel in range(half):
                     first = number(qkv[row, head, channel])
                     second = number(qkv[row, head, half + channel])

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kernels.cpu.amx import configure, configured, multiply, shape, turn
 from kernels.cpu.keys import numbers
 from kernels.cpu.launch import entry, in_threads, jit, sources
-from kernels.cpu.number import bits, long_vectors, number, small_power
+from kernels.cpu.number import bits, long_vectors, number, small_power, stored
 from kernels.page import PAGE
 from kernels.tiles import ALIKE, SAMPLES, TURN
 from kernels.torch_tiles import mean_spreads
@@ -103,19 +102,15 @@ def _prompt(
     if left is None or len(table) == 1:
         left = selection.starts.new_empty(tiles, kv_heads, 0)
     words = left.shape[2]
-    before = table[:-1]
-    turn_of = torch.arange(len(before)) * TURN + torch.arange(SAMPLES)[:, None] * (PAGE // SAMPLES)
+    # Where there is no page, nothing is seen; but nothing times what is no number is none, either.
+    key, value = (
+        np.zeros((kv_heads, kinds, words * PAGE, cache.head_dim), np.uint16)
+        for kinds in (1 + SAMPLES, 2 + SAMPLES)
+    )
     if words:
-        # [kv_heads, SAMPLES, pages, head_dim]
-        keys, values = cache.kv[:, before, turn_of % PAGE].unbind(3)
-        mean = cache.value_mean[:, None, before]
-        off = mean - values.float().mean(1, keepdim=True).to(mean.dtype)
-        key = torch.cat((cache.key_mean[:, None, before], keys), 1)
-        value = torch.cat((mean, values, off), 1)
-        room = (0, 0, 0, words * PAGE - len(before))
-        key, value = F.pad(key, room), F.pad(value, room)
-    else:
-        key = value = cache.key_mean.new_empty(kv_heads, SAMPLES + 2, 0, cache.head_dim)
+        means = numbers(cache.key_mean), numbers(cache.value_mean)
+        shared = (numbers(cache.kv), *means, table.numpy(), key, value)
+        in_threads(_gather, shared, kv_heads * (len(table) - 1))
     number_of = torch.arange(selection.counts.numel()) % kv_heads
     counts = selection.counts.flatten().long()
     read = torch.zeros(kv_heads, len(table), dtype=torch.bool)
@@ -136,8 +131,8 @@ def _prompt(
         bits=selection.bits.numpy(),
         left=left.contiguous().numpy(),
         read=read.numpy(),
-        key=numbers(key),
-        value=numbers(value),
+        key=key,
+        value=value,
         start=segment.start,
         pages=cache.kv.shape[1],
         scale=np.float32(scale),
@@ -148,7 +143,7 @@ def _prompt(
 def _load(prompt: Prompt, tile: int, head: int, work: Work, rows: Any) -> None:
     """A tile's queries of a KV head, and nothing seen yet."""
     long_vectors()
-    tokens, heads, head_dim = prompt.query.shape
+    tokens, _heads, head_dim = prompt.query.shape
     blocks = work.query.shape[0]
     first = (prompt.start // 64 + tile) * 64 - prompt.start
     spread = prompt.spread[head, tile] * prompt.scale * prompt.scale
@@ -351,7 +346,7 @@ def _lse(prompt: Prompt, tile: int, head: int, work: Work, out: Any) -> None:
 def _store(prompt: Prompt, tile: int, head: int, work: Work, rows: Any, out: Any) -> None:
     """Write the outputs."""
     long_vectors()
-    tokens, heads, head_dim = prompt.query.shape
+    tokens, _heads, head_dim = prompt.query.shape
     blocks = work.query.shape[0]
     first = (prompt.start // 64 + tile) * 64 - prompt.start
     for block in range(blocks):
@@ -372,8 +367,34 @@ def _store(prompt: Prompt, tile: int, head: int, work: Work, rows: Any, out: Any
                     )
 
 
-def _kernels(version: int) -> tuple[Any, Any]:
+def _kernels(version: int) -> tuple[Any, Any, Any]:
     """The kernels; see `sources` for the version."""
+
+    @entry
+    def gather(
+        kv: Any, key_mean: Any, value_mean: Any, table: Any, key: Any, value: Any, _part: int,
+        start: int, stop: int,
+    ) -> None:  # fmt: skip
+        """What stands for pages `start` to `stop` of all KV heads; see `Prompt`."""
+        _ = version
+        long_vectors()
+        pages, head_dim = len(table) - 1, key.shape[3]
+        for unit in range(start, stop):
+            head, page = unit // pages, unit % pages
+            slot = table[page]
+            key[head, 0, page] = key_mean[head, slot]
+            value[head, 0, page] = value_mean[head, slot]
+            total = np.zeros(head_dim, np.float32)
+            for sample in range(SAMPLES):
+                place = (page * TURN + sample * (64 // SAMPLES)) % 64
+                key[head, 1 + sample, page] = kv[head, slot, place, 0]
+                value[head, 1 + sample, page] = kv[head, slot, place, 1]
+                for channel in range(head_dim):
+                    total[channel] += number(kv[head, slot, place, 1, channel])
+            off = value[head, 1 + SAMPLES, page]
+            for channel in range(head_dim):
+                less = total[channel] / np.float32(SAMPLES)
+                off[channel] = stored(number(value_mean[head, slot, channel]) - less, off)
 
     @entry
     def turn_values(prompt: Prompt, values: Any, _part: int, start: int, stop: int) -> None:
@@ -450,7 +471,7 @@ def _kernels(version: int) -> tuple[Any, Any]:
                 _store(prompt, tile, head, work, rows, output)
         configure(before)
 
-    return turn_values, attend_tiles
+    return gather, turn_values, attend_tiles
 
 
-_turn_values, _attend_tiles = _kernels(sources())
+_gather, _turn_values, _attend_tiles = _kernels(sources())
