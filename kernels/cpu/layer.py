@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from kernels.cpu.keys import numbers
 from kernels.cpu.launch import entry, in_threads, sources
@@ -36,9 +35,10 @@ def add_norm(
         eps: of the norm.
 
     Returns:
-        The sum [rows, size], which is `hidden` itself without an update, and its norm [rows, size].
+        The sum [rows, size], which is `hidden` without an update, and its norm [rows, size].
     """
-    total, normed = hidden if update is None else torch.empty_like(hidden), torch.empty_like(hidden)
+    hidden, normed = hidden.contiguous(), hidden.new_empty(hidden.shape)
+    total = hidden if update is None else hidden.new_empty(hidden.shape)
     shared = (
         numbers(hidden), numbers(hidden if update is None else update), numbers(weight),
         np.float32(eps), update is not None, numbers(total), numbers(normed),
