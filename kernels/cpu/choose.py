@@ -1,6 +1,6 @@
 """Which pages a prompt's tiles read, in a processor's tile registers; see `kernels.prefill`.
 
-As in `kernels.cpu.tiles` scores stand transposed: a page's in a row, 32 queries of a head.
+As in `kernels.cpu.block` scores stand transposed: a page's in a row, 32 queries of a head.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.cpu.amx import BLOCK, configure, configured, multiply, shape, turn
+from kernels.cpu.block import LOG2E
 from kernels.cpu.keys import numbers
 from kernels.cpu.launch import entry, in_threads, jit, sources
 from kernels.cpu.number import long_vectors, number, small_power
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache, Segment
 
 _ZERO, _NONE = np.float32(0), np.float32(-np.inf)
-_LOG2E = np.float32(1 / math.log(2))
 
 
 class Asked(NamedTuple):
@@ -149,7 +149,7 @@ def _kernel(version: int) -> Any:
             np.empty(32, np.float32), np.empty(32, np.float32), np.empty(32, np.float32),
             np.empty(32, np.float32), np.empty(32, np.float32),
         )  # fmt: skip
-        scale, here = np.float32(given.scale * _LOG2E), np.zeros(1, np.int64)
+        scale, here = np.float32(given.scale * LOG2E), np.zeros(1, np.int64)
         before = np.empty(64, np.uint8)
         configured(before)
         configure(tiled)
@@ -181,13 +181,13 @@ def _kernel(version: int) -> Any:
                     _gather_mass(own, scale, more, most, total)
                     for row in range(32):
                         variance = size[row] * given.scale**2 * given.spread[group, tile]
-                        more[row] = math.log2(64) + variance / 2 * _LOG2E
+                        more[row] = math.log2(64) + variance / 2 * LOG2E
                     _gather_mass(score[:past], scale, more, most, total)
                     for row in range(32):
                         variance = size[row] * given.scale**2 * given.spread[group, tile]
                         error = np.log(np.expm1(variance) / 64) / 2
                         bound = np.log(np.float64(total[row]) * given.least) - error
-                        bound = (bound * _LOG2E + most[row] - more[row]) / scale
+                        bound = (bound * LOG2E + most[row] - more[row]) / scale
                         bound = bound if given.least > 0 else -np.inf
                         enough[row] = bound if size[row] != -1 else np.inf
                     _mark(score[:past], enough, marked[:past])
