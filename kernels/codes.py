@@ -35,6 +35,9 @@ def words(head_dim: int) -> int:
     return -(-head_dim // WORD)
 
 
+_GATHER_BITS = sum(1 << 56 - 7 * bit for bit in range(8))
+
+
 @lru_cache
 def rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The fixed random orthogonal matrix R, transposed: rows times it are rotated."""
@@ -61,10 +64,10 @@ def encode(keys: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     turned = rest @ rotation(keys.shape[-1], keys.dtype, keys.device)  # [..., 64, head_dim]
     scale = turned.square().sum(-1) / turned.abs().sum(-1).clamp_min(1e-30)
     width = words(keys.shape[-1]) * WORD
-    bits = F.pad(turned >= 0, (0, width - keys.shape[-1])).long()
-    bits = bits.view(*keys.shape[:-1], -1, WORD)  # [..., 64, words, 64]
-    place = torch.arange(WORD, device=keys.device)
-    signs = (bits << place).sum(-1)  # [..., 64, words]
+    bits = F.pad(turned >= 0, (0, width - keys.shape[-1]))  # [..., 64, width]
+    # The product's last byte has the eight bytes of a word, 0 or 1 each, for its bits.
+    octets = (bits.view(torch.int64) * _GATHER_BITS >> 56).to(torch.uint8)
+    signs = octets.view(torch.int64)  # [..., 64, words]
     return signs.transpose(-1, -2), scale.float()
 
 

@@ -89,6 +89,10 @@ def choose(
         return choose_on_gpu(query, cache, segment, least, scale, ASKED)
     if impl is Impl.REFERENCE:
         read = reference.read_pages(query, cache, segment, least, scale, ASKED)
+    elif cache.slopes is None and in_tiles(query.dtype, query.shape[2], impl):
+        from kernels.cpu.choose import read_pages  # numba takes a moment
+
+        read = read_pages(query, cache, segment, least, scale, ASKED)
     else:
         read = torch_tiles.read_pages(query, cache, segment, least, scale, ASKED)
     return causal_lists(read, segment)
@@ -214,10 +218,26 @@ def tile_attention(
         from kernels.gpu.tiles import tile_attention as attention_on_gpu  # a CPU has no Triton
 
         return attention_on_gpu(query, cache, segment, selection, scale)
+    if cache.slopes is None and in_tiles(query.dtype, query.shape[2], impl):
+        from kernels.cpu.tiles import tile_attention as attention_on_cpu  # numba takes a moment
+
+        return attention_on_cpu(query, cache, segment, selection, scale)
     if impl is Impl.REFERENCE:
         output, lse, own = reference.tile_attention(query, cache, segment, selection, scale)
         return output.to(query.dtype), lse.to(wide(query.dtype)), own.to(wide(query.dtype))
     return torch_tiles.tile_attention(query, cache, segment, selection, scale)
+
+
+def in_tiles(dtype: torch.dtype, head_dim: int, impl: Impl) -> bool:
+    """Whether a CPU's tile registers attend to pages: much faster than what torch offers there.
+
+    They know nothing of scores that fall with the distance (`kernels.alibi`).
+    """
+    if impl is not Impl.NUMBA:
+        return False
+    from kernels.cpu.amx import takes  # numba takes a moment
+
+    return takes(dtype, head_dim)
 
 
 def _check(query: Tensor, cache: LayerCache, segment: Segment, impl: Impl) -> None:

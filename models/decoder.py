@@ -222,6 +222,10 @@ class Attention(nn.Module):
             weights = None if norms is None else (norms[0].weight, norms[1].weight)
             eps = 0.0 if norms is None else norms[0].eps
             return rotate_and_write(qkv, angles, step.slots, cache, weights, eps, coded=False)
+        if self.attend.impl is Impl.NUMBA and norms is None and angles is not None:
+            from kernels.cpu import layer  # numba takes a moment
+
+            return layer.rotate_and_write(qkv, angles, step.slots, cache)
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         # [tokens, heads, head_dim], and twice [tokens, kv_heads, head_dim]
         query, keys, values = torch.split(heads, self.parts, dim=1)

@@ -42,6 +42,10 @@ class SwiGLU(nn.Module):
             from kernels.gpu.layer import silu_mul  # a CPU has no Triton
 
             inner = silu_mul(both)
+        elif self.impl is Impl.NUMBA:
+            from kernels.cpu.layer import silu_mul as silu_mul_on_cpu  # numba takes a moment
+
+            inner = silu_mul_on_cpu(both)
         else:
             gate, up = both.chunk(2, dim=-1)
             inner = F.silu(gate) * up

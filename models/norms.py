@@ -37,6 +37,10 @@ class RMSNorm(nn.Module):
             from kernels.gpu.layer import add_norm  # a CPU has no Triton
 
             return add_norm(hidden, update, self.weight, self.eps)
+        if self.impl is Impl.NUMBA:
+            from kernels.cpu.layer import add_norm as add_norm_on_cpu  # numba takes a moment
+
+            return add_norm_on_cpu(hidden, update, self.weight, self.eps)
         total = hidden if update is None else hidden + update
         return total, self(total)
 

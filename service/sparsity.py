@@ -18,9 +18,11 @@ GPU_DENSE_BELOW = 32_768
 """The same on a GPU, by `tests/bench/decode.py`: for one sequence; fewer where several run
 together."""
 CPU_PREFILL_DENSE_BELOW = 16_384
+TILES_PREFILL_DENSE_BELOW = 2048
 GPU_PREFILL_DENSE_BELOW = 8192
-"""Position in a prompt from which on reading some pages is the faster: `saccade bench prefill`; on
-a CPU some heads of the bundled model, which read nearly all, put it off."""
+"""Position in a prompt from which on reading some pages is the faster: `saccade bench prefill`. On
+a CPU some heads of the bundled model, which read nearly all, put it off, but for one that has tile
+registers (`kernels.cpu.amx`)."""
 
 
 class SparsityConfig(BaseModel):
@@ -75,7 +77,8 @@ class SparsityConfig(BaseModel):
         default=None,
         ge=0,
         description="position in a prompt, in tokens, below which it attends densely; by default "
-        f"{GPU_PREFILL_DENSE_BELOW} on a GPU, {CPU_PREFILL_DENSE_BELOW} on a CPU",
+        f"{GPU_PREFILL_DENSE_BELOW} on a GPU, {CPU_PREFILL_DENSE_BELOW} on a CPU, or "
+        f"{TILES_PREFILL_DENSE_BELOW} on one with AMX in bfloat16",
     )
     allow_brownout: bool = Field(default=True, description="for a later version; not used yet")
     dense_below: int | None = Field(
@@ -100,11 +103,18 @@ class SparsityConfig(BaseModel):
             return self.dense_below
         return GPU_DENSE_BELOW if device.startswith("cuda") else CPU_DENSE_BELOW
 
-    def prefill_dense_below_on(self, device: str) -> int:
-        """Position in a prompt below which it attends densely, tokens; devices as above."""
+    def prefill_dense_below_on(self, device: str, *, tiles: bool) -> int:
+        """Position in a prompt below which it attends densely, tokens.
+
+        Args:
+            device: as above.
+            tiles: whether its pages are read in a CPU's tile registers.
+        """
         if self.prefill_dense_below is not None:
             return self.prefill_dense_below
-        return GPU_PREFILL_DENSE_BELOW if device.startswith("cuda") else CPU_PREFILL_DENSE_BELOW
+        if device.startswith("cuda"):
+            return GPU_PREFILL_DENSE_BELOW
+        return TILES_PREFILL_DENSE_BELOW if tiles else CPU_PREFILL_DENSE_BELOW
 
     def resolve(self) -> SparsityParams:
         """These defaults as the engine takes them.

@@ -31,7 +31,7 @@ def sources() -> int:
     there does: a kernel that closes over this number is compiled anew.
     """
     here = Path(__file__).parent
-    names = ("budget.py", "codes.py", "page.py", "sample.py")
+    names = ("budget.py", "codes.py", "page.py", "sample.py", "tiles.py")
     others = [here.with_name(name) for name in names]
     files = sorted([*here.glob("*.py"), *others])
     return crc32(b"".join(file.read_bytes() for file in files))

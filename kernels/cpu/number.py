@@ -21,6 +21,9 @@ _LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
 # 2 ** x - 1 over x on -0.5 to 0.5, from the highest power on (Cephes' exp2f): to 2e-7.
 _P0, _P1, _P2 = np.float32(1.535336188e-4), np.float32(1.339887440e-3), np.float32(9.618437357e-3)
 _P3, _P4, _P5 = np.float32(5.550332471e-2), np.float32(2.402264791e-1), np.float32(6.931472028e-1)
+# 2 ** x over x on -0.5 to 0.5, from the highest power on: to 1e-4.
+_C0, _C1 = np.float32(0.05517166), np.float32(0.24261112)
+_C2, _C3 = np.float32(0.69326099), np.float32(0.99992807)
 
 
 def _popcount(_typing: Any, _word: Any) -> Any:
@@ -39,6 +42,20 @@ def _number(_typing: Any, stored: Any) -> Any:
         return builder.bitcast(builder.shl(word, _WORD(16)), _FLOAT)
 
     return types.float32(stored), generate
+
+
+def _stored(_typing: Any, _number: Any, like: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if like.dtype == types.float32:
+            return arguments[0]
+        word = builder.bitcast(arguments[0], _WORD)
+        odd = builder.and_(builder.lshr(word, _WORD(16)), _WORD(1))
+        even = builder.add(word, builder.add(odd, _WORD(0x7FFF)))  # to the nearest, ties to even
+        nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        word = builder.select(nan, _WORD(0x7FC00000), even)
+        return builder.trunc(builder.lshr(word, _WORD(16)), ir.IntType(16))
+
+    return like.dtype(types.float32, like), generate
 
 
 def _bits(_typing: Any, _number: Any) -> Any:
@@ -128,6 +145,8 @@ popcount: Any = intrinsic(_popcount)
 """How many bits of an int64 are set: LLVM's own, which numba does not offer."""
 number: Any = intrinsic(_number)
 """The float32 of a stored number: itself, or of a bfloat16 given as uint16."""
+stored: Any = intrinsic(_stored)
+"""A float32 as an array stores it: itself, or rounded to a bfloat16 given as uint16."""
 bits: Any = intrinsic(_bits)
 """A float32's bits, int32."""
 number_of_bits: Any = intrinsic(_number_of_bits)
@@ -144,6 +163,21 @@ long_vectors: Any = intrinsic(_long_vectors)
 """The calling function runs in vectors of 512 bits: LLVM takes half on Intel's processors."""
 _scaled: Any = intrinsic(_times_power)
 """A number times two to a whole power, which stands in the last bits of a second."""
+
+
+@exact
+def small_power(power: Any) -> Any:
+    """2 ** power, float32, of a power of at most 0: to 1e-4 of it, and not under 2 ** -126.
+
+    For weights that are then rounded to bfloat16, to 4e-3 of them.
+    """
+    inside = _LOWEST if power < _LOWEST else power  # a nan stays
+    shifted = inside + _SHIFT
+    part = inside - (shifted - _SHIFT)
+    value = _C0
+    value = value * part + _C1
+    value = value * part + _C2
+    return _scaled(value * part + _C3, shifted)
 
 
 @exact

@@ -104,8 +104,6 @@ class _Bench:
     ) -> None:
         self.tokens, self.device, self.shape, self.options = tokens, device, shape, options
         self.impl = Impl.of(device, dtype, shape.head_dim, shape.heads // shape.kv_heads)
-        if self.impl is Impl.NUMBA:
-            self.impl = Impl.TORCH  # which is what a CPU prefills with
         self.scale = shape.head_dim**-0.5
         pages = -(-tokens // PAGE)
         generator = torch.Generator(device).manual_seed(0)

@@ -62,24 +62,48 @@ def measure(
     """
     with torch.inference_mode():
         decoder = dummy(config, dtype, device)
-        pages = tokens // PAGE
+        ids = torch.randint(config.vocab_size, (tokens,), device=device)
+        floor = _floor(decoder, tokens, chunk, device, dtype) if device.type == "cuda" else None
+        return compare(decoder, ids, chunk, repeats, floor=floor)
+
+
+def compare(
+    decoder: Decoder,
+    ids: torch.Tensor,
+    chunk: int,
+    repeats: int,
+    dense_below: int = 0,
+    floor: float | None = None,
+) -> list[PromptRecord]:
+    """Time a prompt, dense and dynamic turn by turn.
+
+    Args:
+        decoder: the model.
+        ids: int64 [tokens], a multiple of `chunk` of them.
+        chunk: tokens a step, a multiple of 64.
+        repeats: turns, behind one that warms up.
+        dense_below: position up to which the dynamic prompt is dense, a multiple of `chunk`.
+        floor: seconds that a dense prompt takes at the least, if they are known.
+    """
+    config, tokens, device = decoder.config, len(ids), ids.device
+    dtype = decoder.model.embed_tokens.weight.dtype
+    with torch.inference_mode():
         caches = [
-            LayerCache.allocate(pages, config.kv_heads, config.head_dim, dtype, device)
+            LayerCache.allocate(tokens // PAGE, config.kv_heads, config.head_dim, dtype, device)
             for _ in range(config.layers)
         ]
-        ids = torch.randint(config.vocab_size, (tokens,), device=device)
         names, densities = ("dense", "dynamic"), {"dense": 1.0}
         turns: dict[str, list[float]] = {name: [] for name in names}
         for turn in tqdm(range(repeats + 1), unit="turn", desc=f"{tokens} tokens"):
             for name in names:
                 notes: list[torch.Tensor] = []
-                way = partial(_run, decoder, caches, ids, chunk, name, notes)
+                sparse_from = tokens if name == "dense" else dense_below
+                way = partial(_run, decoder, caches, ids, chunk, sparse_from, notes)
                 seconds = seconds_of(way, device)
                 if turn:
                     turns[name].append(seconds)
                 if notes:
                     densities[name] = float(torch.stack(notes).mean())
-        floor = _floor(decoder, tokens, chunk, device, dtype) if device.type == "cuda" else None
     dense = statistics.median(turns["dense"])
     return [
         PromptRecord(
@@ -116,23 +140,23 @@ def _run(
     caches: list[LayerCache],
     ids: torch.Tensor,
     chunk: int,
-    policy: str,
+    sparse_from: int,
     notes: list[torch.Tensor],
 ) -> None:
-    """The prompt, and the logits behind it; `notes` takes each layer's density of each chunk."""
-    for step in _steps(ids, chunk, policy):
+    """The prompt, and the logits behind it; `notes` takes each sparse chunk's layers' densities."""
+    for step in _steps(ids, chunk, sparse_from):
         recorder = Recorder()
         hidden = decoder(step, caches, recorder)
         notes += [entry.density.mean() for entry in recorder.tiles]
     decoder.logits(hidden[-1:])
 
 
-def _steps(ids: torch.Tensor, chunk: int, policy: str) -> Iterator[StepInput]:
+def _steps(ids: torch.Tensor, chunk: int, sparse_from: int) -> Iterator[StepInput]:
     device, table = ids.device, list(range(len(ids) // PAGE))
     for start in range(0, len(ids), chunk):
         position = torch.arange(start, start + chunk, device=device)
         segment = Segment.of(table, start, chunk, device)
-        dense = policy == "dense"
+        dense = start < sparse_from
         yield StepInput(
             token_ids=ids[start : start + chunk],
             positions=position,

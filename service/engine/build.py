@@ -9,9 +9,10 @@ import torch
 
 from kernels import dynamic, judge
 from kernels.attention import Impl, dense_decode, selected_attention
-from kernels.cache import LayerCache, Rows
+from kernels.cache import LayerCache, Rows, Segment
 from kernels.page import PAGE
-from kernels.policy import Dynamic
+from kernels.policy import Dynamic, Pages
+from kernels.prefill import choose, in_tiles, tile_attention
 from models.config import ModelConfig
 from models.graph import CapturedSteps
 from models.loader import load
@@ -119,7 +120,10 @@ def build_engine(config: ServiceConfig) -> Engine:
         model_name=config.model_name,
         max_model_len=max_model_len,
         dense_below=config.sparsity.dense_below_on(device.type),
-        prefill_dense_below=config.sparsity.prefill_dense_below_on(device.type),
+        prefill_dense_below=config.sparsity.prefill_dense_below_on(
+            device.type,
+            tiles=model.slopes is None and in_tiles(dtype, model.head_dim, decoder.impl),
+        ),
     )
 
 
@@ -163,6 +167,10 @@ def warm_up(model: ModelConfig, dtype: torch.dtype, device: torch.device, impl: 
         _, lse, own = selected_attention(query, cache, rows, selection, 1.0, impl)
         judge.estimated_coverage(query, cache, rows, selection, lse, own, 1.0, impl)
     dense_decode(query, cache, rows, 1.0, impl)
+    if in_tiles(dtype, model.head_dim, impl):
+        segment = Segment.of(pages.tolist(), 4 * PAGE - 1, 1, device)
+        lists = choose(query, cache, segment, Pages().least, 1.0, impl)
+        tile_attention(query, cache, segment, lists, 1.0, impl)
 
 
 def device_name(name: str) -> str:

@@ -263,7 +263,7 @@ def test_tiles_are_the_references(paged, shape, least, likeness):
 @pytest.mark.parametrize("shape", PROMPTS)
 def test_tiles_by_patterns(paged, text, shape):
     one, pattern = Prompt(paged, *shape), Pattern.parse(text)
-    lists = pattern_lists(pattern, one.segment, one.cache.kv_heads)
+    lists, _ = pattern_lists(pattern, one.segment, one.cache.kv_heads)
     output, lse, _ = one.attend(lists, Impl.TORCH)
     for token in (0, one.tokens // 2, one.tokens - 1):
         end = one.start + token + 1

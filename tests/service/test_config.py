@@ -7,7 +7,13 @@ import pytest
 
 from service.config import BUNDLED_CHECKPOINT, ServiceConfig, load_config
 from service.errors import ConfigError
-from service.sparsity import CPU_DENSE_BELOW, GPU_DENSE_BELOW
+from service.sparsity import (
+    CPU_DENSE_BELOW,
+    CPU_PREFILL_DENSE_BELOW,
+    GPU_DENSE_BELOW,
+    GPU_PREFILL_DENSE_BELOW,
+    TILES_PREFILL_DENSE_BELOW,
+)
 
 
 def write(path, text):
@@ -142,3 +148,17 @@ def test_auto_is_resolved():
 )
 def test_short_contexts_are_dense_by_the_device_unless_a_number_is_given(given, device, expected):
     assert load_config({"sparsity": given}).sparsity.dense_below_on(device) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "tiles", "expected"),
+    [
+        ({}, "cpu", False, CPU_PREFILL_DENSE_BELOW),
+        ({}, "cpu", True, TILES_PREFILL_DENSE_BELOW),
+        ({}, "cuda:1", False, GPU_PREFILL_DENSE_BELOW),
+        ({"prefill_dense_below": 500}, "cpu", True, 500),
+    ],
+)
+def test_a_prompts_start_is_dense_by_the_device(given, device, tiles, expected):
+    sparsity = load_config({"sparsity": given}).sparsity
+    assert sparsity.prefill_dense_below_on(device, tiles=tiles) == expected
