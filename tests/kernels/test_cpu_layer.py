@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from kernels.attention import Impl
 from kernels.cache import LayerCache
 from kernels.cpu.layer import LEAST, add_norm, rotate_and_write, silu_mul
-from models.decoder import RMSNorm
+from models.norms import RMSNorm
 from models.rope import Rotary
 from models.rope_parameters import RopeParameters
 
