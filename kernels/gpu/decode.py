@@ -1,4 +1,4 @@
-"""Dynamic selection and attention of single query rows: five launches, and no wait.
+"""Dynamic selection and attention of single query rows: five launches or six, and no wait.
 
 What is launched depends on the policy and the block table's width alone, and lengths are read on
 the device, so that a CUDA graph can hold it. Of other rows a result depends on the table's width

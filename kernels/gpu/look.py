@@ -53,15 +53,15 @@ class Look:
 
 
 def look(
-    cache: LayerCache, rows: Rows, sinks: int, layout: Layout, scratch: Scratch, look: Look
+    cache: LayerCache, rows: Rows, sinks: int, layout: Layout, scratch: Scratch, parts: Look
 ) -> None:
     """Attend to what a scan has met."""
-    overlaps = overlap.possible(look.query.device)
-    _look[layout.lines, look.outputs.shape[2]](
-        look.query, cache.kv, rows.block_tables, rows.starts, rows.lengths, slopes_of(cache),
-        scratch.marks,
-        scratch.marked, scratch.slots, scratch.counts, look.outputs, look.lses, look.owns,
-        look.scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, layout.spans,
+    overlaps = overlap.possible(parts.query.device)
+    _look[layout.lines, parts.outputs.shape[2]](
+        parts.query, cache.kv, rows.block_tables, rows.starts, rows.lengths, slopes_of(cache),
+        scratch.marks, scratch.marked, scratch.slots, scratch.counts,
+        parts.outputs, parts.lses, parts.owns,
+        parts.scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, layout.spans,
         layout.parts, scratch.slots.shape[2], rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), EACH=EACH, BLOCK=BLOCK, PAGE=PAGE,

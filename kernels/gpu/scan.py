@@ -74,8 +74,7 @@ def scan(
     _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
         cache.codes.view(torch.int32), cache.scale, rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), scratch.planes, scratch.factors, scratch.centres, scratch.norm,
-        scratch.marks,
-        scratch.marked, scratch.slots, scratch.counts,
+        scratch.marks, scratch.marked, scratch.slots, scratch.counts,
         unused if shares is None else shares, unused if masses is None else masses,
         parts[0], cache.kv, *parts[1:],
         sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,

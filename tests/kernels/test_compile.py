@@ -10,7 +10,7 @@ KERNELS = {
     "_probe",
     "_settle",
     "_scan",
-    "_attend",
+    "_look",
     "_unite",
     "_selected",
     "_gather",

@@ -6,7 +6,10 @@ import json
 
 import httpx
 import pytest
+import torch
 
+from kernels.attention import Impl
+from kernels.prefill import in_tiles
 from service.api.app import create_app
 from service.config import BUNDLED_CHECKPOINT, ServiceConfig
 from service.engine.build import build_engine
@@ -40,8 +43,9 @@ def test_the_example_is_answered_right_by_a_tenth_of_the_keys(url):
     text, sparsity, usage = ask(url, "dynamic")
     assert EXAMPLE["metadata"]["answer"] in text
     assert sparsity["density"] <= 0.10
-    # Before its tail the prompt is too short to be worth it.
-    assert sparsity["fallbacks"] == {"short_context": usage["prompt_tokens"] - TAIL}
+    # Before its tail the prompt is too short to be worth it, but in a CPU's tile registers.
+    short = 2048 if in_tiles(torch.bfloat16, 128, Impl.NUMBA) else usage["prompt_tokens"] - TAIL
+    assert sparsity["fallbacks"] == {"short_context": short}
 
 
 def test_a_window_of_as_many_keys_loses_the_answer(url):
