@@ -140,10 +140,11 @@ def test_estimates_are_torchs_but_for_the_querys_rounding(make, kv_heads, group,
     layout, scratch, share = found_by(case, policy)
     known = estimate_masses(*case.layout, policy.sinks, SCALE)
     norm = scratch.norm[:, :group].reshape(known.norm.shape) / LOG2E.value
-    torch.testing.assert_close(norm, known.norm, atol=0.2, rtol=0)
+    torch.testing.assert_close(norm, known.norm, atol=0.1, rtol=0)
     there = known.free[:, None].expand(-1, kv_heads, -1)
     apart = (share[..., : there.shape[-1]].log() - known.shares().log())[there]
-    assert float(apart.abs().mean()) < 0.1 and float(apart.abs().max()) < 0.6
+    # Four signs a channel of the query: a fifth of what the keys' one sign loses.
+    assert float(apart.abs().mean()) < 0.09 and float(apart.abs().max()) < 0.6
     held = scratch.held[:, :group].reshape(len(case.rows.lengths), kv_heads, group, HELD)
     exact = known.held.nan_to_num(neginf=-1e9)
     actual = torch.cat((held[..., : policy.sinks], held[..., PAGE:]), dim=-1) / LOG2E.value
