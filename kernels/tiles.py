@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ class TileSelection:
     bits: Tensor  # int64 [masks, 64]  bit k of word q: whether the tile's query q sees page's key k
     # int64 [tiles, kv_heads, words]  pages for which their means stand, packed; None: none
     left: Tensor | None = None
+    order: Tensor | None = None  # int32 [tiles]  which tile begins first; None: the last one
 
     @staticmethod
     def of_heads(parts: Sequence[TileSelection], order: Sequence[int]) -> TileSelection:
@@ -86,7 +87,7 @@ class TileSelection:
 
     def to(self, device: torch.device | str) -> TileSelection:
         """The same lists on a device."""
-        left = self.left
+        left, order = self.left, self.order
         return TileSelection(
             starts=self.starts.to(device),
             counts=self.counts.to(device),
@@ -95,7 +96,13 @@ class TileSelection:
             masks=self.masks.to(device),
             bits=self.bits.to(device),
             left=None if left is None else left.to(device),
+            order=None if order is None else order.to(device),
         )
+
+    def longest_first(self) -> TileSelection:
+        """The same lists, in an order by which no long one is left for the end."""
+        order = self.counts.sum(1).argsort(descending=True, stable=True)
+        return replace(self, order=order.to(torch.int32))
 
     def attended(self, first: int, queries: int) -> Tensor:
         """How many (query, key) pairs the lists hold; what stands for unread pages is not counted.
@@ -181,3 +188,5 @@ class TileSelection:
             raise KernelError("a mask shows a key which may not be seen")
         if self.left is not None and bool(unpacked(self.left).flatten(0, 1)[number, page].any()):
             raise KernelError("a page is read, and its mean stands for it, too")
+        if self.order is not None and sorted(self.order.tolist()) != list(range(len(self.counts))):
+            raise KernelError("the order is not one of the tiles")

@@ -264,6 +264,7 @@ def _attend_means(
     if table.shape[0] == 0:
         lse = tiled.new_full(tiled.shape[:-1], -torch.inf, dtype=wide(tiled.dtype))
         return torch.zeros_like(tiled), lse
+    tiled = tiled.to(wide(tiled.dtype))  # what is weighed below are differences
     bias = bias_of(seen[:, :, None], tiled.dtype)  # [kv_heads, tiles, 1, pages]
     excess = torch.full_like(cache.spread[:, :1, None], math.log(PAGE))  # [kv_heads, 1, 1]
     if cache.slopes is not None:
@@ -274,10 +275,12 @@ def _attend_means(
         excess = excess - (_slopes(cache, many) * number)[:, None]  # [kv_heads, 1, rows]
 
     def over(heads: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = (x[:, None].expand(-1, tiles, -1, -1) for x in (keys, values))
+        keys, values = (
+            x[:, None].to(tiled.dtype).expand(-1, tiles, -1, -1) for x in (keys, values)
+        )
         added = bias[heads].repeat(1, 1, 1, keys.shape[2] // bias.shape[3])
         output, lse = plain_attention(tiled[heads], keys, values, added, scale)
-        return output.to(lse.dtype), lse + excess[heads]
+        return output, lse + excess[heads]
 
     every = torch.arange(cache.kv_heads, device=tiled.device)
     means = cache.key_mean[:, table], cache.value_mean[:, table]  # [kv_heads, pages, head_dim]
@@ -294,10 +297,7 @@ def _attend_means(
         sampled, sampled_lse = over(found, keys.flatten(1, 2), values.flatten(1, 2))
         sampled_lse -= math.log(SAMPLES)
         # What means weigh but do not count, over what the sampled keys count.
-        off = (
-            output[found]
-            - over(found, means[0][found], values.to(lse.dtype).mean(1).to(values.dtype))[0]
-        )
+        off = output[found] - over(found, means[0][found], values.to(lse.dtype).mean(1))[0]
         fine = sampled + off * (lse[found] - sampled_lse).exp()[..., None]
         rows = alike[found]
         output[found] = torch.where(rows[..., None], fine, output[found])

@@ -33,6 +33,11 @@ SUMMED = 1024
 """Pages whose spreads a program adds up at once."""
 WIDE = 128
 """Channels beyond which it is."""
+NARROW = 64
+"""Channels up to which products of float32 are three of TF32, as exact and on the tensor cores.
+
+What that keeps of wider heads' keys does not fit into shared memory.
+"""
 
 
 def rows_of(group: int, head_dim: int, every: int) -> tuple[int, int]:
@@ -99,12 +104,14 @@ def tile_attention(
             selection.starts.contiguous(), selection.counts.contiguous(),
             selection.whole.contiguous(), selection.pages, selection.masks, selection.bits,
             selection.bits if left is None else left.contiguous(),
+            selection.counts if selection.order is None else selection.order,
             slopes_of(cache), kinds, output, lses[0], lses[1],
             scale * LOG2E.value, segment.start, tokens,
             0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
             GROUP=group, PADDED=padded, ROWS=rows, DIM=head_dim, WIDTH=width,
             MEANS=left is not None, SAMPLED=sampled, ALIKE=ALIKE, SAMPLES=SAMPLES, SUMMED=SUMMED,
-            PAGE=PAGE, BIASED=cache.slopes is not None,
+            PAGE=PAGE, BIASED=cache.slopes is not None, ORDERED=selection.order is not None,
+            PRECISION="tf32x3" if width <= NARROW else "ieee",
             num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
         )  # fmt: skip
     return output, lses[0], lses[1]
@@ -113,14 +120,21 @@ def tile_attention(
 @triton.jit(do_not_specialize=["start", "tokens", "words", "room", "cache_pages"])
 def _tiles(
     query, kv, blocks, means, samples, spreads, table, starts, counts, wholes, pages, masks, bits,
-    left, slopes, kinds, output, lses, owns, scale, start, tokens, words, room, cache_pages,
+    left, order, slopes, kinds, output, lses, owns, scale, start, tokens, words, room, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, MEANS: tl.constexpr, SAMPLED: tl.constexpr, ALIKE: tl.constexpr,
     SAMPLES: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
+    ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some queries of a tile, for one KV head."""
-    # Later tiles have more to read: they begin first.
-    unit, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    unit, kv_head = tl.program_id(0), tl.program_id(1)
+    if ORDERED:
+        units: tl.constexpr = PAGE * PADDED // ROWS
+        number = kv_head * tl.num_programs(0) + unit  # a tile's heads begin one after the other
+        unit, kv_head = number // tl.num_programs(1), number % tl.num_programs(1)
+        unit = tl.load(order + unit // units) * units + unit % units
+    else:  # later tiles have more to read: they begin first
+        unit = tl.num_programs(0) - 1 - unit
     number, there, line, tile = rows_at(
         unit, kv_head, tl.num_programs(1), start, tokens, GROUP, PADDED, ROWS, PAGE, 1
     )
@@ -158,12 +172,12 @@ def _tiles(
         listed = tl.load(pages + first + place)
         page = base + tl.load(table + listed).to(tl.int32)
         keys = blocks.load([page * PAGE, 0])  # beyond a head's channels the query is 0
-        score = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+        score = tl.dot(mine, tl.trans(keys), input_precision=PRECISION)
         if BIASED:
             distance = ((listed - past) * PAGE + key[None] - number[:, None]).to(tl.float32)
             score = score * scale + slope[:, None] * distance
         values = blocks.load([page * PAGE, DIM])
-        peak, total, sums = _add(score, values, factor, peak, total, sums)
+        peak, total, sums = _add(score, values, factor, peak, total, sums, PRECISION)
     for place in tl.range(whole, count, num_stages=1):
         page = tl.load(pages + first + place)
         word = tl.load(bits + tl.load(masks + first + place) * PAGE + number)
@@ -174,12 +188,12 @@ def _tiles(
         data = kv + (page * PAGE + key)[:, None] * (2 * DIM) + channel[None]
         keys = tl.load(data, stored, 0.0)  # [PAGE, WIDTH]
         values = tl.load(data + DIM, stored, 0.0)
-        score = tl.dot(mine, tl.trans(keys), input_precision="ieee")
+        score = tl.dot(mine, tl.trans(keys), input_precision=PRECISION)
         if BIASED:
             distance = ((listed - past) * PAGE + key[None] - number[:, None]).to(tl.float32)
             score = score * scale + slope[:, None] * distance
         score = tl.where(seen, score, float("-inf"))
-        peak, total, sums = _add(score, values, factor, peak, total, sums)
+        peak, total, sums = _add(score, values, factor, peak, total, sums, PRECISION)
     peak = peak * factor  # to base 2, as what follows is
     tl.store(owns + line, _lse(peak, total), there)
     if MEANS:
@@ -190,7 +204,7 @@ def _tiles(
             word = tl.load(left + pair * words + block // PAGE)
             stands = ((word >> key.to(tl.int64)) & 1) != 0
             keys = means.load([kv_head * room + block, 0])
-            score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + more[:, None]
+            score = tl.dot(mine, tl.trans(keys), input_precision=PRECISION) * scale + more[:, None]
             excess = 6.0  # of a page's 64 keys
             if BIASED:
                 distance = ((block + key - past)[None] * PAGE - number[:, None]).to(tl.float32)
@@ -201,11 +215,11 @@ def _tiles(
                 peak, total, sums = _add_with_samples(
                     mine, score, means, samples, kv_head * room + block,
                     tl.num_programs(1) * room, stands, alike, scale, excess, peak, total,
-                    sums, DIM, SAMPLES,
+                    sums, DIM, SAMPLES, PRECISION,
                 )  # fmt: skip
             else:
                 values = means.load([kv_head * room + block, DIM])
-                peak, total, sums = _add(score, values, 1.0, peak, total, sums)
+                peak, total, sums = _add(score, values, 1.0, peak, total, sums, PRECISION)
     tl.store(lses + line, _lse(peak, total), there)
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(output + line[:, None] * DIM + channel[None], result.to(mine.dtype), wide)
@@ -273,7 +287,7 @@ def score_variance(mine, spread, scale):
 
 
 @triton.jit
-def _add(score, values, scale, peak, total, sums):
+def _add(score, values, scale, peak, total, sums, PRECISION: tl.constexpr):
     """Some more scores and values into a running softmax; `scale` brings scores to base 2."""
     higher = tl.maximum(peak, tl.max(score, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -283,14 +297,14 @@ def _add(score, values, scale, peak, total, sums):
     else:
         mass = tl.exp2(score * scale - (safe * scale)[:, None])  # one instruction less
     total = total * shrink + tl.sum(mass, 1)
-    sums = tl.dot(mass.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
+    sums = tl.dot(mass.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
     return higher, total, sums
 
 
 @triton.jit
 def _add_with_samples(
     mine, score, means, samples, place, apart, stands, alike, scale, excess, peak, total, sums,
-    DIM: tl.constexpr, SAMPLES: tl.constexpr,
+    DIM: tl.constexpr, SAMPLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same with means, by their scores, and some keys of each page for rows that are alike.
 
@@ -302,11 +316,13 @@ def _add_with_samples(
     of_means = tl.exp2(score - safe[:, None])
     total = total * shrink + tl.sum(tl.where(alike[:, None], 0.0, of_means), 1)
     values = means.load([place, DIM])
-    sums = tl.dot(of_means.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
+    sums = tl.dot(
+        of_means.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION
+    )
     of_means = tl.where(alike[:, None], of_means / SAMPLES, 0.0)
     for sample in tl.static_range(SAMPLES):
         keys = samples.load([place + sample * apart, 0])
-        one = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale + excess
+        one = tl.dot(mine, tl.trans(keys), input_precision=PRECISION) * scale + excess
         one = tl.where(stands[None] & alike[:, None], one, float("-inf"))
         # One key may be far above its page's mean: float16 ends eleven nats above the peak.
         peak, higher = higher, tl.maximum(higher, tl.max(one, 1))
@@ -317,7 +333,7 @@ def _add_with_samples(
         of_means *= shrink[:, None]
         values = samples.load([place + sample * apart, DIM])
         less = (one - of_means).to(values.dtype)
-        sums = tl.dot(less, values, sums * shrink[:, None], input_precision="ieee")
+        sums = tl.dot(less, values, sums * shrink[:, None], input_precision=PRECISION)
     return higher, total, sums
 
 

@@ -160,9 +160,11 @@ def _compiled(rows: Sequence[Rows], blocks: Blocks, shape: Shape) -> TileSelecti
 
 def _of_heads(lists: TileSelection, part: slice, heads: int) -> TileSelection:
     starts, counts, whole = (
-        one[:, part].expand(-1, heads) for one in (lists.starts, lists.counts, lists.whole)
+        one[:, part].expand(-1, heads).contiguous()
+        for one in (lists.starts, lists.counts, lists.whole)
     )
-    return TileSelection(starts, counts, whole, lists.pages, lists.masks, lists.bits)
+    mine = TileSelection(starts, counts, whole, lists.pages, lists.masks, lists.bits)
+    return mine.longest_first()
 
 
 def _pattern(expression: Expression, shape: Shape) -> Pattern:

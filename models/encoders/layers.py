@@ -37,6 +37,7 @@ class Look:
     place: Place
     shape: Shape
     plans: tuple[Plan, ...]
+    chosen: Tensor | None  # int64 [global tokens]  places of Longformer's; None: there are none
 
 
 def looks(config: EncoderConfig, packed: Packed, dtype: torch.dtype) -> list[Look]:
@@ -56,8 +57,11 @@ def looks(config: EncoderConfig, packed: Packed, dtype: torch.dtype) -> list[Loo
             )
         else:
             plans = bigbird.plans(bigbird.Blocks.of(config), text.shape, device)
+        chosen = None
+        if config.family == "longformer" and text.shape.global_tokens:
+            chosen = torch.tensor(text.shape.global_tokens, device=device)
         place = Place.of(cache, page, len(text.ids), device)
-        found.append(Look(tokens, place, text.shape, plans))
+        found.append(Look(tokens, place, text.shape, plans, chosen))
     return found
 
 
@@ -121,11 +125,11 @@ class SelfAttention(nn.Module):
             output[part] = attend(query[part], look.place, plan, self._scale, self._impl)
         flat = output.flatten(1)
         for look in looks:
-            if look.shape.global_tokens and hasattr(self, "query_global"):
+            if look.chosen is not None:
                 own = (self.query_global, self.key_global, self.value_global)
-                rows = longformer.global_rows(hidden[look.tokens], look.shape, *own, self._heads)
-                place = torch.tensor(look.shape.global_tokens, device=flat.device)
-                flat[look.tokens.start + place] = rows
+                mine = hidden[look.tokens]
+                rows = longformer.global_rows(mine, look.chosen, look.shape, *own, self._heads)
+                flat[look.tokens].index_copy_(0, look.chosen, rows)
         return flat
 
 

@@ -42,7 +42,13 @@ def plan(window: int, heads: int, shape: Shape, device: torch.device) -> Plan:
 
 
 def global_rows(
-    hidden: Tensor, shape: Shape, query: nn.Linear, key: nn.Linear, value: nn.Linear, heads: int
+    hidden: Tensor,
+    places: Tensor,
+    shape: Shape,
+    query: nn.Linear,
+    key: nn.Linear,
+    value: nn.Linear,
+    heads: int,
 ) -> Tensor:
     """What global tokens gather from all others.
 
@@ -52,7 +58,8 @@ def global_rows(
 
     Args:
         hidden: [tokens, hidden_size], the layer's input.
-        shape: the text's; it has global tokens.
+        places: int64 [global tokens], where they stand.
+        shape: the text's.
         query: their projection.
         key: that of all tokens for them.
         value: the same.
@@ -61,7 +68,6 @@ def global_rows(
     Returns:
         [global tokens, hidden_size].
     """
-    places = torch.tensor(shape.global_tokens, device=hidden.device)
     mine = query(hidden[places]).view(len(places), heads, -1).transpose(0, 1)
     mine = mine * mine.shape[2] ** -0.5  # [heads, global tokens, head_dim]
     mask = _mask(shape, hidden.device)

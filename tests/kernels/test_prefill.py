@@ -165,6 +165,20 @@ def test_attention_over_a_patterns_lists_is_a_masked_softmax(prompt, text, impl)
     assert torch.equal(lse, own)
 
 
+@pytest.mark.parametrize("impl", [Impl.REFERENCE, *BACKENDS])
+def test_the_order_of_tiles_is_of_no_matter(prompt, impl):
+    one = prompt("odd")
+    selection, _ = pattern_lists(Pattern.parse("global:70@bidirectional"), one.segment, 2)
+    ordered = selection.longest_first()
+    ordered.validate(0, one.tokens, one.tokens, causal=False)
+    assert ordered.order.tolist() == [0, 1, 2, 3, 4]  # as they came where they are as long
+    turned = replace(ordered, order=ordered.order.flip(0).contiguous())
+    for ours, theirs in zip(one.attend(turned, impl), one.attend(selection, impl), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(KernelError, match="order"):
+        replace(ordered, order=ordered.order * 0).validate(0, one.tokens, one.tokens, causal=False)
+
+
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_low_precision_is_near_the_reference(prompt, impl):
     one = prompt("behind-pages", dtype=torch.float16)

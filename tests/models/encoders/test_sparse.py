@@ -91,10 +91,10 @@ def test_few_and_many_global_rows_agree():
     torch.manual_seed(0)
     hidden = torch.randn(100, 32, dtype=torch.float64)
     query, key, value = (torch.nn.Linear(32, 32, dtype=torch.float64) for _ in range(3))
-    few, many = Shape(100, 100, ((0, 90),), (3, 50)), Shape(100, 100, ((0, 90),), tuple(range(60)))
+    few, many, shape = torch.tensor([3, 50]), torch.arange(60), Shape(100, 100, ((0, 90),))
     with torch.no_grad():
-        some = longformer.global_rows(hidden, few, query, key, value, 2)
-        every = longformer.global_rows(hidden, many, query, key, value, 2)
+        some = longformer.global_rows(hidden, few, shape, query, key, value, 2)
+        every = longformer.global_rows(hidden, many, shape, query, key, value, 2)
     torch.testing.assert_close(some, every[[3, 50]], rtol=0, atol=1e-12)
 
 
