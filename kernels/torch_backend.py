@@ -247,7 +247,9 @@ def plain_attention(
             query, keys, values, 0.0, False, attn_mask=bias, scale=scale
         )
         return output, lse
-    scores = _scores(query, keys, scale)
+    # Scores are kept as exact as that function keeps them.
+    precise = wide(query.dtype)
+    scores = _scores(query.to(precise), keys.to(precise), scale)
     return _average(scores if bias is None else scores + bias, values)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def told(*answers):
 def failing(monkeypatch, name, error, times=10**6):
     """Have a launch raise, the first `times` times."""
     module, _, function = name.rpartition(".")
-    launch, calls = getattr(sys.modules[module], function), []
+    launch, calls = getattr(import_module(module), function), []
 
     def launched(*args, **kwargs):
         calls.append(name)
