@@ -126,6 +126,8 @@ class LayerAttention:
             [tokens, heads, head_dim].
         """
         cache.code(step.filled)
+        if step.turn is not None:
+            step.turn.take(self.layer)
         # Here, so that whoever allocates caches need not know of it.
         cache = cache.biased(self.slopes)
         output = torch.empty_like(query)

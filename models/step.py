@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from torch import Tensor
 
     from kernels.cache import Rows, Segment
@@ -49,6 +51,22 @@ class SparseGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """A step's place among others that go through the layers at the same time."""
+
+    done: tuple[Event, ...]  # [layers]  set when the step's keys are in the layer's cache
+    before: Turn | None  # of the step whose tokens stand before its own
+
+    def take(self, layer: int) -> None:
+        """Tell that the layer's keys are written, and wait for those of all steps before."""
+        self.done[layer].set()
+        other = self.before
+        while other is not None:
+            other.done[layer].wait()
+            other = other.before
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """What one forward pass computes. Every token stands in exactly one group."""
 
@@ -60,3 +78,4 @@ class StepInput:
     alone: DenseRows | None
     sparse: tuple[SparseGroup, ...]
     tiled: tuple[TileGroup, ...] = ()
+    turn: Turn | None = None  # where it is a part of a step (`models.wave`)

@@ -97,14 +97,19 @@ def tile_attention(
     summaries = Summaries(blocks, blocks, lses, 0) if left is None else Summaries.of(cache, segment)
     small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
     kinds = torch.empty(tiles * (PAGE * padded // rows), kv_heads, dtype=torch.int8, device=device)
+    starts, counts = selection.starts.contiguous(), selection.counts.contiguous()
+    located = torch.empty_like(selection.pages)
+    _locate[tiles, kv_heads](
+        selection.pages, starts, counts, segment.block_table, located, BLOCK=SUMMED, num_warps=4
+    )
     for sampled in (False,) if left is None else (False, True):
         _tiles[tiles * (PAGE * padded // rows), kv_heads](
             query.contiguous(), cache.kv, blocks, summaries.means, summaries.samples,
             summaries.spreads, segment.block_table,
-            selection.starts.contiguous(), selection.counts.contiguous(),
-            selection.whole.contiguous(), selection.pages, selection.masks, selection.bits,
+            starts, counts, selection.whole.contiguous(), selection.pages, located,
+            selection.masks, selection.bits,
             selection.bits if left is None else left.contiguous(),
-            selection.counts if selection.order is None else selection.order,
+            counts if selection.order is None else selection.order,
             slopes_of(cache), kinds, output, lses[0], lses[1],
             scale * LOG2E.value, segment.start, tokens,
             0 if left is None else left.shape[2], summaries.room, cache.kv.shape[1],
@@ -117,10 +122,22 @@ def tile_attention(
     return output, lses[0], lses[1]
 
 
+@triton.jit
+def _locate(pages, starts, counts, table, located, BLOCK: tl.constexpr):
+    """Where the pages of a list lie: looked up page by page, they would be waited for."""
+    pair = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    first, count = tl.load(starts + pair), tl.load(counts + pair)
+    for begin in range(0, count, BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        page = tl.load(pages + first + place, place < count, 0)
+        tl.store(located + first + place, tl.load(table + page).to(tl.int32), place < count)
+
+
 @triton.jit(do_not_specialize=["start", "tokens", "words", "room", "cache_pages"])
 def _tiles(
-    query, kv, blocks, means, samples, spreads, table, starts, counts, wholes, pages, masks, bits,
-    left, order, slopes, kinds, output, lses, owns, scale, start, tokens, words, room, cache_pages,
+    query, kv, blocks, means, samples, spreads, table, starts, counts, wholes, pages, located,
+    masks, bits, left, order, slopes, kinds, output, lses, owns, scale, start, tokens, words, room,
+    cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, MEANS: tl.constexpr, SAMPLED: tl.constexpr, ALIKE: tl.constexpr,
     SAMPLES: tl.constexpr, SUMMED: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
@@ -169,11 +186,11 @@ def _tiles(
         beyond, _ = page_of_slope(slope, PAGE)
         factor = 1.0  # where distance counts they are already
     for place in range(0, whole):
-        listed = tl.load(pages + first + place)
-        page = base + tl.load(table + listed).to(tl.int32)
+        page = base + tl.load(located + first + place)
         keys = blocks.load([page * PAGE, 0])  # beyond a head's channels the query is 0
         score = tl.dot(mine, tl.trans(keys), input_precision=PRECISION)
         if BIASED:
+            listed = tl.load(pages + first + place)
             distance = ((listed - past) * PAGE + key[None] - number[:, None]).to(tl.float32)
             score = score * scale + slope[:, None] * distance
         values = blocks.load([page * PAGE, DIM])

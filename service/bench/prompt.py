@@ -18,6 +18,7 @@ from kernels.policy import Pages
 from models.attention import Recorder
 from models.loader import dummy
 from models.step import DenseGroup, StepInput, TileGroup
+from models.wave import in_waves
 from service.bench.clock import seconds_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from models.config import ModelConfig
     from models.decoder import Decoder
+    from models.wave import Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +94,14 @@ def compare(
             LayerCache.allocate(tokens // PAGE, config.kv_heads, config.head_dim, dtype, device)
             for _ in range(config.layers)
         ]
+        model = in_waves(decoder)
         names, densities = ("dense", "dynamic"), {"dense": 1.0}
         turns: dict[str, list[float]] = {name: [] for name in names}
         for turn in tqdm(range(repeats + 1), unit="turn", desc=f"{tokens} tokens"):
             for name in names:
                 notes: list[torch.Tensor] = []
                 sparse_from = tokens if name == "dense" else dense_below
-                way = partial(_run, decoder, caches, ids, chunk, sparse_from, notes)
+                way = partial(_run, model, caches, ids, chunk, sparse_from, notes)
                 seconds = seconds_of(way, device)
                 if turn:
                     turns[name].append(seconds)
@@ -136,7 +139,7 @@ def table(records: list[PromptRecord]) -> str:
 
 
 def _run(
-    decoder: Decoder,
+    model: Decoder | Wave,
     caches: list[LayerCache],
     ids: torch.Tensor,
     chunk: int,
@@ -146,9 +149,9 @@ def _run(
     """The prompt, and the logits behind it; `notes` takes each sparse chunk's layers' densities."""
     for step in _steps(ids, chunk, sparse_from):
         recorder = Recorder()
-        hidden = decoder(step, caches, recorder)
+        hidden = model(step, caches, recorder)
         notes += [entry.density.mean() for entry in recorder.tiles]
-    decoder.logits(hidden[-1:])
+    model.logits(hidden[-1:])
 
 
 def _steps(ids: torch.Tensor, chunk: int, sparse_from: int) -> Iterator[StepInput]:

@@ -17,6 +17,7 @@ from models.config import ModelConfig
 from models.graph import CapturedSteps
 from models.loader import load
 from models.tokenizer import Tokenizer
+from models.wave import in_waves
 from service.engine.batch import dynamic_policy
 from service.engine.buckets import buckets
 from service.engine.engine import Engine
@@ -106,7 +107,7 @@ def build_engine(config: ServiceConfig) -> Engine:
     elif config.cuda_graphs and decoder.impl is Impl.TRITON:
         replays = capture(config, decoder, caches, max_model_len, metrics)
     return Engine(
-        Runner(decoder, caches, model.heads, model.windows, metrics, replays=replays),
+        Runner(in_waves(decoder), caches, model.heads, model.windows, metrics, replays=replays),
         model,
         Tokenizer.from_folder(config.model),
         metrics,
