@@ -6,9 +6,10 @@ BASE_PYTHON ?= python3
 JOBS ?= auto
 SERVE ?=
 
-.PHONY: help serve test check format soak browser bench clean
+.PHONY: help install serve test check format soak browser bench clean
 
 help:
+	@echo "make install install into .venv, or into the environment that is active"
 	@echo "make serve   install and start the service (options: make serve SERVE='--port 8001')"
 	@echo "make test    install and run the tests"
 	@echo "make check   formatting, lint, types and tests"
@@ -33,6 +34,8 @@ $(RUN_STAMP): | $(PYTHON)
 $(DEV_STAMP): $(RUN_STAMP)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.lock
 	@touch $@
+
+install: $(RUN_STAMP)
 
 serve: $(RUN_STAMP)
 	@exec $(VENV)/bin/saccade serve $(SERVE)
