@@ -98,7 +98,7 @@ def lend_packages(environment: Path) -> None:
 
 @contextlib.contextmanager
 def shell(text: str, folder: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """bash runs `text` in a session of its own; what is left of that session is ended."""
+    """bash runs `text` in a session of its own; what it leaves is ended with the block."""
     file = folder / "walk-through.sh"
     file.write_text(text)
     kept = {name: value for name, value in os.environ.items() if name not in FORGET}
@@ -108,24 +108,31 @@ def shell(text: str, folder: Path, **variables: str) -> Iterator[subprocess.Pope
     try:
         yield process
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            deadline = time.monotonic() + 20
-            while left(process.pid) and time.monotonic() < deadline:
+        for number, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
+            for pid in left(process.pid, folder):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            deadline = time.monotonic() + seconds
+            while left(process.pid, folder) and time.monotonic() < deadline:
+                process.poll()
                 time.sleep(0.2)
         process.wait()
 
 
-def left(session: int) -> list[str]:
-    """Names of the processes that live in a session."""
-    found = []
+def left(session: int, folder: Path) -> dict[int, str]:
+    """Names of the processes that live in a session, or were started in the folder or for it.
+
+    Ray's have sessions of their own, and write their titles over their environment.
+    """
+    found = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
             state, _, _, of_session = rest.split()[:4]
-            if int(of_session) == session and state != "Z" and entry.name != str(session):
-                found.append(name)
+            here = (entry / "cwd").resolve().is_relative_to(folder)
+            for_it = f"{folder}/".encode() in (entry / "environ").read_bytes()
+            if state != "Z" and (int(of_session) == session or here or for_it):
+                found[int(entry.name)] = name
     return found
 
 
@@ -175,7 +182,7 @@ def main() -> int:
     started = time.monotonic()
     service, prometheus = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="saccade-walk-") as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
         text = script(blocks(GUIDE.read_text()), folder)
         clone = folder / "saccade"
         if not given.fresh:
@@ -198,7 +205,7 @@ def main() -> int:
             (folder / "go").touch()
             if process.wait(max(1.0, end - time.monotonic())) != 0:
                 found.append(f"the last block ended with status {process.returncode}")
-            found += [f"{name} still runs" for name in left(process.pid)]
+            found += [f"{name} still runs" for name in left(process.pid, folder).values()]
             found += [
                 f"port {port} is still open" for port in (service, prometheus) if not refuses(port)
             ]
