@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 
+from tests.bench import operations
 from tests.deploy.monitoring import ROOT
 from tests.docs.generate import DOCS, PAGES, main, written
 from tests.docs.markdown import table, with_section
@@ -121,6 +122,27 @@ def test_headings_are_named_as_github_names_them(tmp_path):
 def test_the_readme_leads_to_every_page():
     listed = {target for _, target in links(ROOT / "README.md")}
     assert {f"docs/{file.name}" for file in DOCS.glob("*.md")} <= listed
+
+
+# -- the walk-through ---------------------------------------------------------------------------
+
+
+def test_the_walk_through_is_a_script(tmp_path):
+    """`python tests/bench/operations.py` runs it; here it only has to parse."""
+    found = operations.blocks(operations.GUIDE.read_text(encoding="utf-8"))
+    headings = [heading for heading, _ in found]
+    assert headings[0] == operations.SECTION and headings[-1] == operations.LAST
+    assert all(
+        word in text
+        for word, text in zip(
+            ("git clone", "saccade serve"), [b for _, b in found][1:], strict=False
+        )
+    )
+    text = operations.script(found, tmp_path)
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(SystemExit, match="must end with one block"):
+        operations.script(found[:-1], tmp_path)
 
 
 # -- what is quoted ----------------------------------------------------------------------------
