@@ -17,7 +17,8 @@ from service.api.schemas import Body, GenerationRequest, SparsityRequest
 from service.config import LimitsConfig, ServiceConfig
 from service.encoders.app import create_encoder_app
 from service.sparsity import SparsityConfig
-from tests.docs.answers import ANSWERS, PARTS, QUERIES
+from tests.docs.answer_parts import PARTS
+from tests.docs.answers import ANSWERS, QUERIES
 from tests.docs.fields import kind_of, shown_default
 from tests.docs.markdown import code, table
 from tests.docs.meanings import HIDDEN, KINDS, MEANINGS

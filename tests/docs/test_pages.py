@@ -132,12 +132,7 @@ def test_the_walk_through_is_a_script(tmp_path):
     found = operations.blocks(operations.GUIDE.read_text(encoding="utf-8"))
     headings = [heading for heading, _ in found]
     assert headings[0] == operations.SECTION and headings[-1] == operations.LAST
-    assert all(
-        word in text
-        for word, text in zip(
-            ("git clone", "saccade serve"), [b for _, b in found][1:], strict=False
-        )
-    )
+    assert "git clone" in found[1][1] and "saccade serve" in found[2][1]
     text = operations.script(found, tmp_path)
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
