@@ -6,13 +6,15 @@ BASE_PYTHON ?= python3
 JOBS ?= auto
 SERVE ?=
 
-.PHONY: help serve test check format soak browser bench clean
+.PHONY: help install serve test check format docs soak browser bench clean
 
 help:
+	@echo "make install install into .venv, or into the environment that is active"
 	@echo "make serve   install and start the service (options: make serve SERVE='--port 8001')"
 	@echo "make test    install and run the tests"
 	@echo "make check   formatting, lint, types and tests"
-	@echo "make soak    the long runs: 100 needles over HTTP, every panel under load, make browser"
+	@echo "make docs    write the tables in docs/ from the code and the results"
+	@echo "make soak    the long runs: 100 needles over HTTP, every panel under load, docs/operations.md"
 	@echo "make browser the explorer's page in a headless Chromium, which is installed if it can be"
 	@echo "make bench   time one decode step's attention on this machine's CPU"
 
@@ -33,6 +35,8 @@ $(RUN_STAMP): | $(PYTHON)
 $(DEV_STAMP): $(RUN_STAMP)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.lock
 	@touch $@
+
+install: $(RUN_STAMP)
 
 serve: $(RUN_STAMP)
 	@exec $(VENV)/bin/saccade serve $(SERVE)
@@ -63,9 +67,15 @@ format: $(DEV_STAMP)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+docs: $(DEV_STAMP)
+	$(PYTHON) tests/docs/generate.py
+	$(PYTHON) tests/bench/quality.py
+	$(PYTHON) tests/bench/patterns.py --render > /dev/null
+
 soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/retrieval.py --documents 100 --tokens 8192
 	$(PYTHON) tests/bench/dashboards.py
+	$(PYTHON) tests/bench/operations.py
 	$(MAKE) --no-print-directory browser
 
 browser: $(DEV_STAMP)

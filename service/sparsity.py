@@ -30,7 +30,11 @@ class SparsityConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    policy: Literal["dynamic", "fixed", "dense", "auto"] = "dynamic"
+    policy: Literal["dynamic", "fixed", "dense", "auto"] = Field(
+        default="dynamic",
+        description="dynamic: each step chooses its keys; fixed: a pattern does; dense: all are "
+        "read; auto: dynamic as yet",
+    )
     coverage: float = Field(
         default=0.98,
         gt=0,

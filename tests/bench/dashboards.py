@@ -16,7 +16,6 @@ import contextlib
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,16 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.deploy.monitoring import PROMETHEUS, expressions, filled_in, program  # noqa: E402
+from tests.deploy.monitoring import (  # noqa: E402
+    PROMETHEUS,
+    ask,
+    expressions,
+    filled_in,
+    free_port,
+    program,
+    rules_not_loaded,
+    targets_down,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,13 +49,6 @@ INTERVAL = "20s"
 """Of $__rate_interval."""
 SETTLE = 75
 """Seconds after the load in which the slowest rules, evaluated every minute, must have values."""
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -111,14 +112,6 @@ def load(url: str, seconds: int) -> None:
         )
 
 
-def ask(prometheus: str, path: str, **parameters: str | float) -> dict:
-    """What Prometheus's API answers; an expression that it does not take is the end."""
-    answer = httpx.get(f"{prometheus}/api/v1/{path}", params=parameters, timeout=60)
-    if answer.status_code != 200:
-        raise SystemExit(f"Prometheus answers {answer.status_code} to {parameters}: {answer.text}")
-    return answer.json()["data"]
-
-
 def finite(prometheus: str, expression: str, since: float) -> bool:
     """Whether an expression had a number at any time since."""
     now = time.time()
@@ -130,25 +123,7 @@ def finite(prometheus: str, expression: str, since: float) -> bool:
 
 def problems(prometheus: str, since: float) -> list[str]:
     """What does not hold."""
-    found = []
-    (target,) = ask(prometheus, "targets")["activeTargets"]
-    if target["health"] != "up":
-        found.append(f"the service is not scraped: {target['lastError']}")
-    groups = ask(prometheus, "rules")["groups"]
-    loaded = [rule for group in groups for rule in group["rules"]]
-    wanted = [
-        rule
-        for file in (PROMETHEUS / "rules").glob("*.yml")
-        for group in yaml.safe_load(file.read_text())["groups"]
-        for rule in group["rules"]
-    ]
-    if len(loaded) != len(wanted):
-        found.append(f"{len(loaded)} rules are loaded instead of {len(wanted)}")
-    found += [
-        f"the rule {rule['name']} is {rule['health']}: {rule.get('lastError')}"
-        for rule in loaded
-        if rule["health"] != "ok"
-    ]
+    found = targets_down(prometheus) + rules_not_loaded(prometheus)
     for file, title, expression in expressions():
         if not finite(prometheus, filled_in(expression, INTERVAL), since):
             found.append(f"no data: {file}, {title}: {expression}")

@@ -1,12 +1,14 @@
 """How time and memory of every primitive and preset grow with the number of tokens n.
 
     python tests/bench/patterns.py
+    python tests/bench/patterns.py --render           # only writes what has been measured
+    python tests/bench/patterns.py --render --check   # 1 when the page says something else
 
 Measures, on one CPU thread, what compiling a causal prompt's lists takes and holds, lengths in
 turn, and fits exponents by least squares on logarithms: of the pairs of a query and a key (what
 attention computes), of the time, and of the lists' bytes. Parameters that the class counts as
 sqrt n (strides, blocks of `fixed`, grids) grow as sqrt n; all others stay. A million tokens are
-compiled, too, or refused. Prints the table, writes it into the README and the figures into
+compiled, too, or refused. Prints the table, writes it into docs/patterns.md and the figures into
 `tests/bench/results/patterns-cpu.json`.
 """
 
@@ -31,6 +33,7 @@ from kernels.patterns.pattern import Pattern  # noqa: E402
 from kernels.patterns.published import SPECS  # noqa: E402
 from service.envelope import as_json, current_commit, envelope  # noqa: E402
 
+PAGE = ROOT / "docs/patterns.md"
 RESULTS = ROOT / "tests/bench/results/patterns-cpu.json"
 BEGIN, END = "<!-- patterns: written by tests/bench/patterns.py -->", "<!-- end of patterns -->"
 LENGTHS = (1 << 14, 1 << 16, 1 << 18)
@@ -136,7 +139,7 @@ def table(rows: list[Row], head: dict[str, object]) -> str:
     lines += [
         "",
         f"(`{head['command']}`, one thread of {head['machine']}, commit {head['commit']}, "
-        "[patterns-cpu.json](tests/bench/results/patterns-cpu.json). Exponents are fitted from "
+        "[patterns-cpu.json](../tests/bench/results/patterns-cpu.json). Exponents are fitted from "
         f"{LENGTHS[0]:,} to {LENGTHS[-1]:,} tokens, of pairs as counted, of CPU time and bytes of "
         "the lists of pages; where these repeat, compiling grows more slowly than the pairs.)",
     ]
@@ -147,7 +150,8 @@ def main() -> int:
     """Measure all, or render what has been measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--render", action="store_true", help="only write the README's table")
+    parser.add_argument("--render", action="store_true", help="only write the page's table")
+    parser.add_argument("--check", action="store_true", help="do not write the page")
     parser.add_argument("--machine", default="an Intel Xeon")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -164,11 +168,16 @@ def main() -> int:
     rows = [Row(**record) for record in told["records"]]
     text = table(rows, told)
     print(text)
-    readme = (ROOT / "README.md").read_text()
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if rest:
-        (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    before = PAGE.read_text(encoding="utf-8")
+    head, _, rest = before.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        sys.exit(f"{PAGE.name} must hold the lines {BEGIN} and {END}")
+    wanted = f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    if options.check and wanted != before:
+        print("docs/patterns.md says something else: python tests/bench/patterns.py --render")
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
     slow = [asdict(r) for r in rows if r.million_count_seconds > 1]
     return 1 if slow else 0
 

@@ -1,9 +1,9 @@
-"""Measures the quality table, and writes the README's quality section and plot from it.
+"""Measures the quality table, and writes its section of docs/sparsity.md and the plot from it.
 
 python tests/bench/quality.py --measure --text-dir NOVELS   # every part; again to go on
 python tests/bench/quality.py --measure --text-dir NOVELS --parts prefill   # sparse prompts
-python tests/bench/quality.py                               # README.md and quality.svg
-python tests/bench/quality.py --check   # 1 when README.md is not what would be written
+python tests/bench/quality.py                               # docs/sparsity.md, quality.svg
+python tests/bench/quality.py --check   # 1 when the page is not what would be written
 
 The folder of --text-dir has novels as .txt files, which the part `text` predicts; all other
 documents are of generated prose. Contexts of 16K and more want a GPU.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -102,7 +103,7 @@ PARTS = (
 QUESTIONS, SEED = 10, 0
 
 MODEL = ROOT / "models/checkpoints/saccade-12m"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/sparsity.md"
 RESULTS = ROOT / "tests/bench/results/quality.json"
 PROMPTS = RESULTS.with_name("quality-prefill.json")
 """Of the part `prefill`, which measures dense attention beside it, on the same machine."""
@@ -127,14 +128,18 @@ def section(saved: dict[str, Any], prompts: dict[str, Any] | None = None) -> str
         first = f"{first}\n\n{prompt_table(sparse)}\n\n({_made(sparse)}, {prompts['date']}.)"
     parts = [
         first,
-        f"![Accuracy against density]({PLOT.relative_to(ROOT).as_posix()})",
+        f"![Accuracy against density]({_from_page(PLOT)})",
         *rest,
         _missing([*records, *sparse]),
         f"```sh\n{_command(saved['command'])}\n```",
         f"({_made(records)}, torch {torch}, {saved['date']}, seed {settings['seed']}; every row, "
-        f"with its interval:\n[{RESULTS.name}]({RESULTS.relative_to(ROOT).as_posix()}).)",
+        f"with its interval:\n[{RESULTS.name}]({_from_page(RESULTS)}).)",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _from_page(file: Path) -> str:
+    return Path(os.path.relpath(file, PAGE.parent)).as_posix()
 
 
 def _made(records: Sequence[Record]) -> str:
@@ -163,16 +168,16 @@ def _missing(records: Sequence[Record]) -> str:
     return f"Not measured yet, of the command's parts:\n{lines}."
 
 
-def rendered(readme: str, saved: dict[str, Any], prompts: dict[str, Any] | None = None) -> str:
-    """The README with its section anew.
+def rendered(page: str, saved: dict[str, Any], prompts: dict[str, Any] | None = None) -> str:
+    """The page with its section anew.
 
     Raises:
-        SystemExit: the README has no markers.
+        SystemExit: the page has no markers.
     """
-    head, begin, rest = readme.partition(BEGIN)
+    head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        sys.exit(f"README.md must hold the lines {BEGIN} and {END}")
+        sys.exit(f"{PAGE.name} must hold the lines {BEGIN} and {END}")
     return f"{head}{BEGIN}\n{section(saved, prompts)}\n{END}{tail}"
 
 
@@ -233,7 +238,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write or check; 0 when the README is what it should be."""
+    """Measure, write or check; 0 when the page is what it should be."""
     options = _options(arguments)
     if options.measure:
         from kernels.errors import SaccadeError
@@ -244,14 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.exit(f"quality: {error}")
         return 0
     saved = json.loads(RESULTS.read_text(encoding="utf-8"))
-    readme = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     prompts = json.loads(PROMPTS.read_text(encoding="utf-8")) if PROMPTS.exists() else None
-    wanted = rendered(readme, saved, prompts)
+    wanted = rendered(page, saved, prompts)
     if options.check:
-        if wanted != readme:
-            print("README.md is not what the results say: run python tests/bench/quality.py")
-        return int(wanted != readme)
-    README.write_text(wanted, encoding="utf-8")
+        if wanted != page:
+            print("docs/sparsity.md is not what the results say: python tests/bench/quality.py")
+        return int(wanted != page)
+    PAGE.write_text(wanted, encoding="utf-8")
     draw([Record(**record) for record in saved["records"]], PLOT)
     return 0
 

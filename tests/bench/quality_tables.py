@@ -1,4 +1,4 @@
-"""The tables of the README's quality section; those without rows are left out."""
+"""The tables of the quality section of docs/sparsity.md; those without rows are left out."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 Starts the service on a free port unless `--url` names one. Documents, key words and numbers are
 unlike anything the bundled checkpoint was trained on; depths are random and seeded. Exits with 1
-when the table does not show what the README says of it.
+when the table does not show what docs/sparsity.md says of it.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def table(rows: list[Row], tokens: int) -> str:
 
 
 def holds(rows: list[Row]) -> bool:
-    """What the README says of the table: found densely and dynamically, lost by a window."""
+    """What docs/sparsity.md says of the table: found densely and dynamically, lost by a window."""
     dense, dynamic, fixed = rows
     n = dense.documents
     return (

@@ -1,4 +1,4 @@
-"""Takes the README's pictures of the explorer: `python tests/browser/take_pictures.py`."""
+"""Takes the documentation's pictures of the explorer: `python tests/browser/take_pictures.py`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
+
+import httpx
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -50,3 +54,47 @@ def expressions():
         for panel in panels(dashboard)
         for target in panel["targets"]
     ]
+
+
+def free_port():
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ask(prometheus, path, **parameters):
+    """What Prometheus's API answers; an expression that it does not take is the end."""
+    answer = httpx.get(f"{prometheus}/api/v1/{path}", params=parameters, timeout=60)
+    if answer.status_code != 200:
+        raise SystemExit(f"Prometheus answers {answer.status_code} to {parameters}: {answer.text}")
+    return answer.json()["data"]
+
+
+def targets_down(prometheus):
+    """Sentences on targets that are not scraped, or that there is none."""
+    targets = ask(prometheus, "targets")["activeTargets"]
+    return [
+        f"{one['scrapeUrl']} is not scraped: {one['lastError']}"
+        for one in targets
+        if one["health"] != "up"
+    ] or ([] if targets else ["Prometheus has no target"])
+
+
+def rules_not_loaded(prometheus):
+    """Sentences on rules of the repository that are not loaded, or do not evaluate."""
+    loaded = [rule for group in ask(prometheus, "rules")["groups"] for rule in group["rules"]]
+    wanted = [
+        rule
+        for file in (PROMETHEUS / "rules").glob("*.yml")
+        for group in yaml.safe_load(file.read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    found = [
+        f"the rule {rule['name']} is {rule['health']}: {rule.get('lastError')}"
+        for rule in loaded
+        if rule["health"] != "ok"
+    ]
+    if len(loaded) != len(wanted):
+        found.append(f"{len(loaded)} rules are loaded instead of {len(wanted)}")
+    return found

@@ -1,4 +1,4 @@
-"""One command measures every number of the README's quality section, and another writes it."""
+"""One command measures every number of the quality section, and another writes it."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_measuring_needs_no_more_than_a_gpu_machine_has():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_says_what_the_results_say():
+def test_the_page_says_what_the_results_say():
     done = subprocess.run(
         [sys.executable, "tests/bench/quality.py", "--check"],
         cwd=ROOT,
