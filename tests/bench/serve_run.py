@@ -32,7 +32,13 @@ sys.path.insert(0, str(ROOT))
 
 from service.processes import descendants, end  # noqa: E402
 from tests.bench.dashboards import free_port  # noqa: E402
-from tests.deploy.kubernetes import KUBERAY, rendered  # noqa: E402
+from tests.deploy.kubernetes import (  # noqa: E402
+    KUBERAY,
+    VARIANTS,
+    ray_containers,
+    ray_service,
+    rendered,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,11 +122,10 @@ def expect(what: str, found: object, wanted: object) -> None:
         raise SystemExit(f"{what} should be {wanted!r}")
 
 
-def ask(url: str, key: str | None) -> None:
-    """A completion, and that nobody gets one without the key, if there is one."""
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    if key is not None:
-        expect("completion without the key", httpx.post(url, json=BODY).status_code, 401)
+def ask(url: str) -> None:
+    """A completion, and that nobody gets one without the key."""
+    expect("completion without the key", httpx.post(url, json=BODY).status_code, 401)
+    headers = {"Authorization": f"Bearer {KEY}"}
     answer = httpx.post(url, json=BODY, headers=headers, timeout=120)
     expect("completion", answer.status_code, 200)
     expect("its tokens", answer.json()["usage"]["completion_tokens"], BODY["max_tokens"])
@@ -128,11 +133,8 @@ def ask(url: str, key: str | None) -> None:
 
 def probes(cluster: dict[str, Any]) -> set[tuple[str, int]]:
     """Path and port of each probe of a pod."""
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    containers = [group["template"]["spec"]["containers"][0] for group in groups]
-    gets = [
-        one[kind]["httpGet"] for one in containers for kind in ("readinessProbe", "livenessProbe")
-    ]
+    kinds = ("readinessProbe", "livenessProbe")
+    gets = [one[kind]["httpGet"] for one in ray_containers(cluster) for kind in kinds]
     return {(get["path"], get["port"]) for get in gets}
 
 
@@ -153,16 +155,16 @@ def served_by_serve_run(head: Head) -> None:
     file = head.folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
     url = f"http://127.0.0.1:{config['http_options']['port']}"
-    environment = {
-        name: value for name, value in head.environment.items() if name != "SACCADE_API_KEY"
-    }
     log = (head.folder / "serve.log").open("w")
     process = subprocess.Popen(
-        [program("serve"), "run", str(file)], env=environment, stdout=log, stderr=subprocess.STDOUT
+        [program("serve"), "run", str(file)],
+        env=head.environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
     )
     try:
         head.until(f"{url}/health", process, "serve.log")
-        ask(f"{url}/v1/completions", KEY)
+        ask(f"{url}/v1/completions")
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
@@ -184,7 +186,7 @@ def served_as_by_the_operator(
     sent = httpx.put(serve, json=config, headers=headers, timeout=60)
     expect("deploying with it", sent.status_code, 200)
     head.until(f"{url}/health", process, "ray.log")
-    ask(f"{url}/v1/completions", KEY)
+    ask(f"{url}/v1/completions")
     for path, port in sorted(probes(cluster)):
         base = url if port == 8000 else f"http://127.0.0.1:{head.agent}"
         expect(f"probe {path}", httpx.get(base + path, timeout=5).status_code, 200)
@@ -192,21 +194,22 @@ def served_as_by_the_operator(
     path = monitor["endpoints"][0]["path"]
     scraped = httpx.get(url + path).text
     expect(f"series of {path}", "saccade_generation_tokens_total" in scraped, True)
-    status = httpx.get(serve, headers=headers).json()["applications"]["saccade"]["status"]
-    expect("the application", status, "RUNNING")
+    applications = httpx.get(serve, headers=headers).json()["applications"]
+    statuses = {name: one["status"] for name, one in applications.items()}
+    expect("applications", statuses, dict.fromkeys(statuses, "RUNNING"))
 
 
 def main() -> None:
     """Both, one after the other."""
-    (service,) = [one for one in rendered(KUBERAY / "cpu") if one["kind"] == "RayService"]
+    spec = ray_service(VARIANTS["cpu"])
     # Short, because sockets lie in it and their paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="saccade-", dir="/tmp"))
-    head = Head(folder, service["spec"]["rayClusterConfig"])
+    head = Head(folder, spec["rayClusterConfig"])
     try:
         refused_without_a_token(head)
         with head.running() as process:
             served_by_serve_run(head)
-            served_as_by_the_operator(head, process, service["spec"])
+            served_as_by_the_operator(head, process, spec)
     finally:
         end(descendants(), 0)
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,8 @@ from referencing import Registry, Resource
 from tests.deploy.monitoring import ROOT
 
 KUBERAY = ROOT / "deploy" / "kuberay"
+VARIANTS = {"cuda": KUBERAY, "cpu": KUBERAY / "cpu"}
+"""By the Dockerfile's target of their image."""
 SCHEMAS = Path(__file__).parent / "schemas"
 VERSION = "1.37"
 """Of Kubernetes' schemas; what is used of them is older."""
@@ -52,6 +54,24 @@ def rendered(folder, extra_components=()):
                 if container["image"] == image["name"]:
                     container["image"] = f"{image['newName']}:{image['newTag']}"
     return documents
+
+
+def ray_service(folder, extra_components=()):
+    """Specification of a kustomization's RayService."""
+    documents = rendered(folder, extra_components)
+    (found,) = [one for one in documents if one["kind"] == "RayService"]
+    return found["spec"]
+
+
+def pod_templates(cluster):
+    """Specifications of the head's and the workers' pods."""
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+def ray_containers(cluster):
+    """Head's and workers': what KubeRay adds has these as its model, or autoscalerOptions."""
+    return [template["containers"][0] for template in pod_templates(cluster)]
 
 
 def containers_in(value):

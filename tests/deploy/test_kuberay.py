@@ -17,42 +17,33 @@ from service.cluster import OBJECT_STORE_BYTES
 from service.config import ServiceConfig, load_config
 from service.deployment import NAME, replica_resources
 from service.errors import ConfigError
-from tests.deploy.kubernetes import KUBERAY, containers_in, rendered
+from tests.deploy.kubernetes import (
+    KUBERAY,
+    VARIANTS,
+    containers_in,
+    pod_templates,
+    ray_containers,
+    ray_service,
+    rendered,
+)
 from tests.deploy.monitoring import PROMETHEUS, ROOT
 
-FOLDERS = {"gpu": KUBERAY, "cpu": KUBERAY / "cpu"}
-TARGETS = {"gpu": "cuda", "cpu": "cpu"}
 DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
 
 
-def ray_service(folder, components=()):
-    (found,) = [one for one in rendered(folder, components) if one["kind"] == "RayService"]
-    return found["spec"]
-
-
-@pytest.fixture(params=FOLDERS)
+@pytest.fixture(params=VARIANTS)
 def variant(request):
     return request.param
 
 
 @pytest.fixture
 def spec(variant):
-    return ray_service(FOLDERS[variant])
+    return ray_service(VARIANTS[variant])
 
 
 @pytest.fixture
 def cluster(spec):
     return spec["rayClusterConfig"]
-
-
-def templates(cluster):
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    return [group["template"]["spec"] for group in groups]
-
-
-def ray_containers(cluster):
-    """Head's and workers': what KubeRay adds has these as its model, or autoscalerOptions."""
-    return [template["containers"][0] for template in templates(cluster)]
 
 
 def environment(container):
@@ -62,29 +53,34 @@ def environment(container):
 # -- the application --------------------------------------------------------------------------
 
 
+def model_application(config):
+    """Of a Serve configuration's applications the one with the model."""
+    (found,) = [one for one in config["applications"] if one["name"] == NAME]
+    return found
+
+
 def test_the_application_is_that_of_serve_yaml(variant, spec):
     """But for the device, which nodes would decide differently, and a CPU replica's cores."""
     expected = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
-    (application,) = expected["applications"]
-    assert application["args"]["device"] == "auto"
-    application["args"]["device"] = TARGETS[variant]
+    assert model_application(expected)["args"]["device"] == "auto"
+    model_application(expected)["args"]["device"] = variant
     found = yaml.safe_load(spec["serveConfigV2"])
     if variant == "cpu":
-        (override,) = found["applications"][0].pop("deployments")
+        (override,) = model_application(found).pop("deployments")
         assert override == {"name": NAME, "ray_actor_options": {"num_cpus": 2}}
     assert found == expected
 
 
 def test_rays_schema_and_the_configuration_take_the_application(spec):
     deployed = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
-    (application,) = deployed.applications
-    ServiceConfig.model_validate(application.args)
+    for application in deployed.applications:
+        ServiceConfig.model_validate(application.args)
     assert deployed.proxy_location == "EveryNode"
     assert deployed.http_options.host == "0.0.0.0"
 
 
 def test_every_replica_finds_a_worker(variant, spec, cluster):
-    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    application = model_application(yaml.safe_load(spec["serveConfigV2"]))
     config = ServiceConfig.model_validate(application["args"])
     (workers,) = cluster["workerGroupSpecs"]
     most = application["args"].get("autoscaling", {}).get("max_replicas", config.replicas)
@@ -93,6 +89,7 @@ def test_every_replica_finds_a_worker(variant, spec, cluster):
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
     need = replica_resources(config)
     if variant == "cpu":
+        # Else as many as the head's machine has, by as many as there are replicas.
         need |= application["deployments"][0]["ray_actor_options"]
     assert need["num_cpus"] <= int(limits["cpu"])
     assert need.get("num_gpus", 0) == int(limits.get("nvidia.com/gpu", 0))
@@ -118,8 +115,8 @@ def test_rays_version_is_the_locks(cluster):
 def test_the_image_is_a_target_of_the_dockerfile(variant, cluster):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     images = {container["image"] for container in containers_in(cluster)}
-    assert images == {f"saccade:{version}-{TARGETS[variant]}"}
-    assert re.search(rf"^FROM \S+ AS {TARGETS[variant]}$", DOCKERFILE, re.MULTILINE)
+    assert images == {f"saccade:{version}-{variant}"}
+    assert re.search(rf"^FROM \S+ AS {variant}$", DOCKERFILE, re.MULTILINE)
 
 
 def test_ports_agree(spec, cluster):
@@ -171,7 +168,7 @@ def test_every_pod_has_the_token_and_the_key_from_secrets(cluster):
 
 def test_no_secret_is_in_the_repository(monkeypatch):
     """The example is not applied, and its values start nothing."""
-    assert "Secret" not in {one["kind"] for folder in FOLDERS.values() for one in rendered(folder)}
+    assert "Secret" not in {one["kind"] for folder in VARIANTS.values() for one in rendered(folder)}
     for one in yaml.safe_load_all((KUBERAY / "secrets.example.yaml").read_text()):
         assert set(one["stringData"].values()) == {""}
     monkeypatch.setenv("SACCADE_API_KEY", "")
@@ -184,7 +181,7 @@ def test_services_of_the_namespace_set_no_variables(cluster, monkeypatch):
     monkeypatch.setenv("SACCADE_SERVE_SVC_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(ConfigError, match="SACCADE_SERVE_SVC_SERVICE_HOST is unknown"):
         load_config()
-    assert [template["enableServiceLinks"] for template in templates(cluster)] == [False, False]
+    assert [template["enableServiceLinks"] for template in pod_templates(cluster)] == [False, False]
 
 
 def test_variables_are_fields_of_the_service():
@@ -198,62 +195,12 @@ def test_variables_are_fields_of_the_service():
 
 def test_a_model_of_ones_own_is_mounted_where_it_is_looked_for():
     cluster = ray_service(KUBERAY, ("model",))["rayClusterConfig"]
-    for template in templates(cluster):
+    for template in pod_templates(cluster):
         (container,) = template["containers"]
         mount = next(one for one in container["volumeMounts"] if one["name"] == "models")
         assert environment(container)["SACCADE_MODEL"].startswith(mount["mountPath"] + "/")
         assert mount["readOnly"]
         assert "models" in {volume["name"] for volume in template["volumes"]}
-
-
-# -- what the pods may do ---------------------------------------------------------------------
-
-
-def test_pods_meet_the_restricted_standard(cluster):
-    """Kubernetes' Pod Security Standard that the namespace enforces."""
-    for template in templates(cluster):
-        pod = template["securityContext"]
-        assert pod["runAsNonRoot"]
-        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
-        # The user of the image, whose home and caches are its own.
-        assert f"USER {pod['runAsUser']}:{pod['runAsGroup']}\n" in DOCKERFILE
-        kinds = {kind for volume in template["volumes"] for kind in volume if kind != "name"}
-        assert kinds <= {"emptyDir", "persistentVolumeClaim"}
-    contexts = [container["securityContext"] for container in ray_containers(cluster)]
-    for context in (*contexts, cluster["autoscalerOptions"]["securityContext"]):
-        assert context["allowPrivilegeEscalation"] is False
-        assert context["capabilities"] == {"drop": ["ALL"]}
-        assert context["readOnlyRootFilesystem"]
-    (namespace,) = [one for one in rendered(KUBERAY) if one["kind"] == "Namespace"]
-    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-
-
-def test_what_is_written_to_is_a_volume(cluster):
-    """Ray's sessions, and the caches that the image's variables name."""
-    caches = re.findall(r"\w+_CACHE_DIR=(/\S+)", DOCKERFILE)
-    assert len(caches) >= 2
-    for template in templates(cluster):
-        (container,) = template["containers"]
-        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-        assert set(mounts.values()) <= {volume["name"] for volume in template["volumes"]}
-        assert "/tmp" in mounts
-        for cache in caches:
-            assert any(cache.startswith(path + "/") for path in mounts)
-
-
-def test_rays_object_store_is_that_of_saccade_serve(cluster):
-    """Kubernetes counts it as the container's memory, of which Ray would take 30%."""
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        assert group["rayStartParams"]["object-store-memory"] == str(OBJECT_STORE_BYTES)
-
-
-def test_the_head_runs_no_replica(cluster):
-    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    head, worker = templates(cluster)
-    assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
-    # It alone asks Kubernetes' API server.
-    assert worker["automountServiceAccountToken"] is False
-    assert "automountServiceAccountToken" not in head
 
 
 # -- monitoring -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.deploy.kubernetes import KUBERAY, rendered
+from tests.deploy.kubernetes import KUBERAY, ray_service, rendered
 
 OURS = {"kubernetes.io/metadata.name": "saccade"}
 HEAD = {"app.kubernetes.io/part-of": "saccade", "ray.io/node-type": "head"}
@@ -93,8 +93,7 @@ def test_workers_reach_rays_pods_and_names_and_nothing_else():
 
 def test_policies_and_budgets_select_the_pods():
     """By labels that the templates or KubeRay set."""
-    (service,) = [one for one in rendered(KUBERAY) if one["kind"] == "RayService"]
-    cluster = service["spec"]["rayClusterConfig"]
+    cluster = ray_service(KUBERAY)["rayClusterConfig"]
     groups = {"head": cluster["headGroupSpec"], "worker": cluster["workerGroupSpecs"][0]}
     pods = {
         kind: group["template"]["metadata"]["labels"] | {"ray.io/node-type": kind}
@@ -112,8 +111,7 @@ def test_policies_and_budgets_select_the_pods():
 
 def test_templates_leave_the_operators_labels_alone():
     """KubeRay's service for the head selects by labels that a template could overwrite."""
-    (service,) = [one for one in rendered(KUBERAY) if one["kind"] == "RayService"]
-    cluster = service["spec"]["rayClusterConfig"]
+    cluster = ray_service(KUBERAY)["rayClusterConfig"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         labels = group["template"]["metadata"]["labels"]
         assert not {"app.kubernetes.io/name", "app.kubernetes.io/created-by"} & set(labels)

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 import yaml
 
-from tests.deploy.kubernetes import KUBERAY, problems, rendered
+from tests.deploy.kubernetes import KUBERAY, VARIANTS, problems, rendered
 
-VARIANTS = {
+ALL = {
     "gpu": (KUBERAY, ()),
     "gpu, own model": (KUBERAY, ("model",)),
     "cpu": (KUBERAY / "cpu", ()),
@@ -25,9 +25,9 @@ def examples():
     return list(yaml.safe_load_all((KUBERAY / "secrets.example.yaml").read_text()))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL)
 def test_manifests_are_valid(variant):
-    documents = rendered(*VARIANTS[variant])
+    documents = rendered(*ALL[variant])
     assert {document["kind"] for document in documents} >= {
         *("Namespace", "RayService", "NetworkPolicy", "PodDisruptionBudget"),
     }
@@ -96,7 +96,7 @@ def test_a_value_of_another_type_is_found(path, value):
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-@pytest.mark.parametrize("folder", [KUBERAY, KUBERAY / "cpu"], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("folder", VARIANTS.values(), ids=VARIANTS)
 def test_the_tests_read_kustomizations_as_kubectl_does(folder):
     done = subprocess.run(
         ["kubectl", "kustomize", folder], capture_output=True, text=True, check=True
