@@ -9,6 +9,9 @@ import tomllib
 import pytest
 import yaml
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+from ray.autoscaler._private.kuberay.autoscaling_config import (
+    _derive_autoscaling_config_from_ray_cr,
+)
 from ray.autoscaler._private.kuberay.run_autoscaler import run_kuberay_autoscaler
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.serve.schema import ServeDeploySchema
@@ -79,28 +82,40 @@ def test_rays_schema_and_the_configuration_take_the_application(spec):
     assert deployed.http_options.host == "0.0.0.0"
 
 
+def as_rays_autoscaler_reads(cluster):
+    """Kinds of nodes and their resources, by the code that runs in the container KubeRay adds."""
+    resource = {"metadata": {"name": "saccade-x", "namespace": "saccade"}, "spec": cluster}
+    return _derive_autoscaling_config_from_ray_cr(resource)
+
+
 def test_every_replica_finds_a_worker(variant, spec, cluster):
     application = model_application(yaml.safe_load(spec["serveConfigV2"]))
     config = ServiceConfig.model_validate(application["args"])
-    (workers,) = cluster["workerGroupSpecs"]
     most = application["args"].get("autoscaling", {}).get("max_replicas", config.replicas)
-    assert 1 <= workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
-    assert most <= workers["maxReplicas"]
-    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    (workers,) = cluster["workerGroupSpecs"]
+    kind = as_rays_autoscaler_reads(cluster)["available_node_types"][workers["groupName"]]
+    assert 1 <= kind["min_workers"] <= workers["replicas"] <= kind["max_workers"]
+    assert most <= kind["max_workers"]
     need = replica_resources(config)
     if variant == "cpu":
         # Else as many as the head's machine has, by as many as there are replicas.
         need |= application["deployments"][0]["ray_actor_options"]
-    assert need["num_cpus"] <= int(limits["cpu"])
-    assert need.get("num_gpus", 0) == int(limits.get("nvidia.com/gpu", 0))
+    has = kind["resources"]
+    assert need["num_cpus"] <= has["CPU"]
+    assert need.get("num_gpus", 0) == has.get("GPU", 0)
     # The keys and values of all sequences, and as much again for the rest.
-    assert 2 * config.kv_cache_gib + OBJECT_STORE_BYTES / 2**30 < int(limits["memory"][:-2])
+    assert 2 * config.kv_cache_gib * 2**30 + OBJECT_STORE_BYTES < has["memory"]
 
 
 def test_workers_come_and_go_by_rays_autoscaler(cluster):
     assert cluster["enableInTreeAutoscaling"]
     assert cluster["autoscalerOptions"]["version"] == "v2"
-    # The container that KubeRay adds runs this from our image.
+    read = as_rays_autoscaler_reads(cluster)
+    assert read["idle_timeout_minutes"] * 60 == cluster["autoscalerOptions"]["idleTimeoutSeconds"]
+    # The head runs no replica.
+    head = read["available_node_types"][read["head_node_type"]]["resources"]
+    assert (head["CPU"], head["GPU"]) == (0, 0)
+    # What the container runs, from our image and its packages.
     assert callable(run_kuberay_autoscaler)
 
 
