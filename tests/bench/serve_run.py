@@ -124,7 +124,7 @@ def expect(what: str, found: object, wanted: object) -> None:
 
 def ask(url: str) -> None:
     """A completion, and that nobody gets one without the key."""
-    expect("completion without the key", httpx.post(url, json=BODY).status_code, 401)
+    expect("completion without the key", httpx.post(url, json=BODY, timeout=60).status_code, 401)
     headers = {"Authorization": f"Bearer {KEY}"}
     answer = httpx.post(url, json=BODY, headers=headers, timeout=120)
     expect("completion", answer.status_code, 200)
@@ -180,21 +180,31 @@ def served_as_by_the_operator(
     config["http_options"] = {"host": "127.0.0.1", "port": free_port()}
     url = f"http://127.0.0.1:{config['http_options']['port']}"
     serve = f"http://127.0.0.1:{head.dashboard}/api/serve/applications/"
-    expect("dashboard without the token", httpx.get(serve).status_code, 401)
-    expect("deploying without it", httpx.put(serve, json=config).status_code, 401)
+    expect("dashboard without the token", httpx.get(serve, timeout=60).status_code, 401)
+    expect("deploying without it", httpx.put(serve, json=config, timeout=60).status_code, 401)
     headers = {"Authorization": f"Bearer {head.token}"}
+    # What KubeRay lets workers wait for.
+    waited = subprocess.run(
+        [program("ray"), "health-check", "--address", head.environment["RAY_ADDRESS"]],
+        env=head.environment,
+        timeout=60,
+        check=False,
+    )
+    expect("exit status of ray health-check", waited.returncode, 0)
     sent = httpx.put(serve, json=config, headers=headers, timeout=60)
     expect("deploying with it", sent.status_code, 200)
     head.until(f"{url}/health", process, "ray.log")
     ask(f"{url}/v1/completions")
     for path, port in sorted(probes(cluster)):
         base = url if port == 8000 else f"http://127.0.0.1:{head.agent}"
-        expect(f"probe {path}", httpx.get(base + path, timeout=5).status_code, 200)
+        # On a busy machine Ray may be late once; a probe has to fail several times, too.
+        head.until(base + path, process, "ray.log")
+        print(f"probe {path}: 200", flush=True)
     (monitor,) = [one["spec"] for one in rendered(KUBERAY) if one["kind"] == "ServiceMonitor"]
     path = monitor["endpoints"][0]["path"]
-    scraped = httpx.get(url + path).text
+    scraped = httpx.get(url + path, timeout=60).text
     expect(f"series of {path}", "saccade_generation_tokens_total" in scraped, True)
-    applications = httpx.get(serve, headers=headers).json()["applications"]
+    applications = httpx.get(serve, headers=headers, timeout=60).json()["applications"]
     statuses = {name: one["status"] for name, one in applications.items()}
     expect("applications", statuses, dict.fromkeys(statuses, "RUNNING"))
 
