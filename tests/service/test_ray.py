@@ -10,11 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from ray._common.utils import import_attr
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from service.config import ServiceConfig
-from service.deployment import NAME, build
+from service.deployment import NAME, ROUTES, build
 from tests.service.conftest import saccade
 
 MANIFEST = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
@@ -22,9 +23,18 @@ MANIFEST = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
 
 def test_the_manifest_is_valid_and_its_arguments_are_the_configurations():
     manifest = ServeDeploySchema.model_validate(yaml.safe_load(MANIFEST.read_text()))
-    (application,) = manifest.applications
-    assert application.import_path == "service.deployment:build"
-    ServiceConfig.model_validate(application.args)
+    assert {one.name: one.route_prefix for one in manifest.applications} == ROUTES
+    assert [one.import_path.partition(":")[2] for one in manifest.applications] == [
+        "build",
+        "build_metrics",
+        "build_health",
+    ]
+    for application in manifest.applications:
+        built = call_user_app_builder_with_args_if_necessary(
+            import_attr(application.import_path), application.args
+        )
+        ServiceConfig.model_validate(application.args)
+        assert all(one.name == built._bound_deployment.name for one in application.deployments)
 
 
 def test_the_builder_takes_a_manifests_arguments_as_configuration(checkpoint):
