@@ -38,6 +38,7 @@ class Reporter:
         metrics: what to report.
         health: how the engine is.
         clock: Unix seconds.
+        interval: seconds between reports.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class Reporter:
         metrics: Metrics,
         health: Callable[[], Health],
         clock: Callable[[], float] = time.time,
+        interval: float = INTERVAL,
     ) -> None:
         self._ledger, self._name, self._metrics = ledger, name, metrics
-        self._health, self._clock = health, clock
+        self._health, self._clock, self._interval = health, clock, interval
         self._inherited: tuple[Family, ...] = ()
         self._absorbed: tuple[str, ...] = ()
         self._stopping = threading.Event()
@@ -81,7 +83,7 @@ class Reporter:
         )
 
     def _run(self) -> None:
-        while not self._stopping.wait(INTERVAL):
+        while not self._stopping.wait(self._interval):
             try:
                 self.report()
             except Exception:  # noqa: BLE001  the counts are whole again with the next report
