@@ -12,7 +12,7 @@ from typing import Protocol
 
 from service.metrics_snapshot import Snapshot
 
-_SNAPSHOT = "snapshot:"
+_SNAPSHOT = "snapshot-1:"  # with the version of its format
 _CLAIM = "claim:"
 
 

@@ -23,7 +23,7 @@ from service.api.errors import add_handlers, error_object
 from service.api.guard import Guard
 from service.errors import EngineDeadError
 from service.metrics_snapshot import Family
-from service.metrics_totals import WANTED, counted, render, totals
+from service.metrics_totals import REPLICAS, WANTED, counted, render, totals
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -111,6 +111,8 @@ async def metrics(observer: Observer) -> Response:
     """All replicas' series in Prometheus's text format."""
     reading, wanted = await asyncio.gather(observer.reading(), observer.wanted())
     families = totals(reading.snapshots, reading.at)
+    if all(family.name != REPLICAS for family in families):  # none has ever reported
+        families.append(Family(REPLICAS, "gauge", "Replicas that are alive.", {(REPLICAS, ()): 0}))
     if wanted is not None:
         text = "Replicas that Ray Serve runs or tries to start."
         families.append(Family(WANTED, "gauge", text, {(WANTED, ()): wanted}))

@@ -263,7 +263,7 @@ def test_a_replica_takes_over_what_ended_ones_counted(cluster):
     heir.reporter.stop()
     cluster.replica()
     assert cluster.value("request_success_total") == 11
-    assert set(cluster.store.values) == {"snapshot:r7"}
+    assert set(cluster.store.values) == {"snapshot-1:r7"}
 
 
 def test_two_that_start_at_once_inherit_once(cluster):
@@ -272,7 +272,7 @@ def test_two_that_start_at_once_inherit_once(cluster):
     second = []
 
     def interrupted(key, value, *, overwrite=True):
-        if key.startswith("snapshot:r2") and not second:
+        if key.startswith("snapshot-1:r2") and not second:
             second.append(cluster.replica())  # all of its start, while the first has claimed
         return put(key, value, overwrite=overwrite)
 
@@ -393,6 +393,11 @@ def test_metrics_answer_at_their_path_alone(cluster, root_path):
     below = get(app, "/metrics/x", root_path=root_path)
     assert (below.status_code, below.json()["error"]["type"]) == (404, "invalid_request_error")
     assert get(app, "/metrics", "POST", root_path).status_code == 405
+
+
+def test_before_the_first_replica_the_page_says_none(cluster):
+    app = create_monitor_app("/metrics", metrics, observer_of(cluster, lambda: None), NO_KEY)
+    assert get(app, "/metrics").text.splitlines()[-1] == "saccade_replicas 0.0"
 
 
 def test_metrics_ask_for_the_key_where_they_are_told_to(cluster):
