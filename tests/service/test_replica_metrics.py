@@ -12,6 +12,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
+from ray.serve._private.common import ReplicaState
+from ray.serve.schema import ApplicationStatus
 
 from service.engine.types import Health
 from service.metrics import Metrics
@@ -20,6 +22,7 @@ from service.metrics_reporter import FORGOTTEN, Reporter
 from service.metrics_snapshot import STALE, Condition, Snapshot, families_of
 from service.metrics_totals import absorbed, render, summed, totals
 from service.monitor import Observer, create_monitor_app, health, metrics
+from service.serve_state import wanted_replicas, why_none
 
 ALIVE = Health(True, 0.1)
 
@@ -452,6 +455,33 @@ def test_a_replica_that_vanished_is_told_by_its_silence(cluster):
     cluster.clock.now += 30
     told = get(app, "/health").json()["error"]["message"]
     assert told == "no replica is alive; the last report came 30 seconds ago"
+
+
+def deployed(monkeypatch, message="", status="RUNNING", **states):
+    """Make Serve say so of the application `saccade`."""
+    deployment = SimpleNamespace(
+        message=message, replica_states={ReplicaState[name]: n for name, n in states.items()}
+    )
+    application = SimpleNamespace(
+        status=ApplicationStatus[status], deployments={"saccade": deployment}
+    )
+    told = SimpleNamespace(applications={"saccade": application})
+    monkeypatch.setattr("service.serve_state.serve.status", lambda: told)
+
+
+def test_what_serves_controller_says_is_put_in_few_words(monkeypatch):
+    deployed(monkeypatch, RUNNING=1, STARTING=2, STOPPING=4)
+    assert wanted_replicas("saccade") == 3
+    assert why_none("saccade") is None
+    assert wanted_replicas("other") is None
+    assert why_none("other") == "the application other is not deployed"
+    deployed(monkeypatch, status="DEPLOYING", STARTING=2)
+    assert why_none("saccade") == "Ray Serve says deploying (2 starting)"
+    deployed(monkeypatch, status="UNHEALTHY")
+    assert why_none("saccade") == "Ray Serve says unhealthy (no replicas)"
+    traceback = "Traceback ...\n  raise\nmodels.errors.CheckpointError: config.json is damaged\n"
+    deployed(monkeypatch, traceback, status="DEPLOY_FAILED")
+    assert why_none("saccade") == "config.json is damaged"
 
 
 @pytest.mark.parametrize("trouble", ["fails", "hangs"])
