@@ -8,8 +8,9 @@ either proxy run on either replica. Then
 
 - 18 requests through both proxies; every scrape at either says 18, two seconds after the last one;
 - streams through both; all processes of the worker node are killed at once in their midst. Those
-  that its replica computed end with an error event at the head's proxy; those through its own proxy
-  are cut, which no one is left to explain; the others go on to their end;
+  that its replica computed end with an error event at the head's proxy, requests without streaming
+  with a 503; those through its own proxy are cut, which no one is left to explain; the others go on
+  to their end;
 - from before to long after, scrapes at the head's proxy all succeed and no counter goes back, and
   what the dead replica counted is missing at most one interval's tokens.
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 REQUESTS = 18
 STREAMS = (10, 4)
 """Through the head's proxy, and through the worker's."""
+WHOLE = 6
+"""Requests without streaming, through the head's proxy."""
 TOKENS = 1500
 """Of each stream; together they are not done before the node is killed."""
 AFTER = 20.0
@@ -104,18 +107,21 @@ class Scrapes:
         )
 
 
-def body(tokens: int) -> bytes:
-    """Of a streaming request."""
-    return json.dumps(
-        {
-            "model": "tiny",
-            "prompt": "x" * 50,
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
+def body(tokens: int, *, stream: bool = True) -> bytes:
+    """Of a request."""
+    streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    asked = {"model": "tiny", "prompt": "x" * 50, "max_tokens": tokens, "ignore_eos": True}
+    return json.dumps(asked | streaming).encode()
+
+
+async def answer_at_once(session: aiohttp.ClientSession, url: str) -> str:
+    """What became of a request without streaming: "whole", or the error's code."""
+    headers, patience = {"Content-Type": "application/json"}, aiohttp.ClientTimeout(total=300)
+    async with session.post(
+        f"{url}/v1/completions", data=body(TOKENS, stream=False), headers=headers, timeout=patience
+    ) as answer:
+        told = await answer.json()
+        return "whole" if answer.status == 200 else f"{answer.status} {told['error']['code']}"
 
 
 async def equal_totals(session: aiohttp.ClientSession, nodes: Nodes) -> list[str]:
@@ -151,33 +157,36 @@ async def one_node_dies(session: aiohttp.ClientSession, nodes: Nodes) -> list[st
         )
         for url in urls
     ]
-    while scrapes.total("generation_tokens_total") < 5 * REQUESTS + 20 * len(urls):
+    at_once = [asyncio.create_task(answer_at_once(session, nodes.urls[0])) for _ in range(WHOLE)]
+    while scrapes.total("generation_tokens_total") < 5 * REQUESTS + 20 * (len(urls) + WHOLE):
         await scrapes.scrape(session, nodes.urls[0])
         await asyncio.sleep(0.1)
         if any(task.done() for task in running):
             return [*scrapes.problems, "a stream ended before the node was killed"]
     await asyncio.to_thread(nodes.kill_worker)
     killed = now()
-    while now() < killed + AFTER or not all(task.done() for task in running):
+    while now() < killed + AFTER or not all(task.done() for task in (*running, *at_once)):
         await scrapes.scrape(session, nodes.urls[0])
         await asyncio.sleep(0.2)
-    outcomes = await asyncio.gather(*running)
+    outcomes, answers = await asyncio.gather(*running), await asyncio.gather(*at_once)
     await asyncio.sleep(2 * INTERVAL)
     await scrapes.scrape(session, nodes.urls[0])
-    return [*scrapes.problems, *told(scrapes, outcomes, killed)]
+    return [*scrapes.problems, *told(scrapes, outcomes, answers, killed)]
 
 
-def told(scrapes: Scrapes, outcomes: list[Outcome], killed: float) -> list[str]:
-    """Whether each stream ended as it should, and is counted."""
+def told(scrapes: Scrapes, outcomes: list[Outcome], answers: list[str], killed: float) -> list[str]:
+    """Whether each request ended as it should, and is counted."""
     head, worker = outcomes[: STREAMS[0]], outcomes[STREAMS[0] :]
     kinds = [collections.Counter(one.error for one in part) for part in (head, worker)]
     whole = [one for one in head if one.error is None]
     lost = [one for one in head if one.error == "stream error"]
     noticed = max((one.ended - killed for one in lost), default=0.0)
     sent = 5 * REQUESTS + sum(len(one.tokens_at) for one in outcomes)
+    sent += TOKENS * answers.count("whole")
     counted = scrapes.total("generation_tokens_total")
     print(
         f"streams through the head's proxy: {dict(kinds[0])}, the worker's: {dict(kinds[1])}\n"
+        f"requests without streaming: {dict(collections.Counter(answers))}\n"
         f"the lost ones were told within {noticed:.1f} s: {lost[0].detail if lost else '-'}\n"
         f"{scrapes.number} scrapes, the slowest {scrapes.slowest:.2f} s\n"
         f"tokens sent {sent}, counted {counted:g}"
@@ -187,11 +196,14 @@ def told(scrapes: Scrapes, outcomes: list[Outcome], killed: float) -> list[str]:
         found.append(f"streams through the head's proxy ended as {dict(kinds[0])}")
     if set(kinds[1]) != {"truncated"}:
         found.append(f"streams through the worker's proxy ended as {dict(kinds[1])}")
+    if set(answers) - {"whole", "503 replica_lost"}:
+        found.append(f"requests without streaming ended as {answers}")
     if any(one.output_tokens != TOKENS for one in whole):
         found.append("a stream that is whole is not")
     done = scrapes.total("request_success_total", finished_reason="length")
-    if done != REQUESTS + len(whole):
-        found.append(f"{done:g} requests are counted, {REQUESTS + len(whole)} were answered")
+    answered = REQUESTS + len(whole) + answers.count("whole")
+    if done != answered:
+        found.append(f"{done:g} requests are counted, {answered} were answered")
     # Of the lost streams, what came since the last report; of those cut, what was under way.
     rate = max(len(one.tokens_at) / (one.ended - one.sent) for one in outcomes)
     if counted < sent - 2 * INTERVAL * rate * len(outcomes):
