@@ -26,9 +26,8 @@ NAME = "saccade"
 """Of the application and of its deployment."""
 ROUTES = {NAME: "/", f"{NAME}-metrics": "/metrics", f"{NAME}-health": "/health"}
 """Applications and their route prefixes; the longest prefix of a path takes the request."""
-MONITOR_BYTES = 256 * 2**20
-"""Memory that a process for `/metrics` or `/health` asks Ray for. Serve spreads what asks for
-something over the nodes; what asks for nothing lies anywhere."""
+MONITOR_BYTES = 160 * 2**20
+"""Memory that a process for `/metrics` or `/health` has, for Ray to reckon with."""
 
 
 class Replica:

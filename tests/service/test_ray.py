@@ -81,7 +81,7 @@ def folder_of(process):
 
 
 def counted(url, name):
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"saccade_{name}"))
 
 
@@ -152,8 +152,8 @@ def test_two_replicas_are_one_service(tmp_path, tiny_file, port):
         body = {"model": "tiny", "prompt": "x" * 50, "max_tokens": 5, "ignore_eos": True}
         for _ in range(18):
             assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
-        time.sleep(2)
         finished = 'request_success_total{finished_reason="length"'
+        until(lambda: counted(url, finished) == 18)  # two seconds, where nothing else computes
         assert [counted(url, finished) for _ in range(6)] == [18] * 6
         assert [counted(url, "generation_tokens_total") for _ in range(6)] == [90] * 6
         assert counted(url, "replicas{") == counted(url, "replicas_wanted") == 2
@@ -165,8 +165,8 @@ def test_two_replicas_are_one_service(tmp_path, tiny_file, port):
         try:
             for pid in replicas:
                 os.kill(pid, signal.SIGSTOP)
+            assert httpx.get(f"{url}/health", timeout=30).json()["replicas"] == 2
             assert counted(url, finished) == 18
-            assert httpx.get(f"{url}/health").json()["replicas"] == 2
         finally:
             for pid in replicas:
                 os.kill(pid, signal.SIGCONT)
