@@ -38,12 +38,15 @@ def why_none(name: str) -> str | None:
     if application is None:
         return f"the application {name} is not deployed"
     states: dict[str, int] = {}
+    more = ""
     for deployment in application.deployments.values():
         for state, number in deployment.replica_states.items():
             states[state] = states.get(state, 0) + number
+        # Where nodes have no room for it, its first line says so, and what it needs.
+        more += f": {line}" if (line := deployment.message.partition("\n")[0]) else ""
     if said := replica_error(name):
         return said
     if states.get("RUNNING"):
         return None
     listed = ", ".join(f"{number} {state.lower()}" for state, number in states.items() if number)
-    return f"Ray Serve says {application.status.lower()} ({listed or 'no replicas'})"
+    return f"Ray Serve says {application.status.lower()} ({listed or 'no replicas'}){more}"

@@ -477,6 +477,8 @@ def test_what_serves_controller_says_is_put_in_few_words(monkeypatch):
     assert why_none("other") == "the application other is not deployed"
     deployed(monkeypatch, status="DEPLOYING", STARTING=2)
     assert why_none("saccade") == "Ray Serve says deploying (2 starting)"
+    deployed(monkeypatch, "no node has room\nfor it", status="DEPLOYING", STARTING=1)
+    assert why_none("saccade") == "Ray Serve says deploying (1 starting): no node has room"
     deployed(monkeypatch, status="UNHEALTHY")
     assert why_none("saccade") == "Ray Serve says unhealthy (no replicas)"
     traceback = "Traceback ...\n  raise\nmodels.errors.CheckpointError: config.json is damaged\n"
