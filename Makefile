@@ -77,6 +77,7 @@ soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/dashboards.py
 	$(PYTHON) tests/bench/serve_run.py
 	$(PYTHON) tests/bench/operations.py
+	$(PYTHON) tests/bench/two_nodes.py
 	$(MAKE) --no-print-directory browser
 
 browser: $(DEV_STAMP)

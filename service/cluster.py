@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -27,11 +26,11 @@ if TYPE_CHECKING:
 OBJECT_STORE_BYTES = 200 * 2**20
 """Shared memory for request bodies on their way to a replica; Ray's default is 30% of all."""
 
+PROXY_MIDDLEWARES = "service.proxy:middlewares"
+"""What Serve's proxies import; they tell a client that its replica is lost."""
+
 PATIENCE = 5.0
 """Seconds that Ray's processes have to end by themselves."""
-
-_OUR_ERROR = re.compile(r"^(?:kernels|models|service)\.errors\.\w+: (.+)$", re.MULTILINE)
-"""The last line of a remote traceback that ends in an error of ours."""
 
 
 @contextmanager
@@ -51,11 +50,14 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
         # Ray would otherwise write a token into the user's home.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Of Serve's proxies, which are Ray's processes and not ours.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", PROXY_MIDDLEWARES)
 
     import ray
     from ray import serve
 
-    from service.deployment import NAME, build
+    from service.deployment import NAME, ROUTES, build, build_health, build_metrics
+    from service.serve_state import replica_error
 
     # Short, because sockets lie in it and their paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="saccade-", dir="/tmp"))
@@ -71,11 +73,17 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
                 http_options={"host": config.host, "port": config.port},
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
-            serve.run(build(config), name=NAME, route_prefix="/")
+            built = (build(config), build_metrics(config), build_health(config))
+            serve.run_many(
+                [
+                    serve.RunTarget(application, name=name, route_prefix=route)
+                    for application, (name, route) in zip(built, ROUTES.items(), strict=True)
+                ]
+            )
         except ConfigError:
             raise
         except Exception as error:  # noqa: BLE001  Ray raises bare ones when it starts too slowly
-            reason = _replica_error(NAME) if ray.is_initialized() else None
+            reason = replica_error(NAME) if ray.is_initialized() else None
             keep_logs = reason is None
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
@@ -136,14 +144,3 @@ def _check_gpus(config: ServiceConfig) -> None:
             f"invalid configuration: {config.replicas} replicas need {need:g} GPUs and this "
             f"machine has {have:g}; lower replicas or choose --device cpu"
         )
-
-
-def _replica_error(name: str) -> str | None:
-    """What one of our errors said in a replica's constructor, if one ended it."""
-    from ray import serve
-
-    application = serve.status().applications.get(name)
-    for deployment in application.deployments.values() if application else ():
-        if found := _OUR_ERROR.findall(deployment.message):
-            return str(found[-1]).strip()
-    return None

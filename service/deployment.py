@@ -1,12 +1,14 @@
-"""The Ray Serve deployment: the application and its engine in each replica, without a hop between.
+"""The Ray Serve deployments: the application and its engine in each replica, without a hop between,
+and what answers `/metrics` and `/health` for all of them.
 
-`build` is the application builder that deploy/serve.yaml names.
+`build`, `build_metrics` and `build_health` are the builders that deploy/serve.yaml names.
 """
 
 # No `from __future__ import annotations` here: Ray reads the builder's annotation as a class.
 
 import os
 from typing import Any
+from uuid import uuid4
 
 import torch
 from ray import serve
@@ -14,11 +16,18 @@ from ray.serve import Application
 
 from service.config import ServiceConfig
 from service.errors import EngineDeadError
+from service.metrics_ledger import Ledger, RayStore
+from service.metrics_reporter import Reporter
+from service.monitor_deployment import Monitor
 from service.serving import application
 from service.serving import build as build_engine
 
 NAME = "saccade"
 """Of the application and of its deployment."""
+ROUTES = {NAME: "/", f"{NAME}-metrics": "/metrics", f"{NAME}-health": "/health"}
+"""Applications and their route prefixes; the longest prefix of a path takes the request."""
+MONITOR_BYTES = 160 * 2**20
+"""Memory that a process for `/metrics` or `/health` has, for Ray to reckon with."""
 
 
 class Replica:
@@ -28,6 +37,10 @@ class Replica:
         self._config = config
         self._engine = build_engine(config)
         self._engine.start()
+        name = f"{serve.get_replica_context().replica_id.unique_id}-{uuid4().hex[:8]}"
+        engine = self._engine
+        self._reporter = Reporter(Ledger(RayStore()), name, engine.metrics, engine.health)
+        self._reporter.start()
 
     def __serve_build_asgi_app__(self) -> object:
         """Called by Serve after the constructor."""
@@ -48,6 +61,9 @@ class Replica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.stop()
+        reporter = getattr(self, "_reporter", None)
+        if reporter is not None:
+            reporter.stop()
 
 
 def build(args: ServiceConfig) -> Application:
@@ -73,6 +89,34 @@ def build(args: ServiceConfig) -> Application:
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     application: Application = configured(serve.ingress()(Replica)).bind(args)
+    return application
+
+
+def build_metrics(args: ServiceConfig) -> Application:
+    """The application that answers `/metrics` for all replicas; its route prefix is that path."""
+    return _monitor("/metrics", args)
+
+
+def build_health(args: ServiceConfig) -> Application:
+    """The application that answers `/health` for all replicas; its route prefix is that path."""
+    return _monitor("/health", args)
+
+
+def _monitor(path: str, config: ServiceConfig) -> Application:
+    configured = serve.deployment(
+        name=path.removeprefix("/"),
+        # Where there are several nodes, two of them, so that the loss of one leaves the other.
+        num_replicas=1 if config.replicas == 1 else 2,
+        ray_actor_options={"num_cpus": 0, "memory": MONITOR_BYTES},
+        max_ongoing_requests=100,
+        health_check_period_s=5,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=2,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    application: Application = configured(serve.ingress()(Monitor)).bind(
+        path, NAME, config.api_key, metrics_need_key=config.metrics_need_key
+    )
     return application
 
 

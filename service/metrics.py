@@ -120,6 +120,7 @@ class Metrics:
             "attention_seconds", "A layer's attention by phase, in sampled steps.", _ATTENTION,
             "phase",
         )  # fmt: skip
+        self._gauge("replicas", "Replicas that are alive.").set(1)
         self._backend = Gauge(
             "saccade_attention_backend_info",
             "The code that attention runs in; torch is slow.",

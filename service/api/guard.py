@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
@@ -12,15 +12,26 @@ from service.api.errors import error_response, internal_error
 from service.errors import AuthError
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from service.config import ServiceConfig
+
+class Keys(Protocol):
+    """What a configuration says of keys."""
+
+    @property
+    def api_key(self) -> SecretStr | None:
+        """Clients must send it, if there is one."""
+
+    @property
+    def metrics_need_key(self) -> bool:
+        """Whether `/metrics` asks for it, too."""
 
 
 class Guard:
     """ASGI middleware; checks the key on every path that is not explicitly open."""
 
-    def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
+    def __init__(self, app: ASGIApp, config: Keys) -> None:
         self._app = app
         self._key = None if config.api_key is None else config.api_key.get_secret_value().encode()
         # The explorer's page holds no secret, and asks for the key itself.

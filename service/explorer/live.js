@@ -17,7 +17,7 @@ const TILES = [
   { id: "coverage", name: "Coverage, as estimated", value: (a, b) => mean(a, b, "attention_coverage"), told: percent, most: 1 },
   { id: "running", name: "Requests running", value: (_, b) => total(b, "num_requests_running"), told: number },
   { id: "waiting", name: "Requests waiting", value: (_, b) => total(b, "num_requests_waiting"), told: number },
-  { id: "kv", name: "KV cache in use", value: (_, b) => total(b, "kv_cache_usage_perc"), told: percent, most: 1 },
+  { id: "kv", name: "KV cache in use", value: (_, b) => most(b, "kv_cache_usage_perc"), told: percent, most: 1 },
   { id: "fallback", name: "Tokens that fell back, a second", value: (a, b) => rate(a, b, "attention_fallback_total", unasked), told: (x) => number(x, 1) },
 ];
 
@@ -38,6 +38,11 @@ function parsed(text) {
 
 function total(scrape, name, some = () => true) {
   return (scrape.series.get(`saccade_${name}`) ?? []).filter((one) => some(one.labels)).reduce((sum, one) => sum + one.value, 0);
+}
+
+// Of the replicas' values: where one's cache is full its requests wait.
+function most(scrape, name) {
+  return Math.max(0, ...(scrape.series.get(`saccade_${name}`) ?? []).map((one) => one.value));
 }
 
 function rate(before, after, name, some) {

@@ -45,7 +45,7 @@ VOCAB_SIZE = 256 + len(SPECIAL)
 MAX_MODEL_LEN = 512
 
 
-def write_checkpoint(folder):
+def write_checkpoint(folder, max_model_len=MAX_MODEL_LEN):
     """A Llama of two layers and bytes as tokens, whose greedy text is printable ASCII."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -76,7 +76,7 @@ def write_checkpoint(folder):
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
-                "max_position_embeddings": MAX_MODEL_LEN,
+                "max_position_embeddings": max_model_len,
                 "rms_norm_eps": 1e-6,
                 "bos_token_id": 256,
                 "eos_token_id": 257,

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
+from ray._common.utils import import_attr
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from service.config import ServiceConfig
-from service.deployment import NAME, build
-from tests.service.conftest import saccade
+from service.deployment import NAME, ROUTES, build
+from tests.service.conftest import saccade, write_checkpoint
+from tests.service.nodes import family_of
 
 MANIFEST = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
 
 
 def test_the_manifest_is_valid_and_its_arguments_are_the_configurations():
     manifest = ServeDeploySchema.model_validate(yaml.safe_load(MANIFEST.read_text()))
-    (application,) = manifest.applications
-    assert application.import_path == "service.deployment:build"
-    ServiceConfig.model_validate(application.args)
+    assert {one.name: one.route_prefix for one in manifest.applications} == ROUTES
+    assert [one.import_path.partition(":")[2] for one in manifest.applications] == [
+        "build",
+        "build_metrics",
+        "build_health",
+    ]
+    for application in manifest.applications:
+        built = call_user_app_builder_with_args_if_necessary(
+            import_attr(application.import_path), application.args
+        )
+        ServiceConfig.model_validate(application.args)
+        assert all(one.name == built._bound_deployment.name for one in application.deployments)
 
 
 def test_the_builder_takes_a_manifests_arguments_as_configuration(checkpoint):
@@ -42,22 +56,32 @@ def test_the_builder_refuses_unknown_arguments():
         call_user_app_builder_with_args_if_necessary(build, {"prot": 1})
 
 
-def processes_with(text):
-    """Command lines of the processes that mention `text`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if text in command:
-                found.append(command)
-    return found
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def below(process, text):
+    """Ids of the processes that `process` started, or those did, whose command has `text`."""
+    return [pid for pid in family_of(process.pid) if text in command_line(pid)]
+
+
+def cpu_time(pid):
+    """Clock ticks that a process has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def folder_of(process):
+    """Where the Ray cluster that `process` started has its files."""
+    (server,) = below(process, "gcs_server")
+    return Path(re.search(r"(/tmp/saccade-[^/]+)/", command_line(server))[1])
 
 
 def counted(url, name):
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"saccade_{name}"))
 
 
@@ -68,17 +92,30 @@ def until(condition):
         time.sleep(0.05)
 
 
-def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port):
-    folders = set(Path("/tmp").glob("saccade-*"))
-    process = saccade("serve", checkpoint, "--config", tiny_file, "--port", port)
+@contextmanager
+def served(checkpoint, file, port):
+    """The process of `saccade serve`, and the service's URL; all must be gone behind the block."""
+    process = saccade("serve", checkpoint, "--config", file, "--port", port)
+    folder = None
     try:
         greeting = ""
         while "short_context" not in greeting:
             line = process.stdout.readline()
             assert line, process.stderr.read()
             greeting += line
-        url = f"http://127.0.0.1:{port}"
-        started = set(Path("/tmp").glob("saccade-*")) - folders
+        folder, started = folder_of(process), family_of(process.pid)
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert errors == ""
+    assert not folder.exists()
+    assert not [pid for pid in started if "saccade-" in command_line(pid)]
+
+
+def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port):
+    with served(checkpoint, tiny_file, port) as (_, url):
         body = {"model": "tiny", "prompt": "x" * 50, "max_tokens": 5, "temperature": 0}
 
         whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
@@ -104,11 +141,54 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
             next(answer.iter_lines())
         until(lambda: counted(url, aborted) == 2)
         until(lambda: counted(url, "num_requests_running") == 0)
-    finally:
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert errors == ""
-    for folder in started:
-        assert not folder.exists()
-        assert not processes_with(str(folder))
+
+
+def test_two_replicas_are_one_service(tmp_path, tiny_file, port):
+    """Their totals, a scrape while none computes, and the death of one with a stream in it."""
+    checkpoint = write_checkpoint(tmp_path / "tiny", max_model_len=8192)
+    settings = yaml.safe_load(tiny_file.read_text()) | {"replicas": 2}
+    tiny_file.write_text(yaml.safe_dump(settings))
+    with served(checkpoint, tiny_file, port) as (process, url):
+        body = {"model": "tiny", "prompt": "x" * 50, "max_tokens": 5, "ignore_eos": True}
+        for _ in range(18):
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        finished = 'request_success_total{finished_reason="length"'
+        until(lambda: counted(url, finished) == 18)  # two seconds, where nothing else computes
+        assert [counted(url, finished) for _ in range(6)] == [18] * 6
+        assert [counted(url, "generation_tokens_total") for _ in range(6)] == [90] * 6
+        assert counted(url, "replicas{") == counted(url, "replicas_wanted") == 2
+        assert httpx.get(f"{url}/health").json()["replicas"] == 2
+
+        # No replica answers anything for a while; these do.
+        replicas = below(process, "ServeReplica:saccade:saccade")
+        assert len(replicas) == 2
+        try:
+            for pid in replicas:
+                os.kill(pid, signal.SIGSTOP)
+            assert httpx.get(f"{url}/health", timeout=30).json()["replicas"] == 2
+            assert counted(url, finished) == 18
+        finally:
+            for pid in replicas:
+                os.kill(pid, signal.SIGCONT)
+
+        long = body | {"max_tokens": 8000, "stream": True}
+        idle = {pid: cpu_time(pid) for pid in replicas}
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            until(lambda: counted(url, "num_requests_running") == 1)
+            until(lambda: counted(url, "generation_tokens_total") > 90)
+            before = counted(url, "generation_tokens_total")
+            busy = max(replicas, key=lambda pid: cpu_time(pid) - idle[pid])
+            os.kill(busy, signal.SIGKILL)
+            *_, error, done = filter(None, lines)
+        assert done == "data: [DONE]"
+        told = json.loads(error.removeprefix("data: "))["error"]
+        assert (told["code"], told["type"]) == ("replica_lost", "service_unavailable")
+        for _ in range(10):
+            assert counted(url, finished) == 18
+            assert counted(url, "generation_tokens_total") >= before
+            time.sleep(0.1)
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        until(lambda: counted(url, finished) == 19)
+        assert httpx.get(f"{url}/health").status_code == 200
