@@ -13,13 +13,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from kernels.cache import LayerCache, Segment
 from kernels.page import PAGE
 from kernels.prefill import tile_attention
-from kernels.torch_backend import merge
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from kernels.attention import Impl
@@ -69,13 +69,17 @@ def attend(query: Tensor, place: Place, plan: Plan, scale: float, impl: Impl) ->
     Returns:
         [tokens, heads, head_dim], 0 for a token that sees nothing.
     """
-    found = []
-    for part in plan:
-        output, lse, _ = tile_attention(
-            query, place.cache, place.segment, part.selection, scale, impl
-        )
-        found.append((output, lse + math.log(part.times)))
-    output, lse = merge(found)
-    if len(found) > 1:
-        output = output.masked_fill_(lse.isneginf()[..., None], 0)
-    return output.to(query.dtype)
+    found = [
+        tile_attention(query, place.cache, place.segment, part.selection, scale, impl)[:2]
+        for part in plan
+    ]
+    joined, lse = found[0]
+    if len(found) == 1:
+        return joined
+    joined = joined.to(lse.dtype)
+    for part, (output, own) in zip(plan[1:], found[1:], strict=True):
+        more = own + math.log(part.times)
+        joined.lerp_(output.to(lse.dtype), torch.sigmoid(more - lse)[..., None])
+        lse = torch.logaddexp(lse, more)
+    # What sees nothing has become no number.
+    return joined.masked_fill_(lse.isneginf()[..., None], 0).to(query.dtype)
