@@ -50,6 +50,38 @@ class LimitsConfig(BaseModel):
     messages: int = Field(default=4096, ge=1, description="messages of a chat")
 
 
+class AutoscalingConfig(BaseModel):
+    """How many copies of the model there are, by their load; see `service.autoscaling`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_replicas: int = Field(default=1, ge=1, description="copies that there always are")
+    max_replicas: int | None = Field(
+        default=None, ge=1, description="most copies; without it `replicas` is a fixed number"
+    )
+    queued_tokens_per_replica: int = Field(
+        default=32_768, ge=1, description="prompt tokens that may wait for their prefill a copy"
+    )
+    kv_usage: float = Field(
+        default=0.8, gt=0, le=1, description="share of its KV cache that a copy may use"
+    )
+    upscale_delay_s: float = Field(
+        default=3, ge=0, description="seconds of too much load until there are more copies"
+    )
+    downscale_delay_s: float = Field(
+        default=300, ge=0, description="seconds of little load until there are fewer"
+    )
+
+    @model_validator(mode="after")
+    def _range_is_possible(self) -> AutoscalingConfig:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas} and min_replicas {self.min_replicas}; "
+                "raise the first or lower the second"
+            )
+        return self
+
+
 class EncoderServing(BaseModel):
     """How Longformer and BigBird are served."""
 
@@ -119,6 +151,26 @@ class ServiceConfig(BaseSettings):
     metrics_need_key: bool = Field(default=False, description="/metrics also asks for the API key")
     max_body_mib: float = Field(default=32.0, gt=0, description="largest request body, MiB")
     replicas: int = Field(default=1, ge=1, description="copies of the model (Ray Serve)")
+    affinity_limit: int | None = Field(
+        default=None,
+        ge=1,
+        description="requests at a copy from which on its sessions go to others (Ray Serve); "
+        "max_num_seqs by default",
+    )
+    drain_s: int = Field(
+        default=30,
+        ge=10,
+        description="seconds that running requests have to end when a copy of the model stops; "
+        "then they end with an error",
+    )
+    update_surge_percent: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="more copies while an update replaces them (Ray Serve), which need room; 0: "
+        "old ones stop first",
+    )
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     sparsity: SparsityConfig = SparsityConfig()
     limits: LimitsConfig = LimitsConfig()
     encoder: EncoderServing = EncoderServing()
@@ -150,6 +202,22 @@ class ServiceConfig(BaseSettings):
                 "window:64"
             )
         return sparsity
+
+    @model_validator(mode="after")
+    def _replicas_are_said_once(self) -> ServiceConfig:
+        if self.replicas > 1 and self.autoscaling.max_replicas is not None:
+            raise ValueError(
+                f"replicas is the fixed number {self.replicas} and autoscaling.max_replicas asks "
+                "for a changing one; remove one of the two"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Copies of the model that there may be at a time, an update's too."""
+        most = self.autoscaling.max_replicas or self.replicas
+        # As Serve rounds.
+        return most + -(-most * self.update_surge_percent // 100)
 
     def check_ray_device(self) -> None:
         """Refuse one of several GPUs by number under Ray.
