@@ -103,10 +103,7 @@ def build(args: ServiceConfig) -> Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=args.drain_s,
         max_surge_percent=args.update_surge_percent,
-        request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER,  # type: ignore[arg-type]
-            request_router_kwargs={"limit": args.affinity_limit or args.max_num_seqs},
-        ),
+        request_router_config=_router(args),
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     application: Application = configured(serve.ingress()(Replica)).bind(args)
@@ -133,6 +130,17 @@ def _replicas(config: ServiceConfig) -> dict[str, Any]:
             policy={"policy_function": POLICY, "policy_kwargs": limits},  # type: ignore[arg-type]
         )
     return {"autoscaling_config": options}
+
+
+def _router(config: ServiceConfig) -> RequestRouterConfig:
+    """Sessions keep to a replica, where Serve's own proxies route and not HAProxy."""
+    # Serve refuses a router that HAProxy would leave out.
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        return RequestRouterConfig()
+    return RequestRouterConfig(
+        request_router_class=ROUTER,  # type: ignore[arg-type]
+        request_router_kwargs={"limit": config.affinity_limit or config.max_num_seqs},
+    )
 
 
 def replica_resources(config: ServiceConfig) -> dict[str, Any]:
