@@ -160,15 +160,18 @@ class EncoderEngine:
     def load(self) -> Load:
         """What there is to do; there is no KV cache, and texts in the batch run."""
         with self._change:
-            ids = [len(job.text.ids) for job in (*self._waiting, *self._running)]
+            jobs = len(self._waiting) + len(self._running)
             slots = len(self._running) / self._limits.texts
-            return Load(sum(ids), len(ids), 0.0, slots, self._busy_seconds)
+            return Load(self._queued_tokens(), jobs, 0.0, slots, self._busy_seconds)
 
     def health(self) -> Health:
         """Whether the thread advances."""
         age = time.monotonic() - self._beat
         alive = self._thread.is_alive() and self._failure is None and age < STALE_BEAT
         return Health(alive, age, reason=self._failure)
+
+    def _queued_tokens(self) -> int:
+        return sum(len(job.text.ids) for job in (*self._waiting, *self._running))
 
     # -- the engine's thread ----------------------------------------------------------------
 
@@ -181,6 +184,7 @@ class EncoderEngine:
                     self._busy_seconds += time.monotonic() - began
                     self._running = []
                     self.metrics.set_load(0, len(self._waiting), 0.0)
+                    self.metrics.queued(self._queued_tokens())
         except Exception as error:  # noqa: BLE001  whatever it is, all that wait are told
             _log.exception("the encoder's thread has stopped")
             self._failure = str(error)
@@ -203,6 +207,7 @@ class EncoderEngine:
                 if batch:
                     self._running = batch
                     self.metrics.set_load(len(batch), len(self._waiting), 0.0)
+                    self.metrics.queued(self._queued_tokens())
                     return batch
                 self._change.wait(IDLE_BEAT)
 

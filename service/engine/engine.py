@@ -511,6 +511,7 @@ class Engine:
             self._waiting = waiting
             self._running = len(scheduler.running)
             waiting += self._arriving
+        self.metrics.queued(load.queued_tokens)
         self.metrics.preempted(scheduler.preemptions - self._preemptions)
         self._preemptions = scheduler.preemptions
         self.metrics.set_load(len(scheduler.running), waiting, scheduler.pool.usage)

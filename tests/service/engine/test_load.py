@@ -80,3 +80,5 @@ def test_what_has_arrived_counts_before_the_next_step(harness):
     assert loads[0].queued_tokens >= 70
     assert loads[0].queued_prompts >= 1
     assert engine.load().queued_tokens == 0
+    name, labels = "saccade_queued_tokens", {"model_name": "tiny"}
+    assert engine.metrics.registry.get_sample_value(name, labels) == 0
