@@ -11,11 +11,17 @@ session too hot for one replica finds its beginning on the same second one.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 from typing import TYPE_CHECKING
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import (
+    PendingRequest,
+    ReplicaID,
+    RequestRouter,
+    RunningReplica,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,8 +43,8 @@ def ranked(session: str, replicas: Sequence[str]) -> list[int]:
 
 def place(
     session: str, replicas: Sequence[str], load: Callable[[int], int], limit: int
-) -> list[list[int]]:
-    """Replicas for a request, as indices: ranks to try in order, each with equal choices.
+) -> list[int]:
+    """Replicas for a request, as indices, in the order in which to try them.
 
     Args:
         session: what it shares a beginning with; empty: nothing.
@@ -46,17 +52,16 @@ def place(
         load: requests in flight at one of them.
         limit: load from which on a replica takes no more of its sessions while another is below.
     """
-    everyone = list(range(len(replicas)))
     if not session:
-        # The power of two choices (Mitzenmacher, 2001): Serve takes the less loaded of a rank.
-        two = random.sample(everyone, min(2, len(everyone)))
-        return [two, [one for one in everyone if one not in two]]
+        # The power of two choices (Mitzenmacher, 2001).
+        shuffled = random.sample(range(len(replicas)), len(replicas))
+        return sorted(shuffled[:2], key=load) + shuffled[2:]
     order = ranked(session, replicas)
-    below = [one for one in order if load(one) < limit]
-    if not below:
+    home = next((one for one in order if load(one) < limit), None)
+    if home is None:
         # Nobody has room; `sorted` keeps the session's order among equals.
-        return [[one] for one in sorted(order, key=load)]
-    return [[below[0]], *([one] for one in order if one != below[0])]
+        return sorted(order, key=load)
+    return [home, *(one for one in order if one != home)]
 
 
 class AffinityRouter(RequestRouter):
@@ -65,6 +70,7 @@ class AffinityRouter(RequestRouter):
     def initialize_state(self, **kwargs: int) -> None:
         """Called by Serve with `limit`, the load from which on sessions go to others."""
         self._limit = kwargs["limit"]
+        self._sent: dict[ReplicaID, int] = {}  # requests in flight of this proxy, where there are
 
     async def choose_replicas(
         self,
@@ -72,12 +78,28 @@ class AffinityRouter(RequestRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """Ranks of replicas to try, called by Serve for each request."""
+        # Lets a request that was placed just before be sent, and so be counted.
+        await asyncio.sleep(0)
         session = pending_request.metadata.session_id if pending_request is not None else ""
 
         def load(index: int) -> int:
-            # Of all proxies, as of the replica's last answer, and what this one has sent since.
-            return self.replica_queue_len_cache.get(candidate_replicas[index].replica_id) or 0
+            replica = candidate_replicas[index].replica_id
+            # A replica's own count has all proxies' requests, but is as old as its last answer: of
+            # a burst it has the first alone.
+            told = self.replica_queue_len_cache.get(replica) or 0
+            return max(told, self._sent.get(replica, 0))
 
         names = [replica.replica_id.unique_id for replica in candidate_replicas]
-        ranks = place(session, names, load, self._limit)
-        return [[candidate_replicas[one] for one in rank] for rank in ranks if rank]
+        return [[candidate_replicas[one]] for one in place(session, names, load, self._limit)]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Called by Serve when a request goes to a replica."""
+        super().on_send_request(replica_id)
+        self._sent[replica_id] = self._sent.get(replica_id, 0) + 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called by Serve once for each of them, however it ended."""
+        super().on_request_completed(replica_id, internal_request_id)
+        left = self._sent.pop(replica_id, 0) - 1
+        if left > 0:
+            self._sent[replica_id] = left

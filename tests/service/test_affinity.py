@@ -8,6 +8,9 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.request_router.common import ReplicaQueueLengthCache
+from ray.serve.request_router import ReplicaID
 
 from service.affinity import AffinityRouter, place, ranked
 
@@ -20,7 +23,7 @@ def idle(_):
 
 
 def home(session, replicas, load=idle, limit=4):
-    return replicas[place(session, replicas, load, limit)[0][0]]
+    return replicas[place(session, replicas, load, limit)[0]]
 
 
 def test_a_session_has_one_home_whatever_the_order_of_the_replicas():
@@ -57,46 +60,78 @@ def test_a_busy_home_passes_a_session_on_to_the_next_in_its_order():
     loads = dict.fromkeys(range(4), 0)
     for busy, following in itertools.pairwise(order):
         loads[busy] = 4
-        assert place("s", REPLICAS, loads.get, 4)[0] == [following]
+        assert place("s", REPLICAS, loads.get, 4)[0] == following
     loads[order[-1]] = 5
     loads[order[2]] = 3
-    assert place("s", REPLICAS, loads.get, 3)[0] == [order[2]]
+    assert place("s", REPLICAS, loads.get, 3)[0] == order[2]
 
 
 def test_where_all_are_busy_the_least_loaded_takes_it():
     loads = [9, 7, 8, 10]
-    assert place("s", REPLICAS, loads.__getitem__, 4)[0] == [1]
+    assert place("s", REPLICAS, loads.__getitem__, 4)[0] == 1
     order = ranked("s", REPLICAS)
-    assert place("s", REPLICAS, lambda _: 5, 4)[0] == [order[0]]
+    assert place("s", REPLICAS, lambda _: 5, 4)[0] == order[0]
 
 
-def test_every_replica_is_in_some_rank_once():
+def test_every_replica_is_tried_once():
     for session in ("", "s"):
         for load in (idle, lambda _: 9):
             for replicas in (REPLICAS, ["one"], []):
-                tried = [one for rank in place(session, replicas, load, 4) for one in rank]
+                tried = place(session, replicas, load, 4)
                 assert sorted(tried) == list(range(len(replicas)))
 
 
-def test_without_a_session_two_are_chosen_at_random():
-    seen = {frozenset(place("", REPLICAS, idle, 4)[0]) for _ in range(200)}
-    assert len(seen) == 6
+def test_without_a_session_the_less_busy_of_two_takes_it():
+    loads = [3, 0, 2, 1]
+    firsts = Counter(place("", REPLICAS, loads.__getitem__, 4)[0] for _ in range(600))
+    # Pairs that it is the less busy of: 0, 3, 1 and 2 of 6.
+    assert firsts[0] == 0
+    assert 240 < firsts[1] < 360
+    assert 50 < firsts[2] < 150
+    assert 140 < firsts[3] < 260
+    equal = Counter(place("", REPLICAS, idle, 4)[0] for _ in range(600))
+    assert min(equal.values()) > 90
 
 
-@pytest.mark.parametrize("limit", [2, 50])
-def test_the_router_asks_serves_counts_and_reads_the_session(limit):
-    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in REPLICAS]
-    counts = {replica.replica_id.unique_id: 10 for replica in replicas}
-    order = ranked("s", REPLICAS)
-    counts[REPLICAS[order[3]]] = None  # not known: Serve asks it
-    router = SimpleNamespace(
-        replica_queue_len_cache=SimpleNamespace(get=lambda one: counts[one.unique_id])
-    )
-    AffinityRouter.initialize_state(router, limit=limit)
-    request = SimpleNamespace(metadata=SimpleNamespace(session_id="s"))
-    ranks = asyncio.run(AffinityRouter.choose_replicas(router, replicas, request))
-    assert ranks[0] == [replicas[order[3 if limit == 2 else 0]]]
-    assert sum(map(len, ranks)) == 4
-    nobody = asyncio.run(AffinityRouter.choose_replicas(router, replicas, None))
-    assert sum(map(len, nobody)) == 4
-    assert asyncio.run(AffinityRouter.choose_replicas(router, [], request)) == []
+@pytest.fixture
+def router():
+    """A router with four replicas, whose load Serve does not know yet, and its replicas."""
+    replicas = [SimpleNamespace(replica_id=ReplicaID(name, DeploymentID("d"))) for name in REPLICAS]
+    made = AffinityRouter.__new__(AffinityRouter)
+    made._use_replica_queue_len_cache = False
+    made._replica_queue_len_cache = ReplicaQueueLengthCache()
+    made.initialize_state(limit=2)
+    return made, replicas
+
+
+def choose(router, replicas, session="s"):
+    request = SimpleNamespace(metadata=SimpleNamespace(session_id=session))
+    return asyncio.run(router.choose_replicas(replicas, request))
+
+
+def test_the_router_goes_by_what_it_sent_and_by_what_replicas_say(router):
+    router, replicas = router
+    first, second, third, last = (replicas[index] for index in ranked("s", REPLICAS))
+    assert choose(router, replicas) == [[first], [second], [third], [last]]
+    for _ in range(2):
+        assert choose(router, replicas)[0] == [first]
+        router.on_send_request(first.replica_id)
+    assert choose(router, replicas)[0] == [second]
+    # Requests of other proxies.
+    router.replica_queue_len_cache.update(second.replica_id, 5)
+    assert choose(router, replicas)[0] == [third]
+    # An answer that is older than what has been sent since.
+    router.replica_queue_len_cache.update(first.replica_id, 1)
+    assert choose(router, replicas)[0] == [third]
+    router.on_request_completed(first.replica_id, "1")
+    assert choose(router, replicas)[0] == [first]
+    for number in range(3):
+        router.on_request_completed(first.replica_id, str(number))
+    assert not router._sent
+
+
+def test_the_router_is_asked_without_a_request_and_without_replicas(router):
+    router, replicas = router
+    assert sum(map(len, asyncio.run(router.choose_replicas(replicas, None)))) == 4
+    assert sum(map(len, choose(router, replicas, ""))) == 4
+    assert choose(router, []) == []

@@ -71,6 +71,15 @@ def test_the_builder_configures_scaling_routing_and_updates(checkpoint):
     }
 
 
+def test_behind_haproxy_the_builder_asks_for_no_router_which_serve_would_refuse(
+    checkpoint, monkeypatch
+):
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    built = call_user_app_builder_with_args_if_necessary(build, {"model": str(checkpoint)})
+    config = built._bound_deployment._deployment_config
+    assert config.request_router_config.is_default_request_router()
+
+
 def test_without_a_most_the_number_of_replicas_is_fixed(checkpoint):
     built = call_user_app_builder_with_args_if_necessary(build, {"model": str(checkpoint)})
     config = built._bound_deployment._deployment_config
