@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from kernels.errors import KernelError
 from kernels.patterns.pattern import Pattern
+from service.autoscaling_config import AutoscalingConfig
 from service.errors import ConfigError
 from service.sparsity import SparsityConfig
 
@@ -48,38 +49,6 @@ class LimitsConfig(BaseModel):
     )
     logit_bias: int = Field(default=1024, ge=0, description="entries of logit_bias")
     messages: int = Field(default=4096, ge=1, description="messages of a chat")
-
-
-class AutoscalingConfig(BaseModel):
-    """How many copies of the model there are, by their load; see `service.autoscaling`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min_replicas: int = Field(default=1, ge=1, description="copies that there always are")
-    max_replicas: int | None = Field(
-        default=None, ge=1, description="most copies; without it `replicas` is a fixed number"
-    )
-    queued_tokens_per_replica: int = Field(
-        default=32_768, ge=1, description="prompt tokens that may wait for their prefill a copy"
-    )
-    kv_usage: float = Field(
-        default=0.8, gt=0, le=1, description="share of its KV cache that a copy may use"
-    )
-    upscale_delay_s: float = Field(
-        default=3, ge=0, description="seconds of too much load until there are more copies"
-    )
-    downscale_delay_s: float = Field(
-        default=300, ge=0, description="seconds of little load until there are fewer"
-    )
-
-    @model_validator(mode="after")
-    def _range_is_possible(self) -> AutoscalingConfig:
-        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas} and min_replicas {self.min_replicas}; "
-                "raise the first or lower the second"
-            )
-        return self
 
 
 class EncoderServing(BaseModel):
