@@ -5,10 +5,11 @@
 Starts a private cluster with a tiny checkpoint and then, each with requests running all the time:
 
 1. a load step: replicas are added for the queued tokens;
-2. an update of the configuration under that load: every replica is replaced;
-3. the load's end: replicas go down to the least again;
-4. an update to a fixed number of replicas, in which sessions have homes, a session that is too hot
-   for one spreads, and a dead replica's sessions move;
+2. an update of the configuration under that load: every replica is replaced, new ones first;
+3. the load's end: replicas go down to the least again; a configuration that does not start takes
+   the place of none;
+4. an update to a fixed number of replicas, old ones first, in which sessions have homes, a session
+   that is too hot for one spreads, and a dead replica's sessions move;
 5. an update while one stream outlives the drain: it ends with an error event, others end well.
 
 Exits with 1 when something else happens. Times are printed and not judged, but for patience. What
@@ -21,6 +22,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
@@ -176,6 +178,16 @@ def scale_and_update(run: Run, config: ServiceConfig) -> None:
     with Load(run.url, 1) as trickle:
         run.check(run.until(lambda: run.running() == 1), "without the load 1 replica remains")
     run.no_failure(trickle, "scale-down")
+    with Load(run.url, 1) as load, tempfile.TemporaryDirectory() as folder:
+        damaged = shutil.copytree(config.model, Path(folder) / "tiny")
+        (damaged / "model.safetensors").write_bytes(b"damaged")
+        try:
+            run.deploy(ServiceConfig(**(config.model_dump() | {"model": damaged})))
+        except RuntimeError:
+            run.check(run.running() == 1, "a damaged checkpoint takes no replica's place")
+        else:
+            run.check(False, "a damaged checkpoint is refused")
+    run.no_failure(load, "an update that fails")
 
 
 def ask(run: Run, session: str, **fields: Any) -> str:
@@ -287,7 +299,7 @@ def main() -> None:
             "upscale_delay_s": 1,
             "downscale_delay_s": 5,
         }
-        config = ServiceConfig(**fields, autoscaling=scaling)
+        config = ServiceConfig(**fields, autoscaling=scaling, update_surge_percent=50)
         with local_cluster(config):
             run.say("started")
             scale_and_update(run, config)
