@@ -226,7 +226,10 @@ def keep_sessions(run: Run) -> None:
     ray.kill(ray.get_actor(f"SERVE_REPLICA::saccade#saccade#{dead}", namespace="serve"))
     moved = {session: ask(run, session) for session in sessions}
     failed = [told for told in moved.values() if told.startswith("failed")]
-    run.check(not failed, f"after a replica's death {len(failed)} requests fail {failed[:1]}")
+    # HAProxy may learn of it from the first request, over a connection that it used before.
+    spared = 1 if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else 0
+    told = f"after a replica's death {len(failed)} requests fail, {spared} may {failed[:1]}"
+    run.check(len(failed) <= spared, told)
     stayed = all(moved[one] == home for one, home in homes.items() if home != dead)
     run.check(stayed and dead not in moved.values(), "its sessions move, others stay")
     known = set(homes.values())
