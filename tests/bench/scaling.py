@@ -232,9 +232,12 @@ def keep_sessions(run: Run) -> None:
     run.check(len(failed) <= spared, told)
     stayed = all(moved[one] == home for one, home in homes.items() if home != dead)
     run.check(stayed and dead not in moved.values(), "its sessions move, others stay")
-    known = set(homes.values())
-    replaced = run.until(lambda: any(ask(run, one) not in known for one in sessions))
-    run.check(replaced, "another replica takes its place")
+
+    def replaced() -> bool:
+        told = {ask(run, one) for one in sessions} - set(homes.values())
+        return any(not name.startswith("failed") for name in told)
+
+    run.check(run.until(replaced), "another replica takes its place")
 
 
 def outlive(run: Run, config: ServiceConfig) -> None:
