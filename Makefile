@@ -78,6 +78,7 @@ soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/serve_run.py
 	$(PYTHON) tests/bench/operations.py
 	$(PYTHON) tests/bench/two_nodes.py
+	$(PYTHON) tests/bench/scaling.py
 	$(MAKE) --no-print-directory browser
 
 browser: $(DEV_STAMP)

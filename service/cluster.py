@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import tempfile
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
     starter = ThreadPoolExecutor(1)
     try:
         try:
-            _init(starter, folder, max(len(os.sched_getaffinity(0)), config.replicas))
+            _init(starter, folder, max(len(os.sched_getaffinity(0)), config.most_replicas))
             _check_gpus(config)
             serve.start(
                 proxy_location="HeadOnly",
@@ -92,8 +93,7 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
         try:
             yield
         finally:
-            # Waits for running requests, up to the deployment's limit.
-            serve.delete(NAME)
+            _drain(NAME, config.drain_s)
     finally:
         started = descendants()
         ray.shutdown()
@@ -131,16 +131,27 @@ def _init(starter: Executor, folder: Path, cores: int) -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
+def _drain(name: str, seconds: float) -> None:
+    """Take an application away once its requests have ended, or `seconds` have passed."""
+    from ray import serve
+
+    # Serve's own waiting gives up after a minute.
+    serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + seconds + PATIENCE
+    while name in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def _check_gpus(config: ServiceConfig) -> None:
     """Refuse replicas that would wait for ever for GPUs that are not there."""
     import ray
 
     from service.deployment import replica_resources
 
-    need = config.replicas * replica_resources(config).get("num_gpus", 0)
+    need = config.most_replicas * replica_resources(config).get("num_gpus", 0)
     have = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     if need > have:
         raise ConfigError(
-            f"invalid configuration: {config.replicas} replicas need {need:g} GPUs and this "
-            f"machine has {have:g}; lower replicas or choose --device cpu"
+            f"invalid configuration: {config.most_replicas} replicas need {need:g} GPUs and this "
+            f"machine has {have:g}; ask for fewer or choose --device cpu"
         )

@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from kernels.errors import KernelError
 from kernels.patterns.pattern import Pattern
+from service.autoscaling_config import AutoscalingConfig
 from service.errors import ConfigError
 from service.sparsity import SparsityConfig
 
@@ -123,6 +124,26 @@ class ServiceConfig(BaseSettings):
     metrics_need_key: bool = Field(default=False, description="/metrics also asks for the API key")
     max_body_mib: float = Field(default=32.0, gt=0, description="largest request body, MiB")
     replicas: int = Field(default=1, ge=1, description="copies of the model (Ray Serve)")
+    affinity_limit: int | None = Field(
+        default=None,
+        ge=1,
+        description="requests at a copy from which on its sessions go to others (Ray Serve); "
+        "max_num_seqs by default",
+    )
+    drain_s: int = Field(
+        default=30,
+        ge=10,
+        description="seconds that running requests have to end when a copy of the model stops; "
+        "then they end with an error",
+    )
+    update_surge_percent: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="more copies while an update replaces them (Ray Serve), which need room; 0: "
+        "old ones stop first",
+    )
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     sparsity: SparsityConfig = SparsityConfig()
     limits: LimitsConfig = LimitsConfig()
     encoder: EncoderServing = EncoderServing()
@@ -154,6 +175,22 @@ class ServiceConfig(BaseSettings):
                 "window:64"
             )
         return sparsity
+
+    @model_validator(mode="after")
+    def _replicas_are_said_once(self) -> ServiceConfig:
+        if self.replicas > 1 and self.autoscaling.max_replicas is not None:
+            raise ValueError(
+                f"replicas is the fixed number {self.replicas} and autoscaling.max_replicas asks "
+                "for a changing one; remove one of the two"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Copies of the model that there may be at a time, an update's too."""
+        most = self.autoscaling.max_replicas or self.replicas
+        # As Serve rounds.
+        return most + -(-most * self.update_surge_percent // 100)
 
     def check_ray_device(self) -> None:
         """Refuse one of several GPUs by number under Ray.

@@ -58,6 +58,7 @@ class Metrics:
         self._model_name = model_name
         self._running = self._gauge("num_requests_running", "Requests in the running batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting to be scheduled.")
+        self._queued_tokens = self._gauge("queued_tokens", "Prompt tokens not yet prefilled.")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.")
         self._preemptions = self._counter(
             "num_preemptions", "Requests put back in the queue because the KV cache was full."
@@ -156,6 +157,10 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
         self._kv_usage.set(kv_usage)
+
+    def queued(self, tokens: int) -> None:
+        """So many prompt tokens of waiting and running requests are not yet prefilled."""
+        self._queued_tokens.set(tokens)
 
     def preempted(self, requests: int) -> None:
         """`requests` running requests went back to the queue."""

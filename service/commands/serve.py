@@ -18,6 +18,7 @@ import typer
 
 from service.commands.options import as_fields, with_config_options
 from service.config import BUNDLED_CHECKPOINT, load_config
+from service.draining import MARGIN
 from service.engine.build import device_name
 from service.errors import ConfigError
 from service.serving import application, build, check, is_encoder
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from service.config import ServiceConfig
-
-GRACE = 10
-"""Seconds that running requests have to end when the service stops."""
 
 
 @with_config_options
@@ -78,7 +76,9 @@ def _serve_standalone(config: ServiceConfig, listener: socket.socket) -> None:
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # Streams that are still open then end with an error event, not with a cut connection.
             loop = asyncio.get_running_loop()
-            timer = loop.call_later(GRACE - 2, loop.run_in_executor, None, engine.stop)
+            timer = loop.call_later(
+                config.drain_s - MARGIN, loop.run_in_executor, None, engine.stop
+            )
             await super().shutdown(sockets)
             timer.cancel()
 
@@ -86,7 +86,9 @@ def _serve_standalone(config: ServiceConfig, listener: socket.socket) -> None:
     engine.start()
     try:
         settings = uvicorn.Config(
-            application(engine, config), log_level="warning", timeout_graceful_shutdown=GRACE
+            application(engine, config),
+            log_level="warning",
+            timeout_graceful_shutdown=config.drain_s,
         )
         Server(settings).run(sockets=[listener])
     finally:

@@ -14,7 +14,7 @@ import torch
 
 from models.encoders.texts import Packed
 from service.engine.device import check_alive
-from service.engine.types import Health
+from service.engine.types import Health, Load
 from service.errors import EngineDeadError, GenerationError, OverloadedError, RequestError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class EncoderEngine:
         self._limits = limits
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
+        self._busy_seconds = 0.0  # that went into batches
         self._change = threading.Condition()  # guards what stands above and the two below
         self._stopping = False
         self._failure: str | None = None
@@ -156,21 +157,34 @@ class EncoderEngine:
             self._change.notify_all()
         return [job.answer for job in jobs]
 
+    def load(self) -> Load:
+        """What there is to do; there is no KV cache, and texts in the batch run."""
+        with self._change:
+            jobs = len(self._waiting) + len(self._running)
+            slots = len(self._running) / self._limits.texts
+            return Load(self._queued_tokens(), jobs, 0.0, slots, self._busy_seconds)
+
     def health(self) -> Health:
         """Whether the thread advances."""
         age = time.monotonic() - self._beat
         alive = self._thread.is_alive() and self._failure is None and age < STALE_BEAT
         return Health(alive, age, reason=self._failure)
 
+    def _queued_tokens(self) -> int:
+        return sum(len(job.text.ids) for job in (*self._waiting, *self._running))
+
     # -- the engine's thread ----------------------------------------------------------------
 
     def _loop(self) -> None:
         try:
             while batch := self._take():
+                began = time.monotonic()
                 self._run(batch)
                 with self._change:
+                    self._busy_seconds += time.monotonic() - began
                     self._running = []
                     self.metrics.set_load(0, len(self._waiting), 0.0)
+                    self.metrics.queued(self._queued_tokens())
         except Exception as error:  # noqa: BLE001  whatever it is, all that wait are told
             _log.exception("the encoder's thread has stopped")
             self._failure = str(error)
@@ -193,6 +207,7 @@ class EncoderEngine:
                 if batch:
                     self._running = batch
                     self.metrics.set_load(len(batch), len(self._waiting), 0.0)
+                    self.metrics.queued(self._queued_tokens())
                     return batch
                 self._change.wait(IDLE_BEAT)
 

@@ -21,7 +21,14 @@ from service.engine.scheduler import Limits, Scheduler, Work
 from service.engine.sequence import Fallback, Mode, Request, Sequence, State
 from service.engine.stream import Stream
 from service.engine.tally import Looked, Prefilled, Tally
-from service.engine.types import Delta, Health, SamplingParams, SparsityParams, TokenLogprob
+from service.engine.types import (
+    Delta,
+    Health,
+    Load,
+    SamplingParams,
+    SparsityParams,
+    TokenLogprob,
+)
 from service.errors import EngineDeadError, OverloadedError, RequestError
 
 if TYPE_CHECKING:
@@ -104,7 +111,10 @@ class Engine:
         self._arriving = 0  # sequences in the inbox
         self._waiting = 0  # sequences that the scheduler has not started
         self._running = 0  # sequences that it has
-        self._lock = threading.Lock()  # guards the three counts and the stop flag
+        self._arriving_tokens = 0  # prompt tokens in the inbox
+        self._load = Load()  # after the last step
+        self._prefill_seconds = 0.0
+        self._lock = threading.Lock()  # guards the counts, the load and the stop flag
         self._preemptions = 0  # those that the metrics know of
         self._requests: dict[str, Request] = {}
         self._progress: dict[Sequence, _Progress] = {}
@@ -171,6 +181,7 @@ class Engine:
                     "the engine has stopped: " + (self._failure or "shutting down")
                 )
             self._arriving += n
+            self._arriving_tokens += len(prompt)
             self._inbox.put((request, n))
         return stream
 
@@ -204,6 +215,15 @@ class Engine:
         if request is None or not request.sequences:
             return 0
         return min(request.sequences[0].computed, len(request.prompt))
+
+    def load(self) -> Load:
+        """What there is to do, after the last step and with what has arrived since."""
+        with self._lock:
+            return replace(
+                self._load,
+                queued_tokens=self._load.queued_tokens + self._arriving_tokens,
+                queued_prompts=self._load.queued_prompts + self._arriving,
+            )
 
     def health(self) -> Health:
         """Whether the step loop advances."""
@@ -254,6 +274,7 @@ class Engine:
             request, choices = message
             with self._lock:
                 self._arriving -= choices
+                self._arriving_tokens -= len(request.prompt)
                 self._waiting += choices
             self._requests[request.id] = request
             self._scheduler.add(request, choices)
@@ -272,6 +293,7 @@ class Engine:
 
     def _step(self, work: list[Work]) -> None:
         now = time.monotonic()
+        prompts = any(item.sequence.unfilled for item in work)
         for item in work:
             if item.sequence.started is None:
                 item.sequence.started = now
@@ -291,6 +313,8 @@ class Engine:
             observe(self.metrics, looked)
         for chunk in prefilled:
             self.metrics.prefilled(chunk.mean_density, chunk.mean_coverage)
+        if prompts:
+            self._prefill_seconds += time.monotonic() - now
 
     def _advance(self, outcome: Outcome, looked: list[Looked], prefilled: list[Prefilled]) -> None:
         """Book one outcome: its keys, its statistics, and its next token if it has one.
@@ -469,10 +493,25 @@ class Engine:
             for sequence in request.sequences
         )
         waiting = len(scheduler.waiting) + forking
+        unfilled = [
+            sequence.unfilled
+            for request in self._requests.values()
+            for sequence in request.sequences
+            if sequence.unfilled
+        ]
+        load = Load(
+            queued_tokens=sum(unfilled),
+            queued_prompts=len(unfilled),
+            kv_usage=scheduler.pool.usage,
+            slots=len(scheduler.running) / self._limits.max_seqs,
+            prefill_seconds=self._prefill_seconds,
+        )
         with self._lock:
+            self._load = load
             self._waiting = waiting
             self._running = len(scheduler.running)
             waiting += self._arriving
+        self.metrics.queued(load.queued_tokens)
         self.metrics.preempted(scheduler.preemptions - self._preemptions)
         self._preemptions = scheduler.preemptions
         self.metrics.set_load(len(scheduler.running), waiting, scheduler.pool.usage)

@@ -105,6 +105,14 @@ class Sequence:
         """Tokens sampled so far."""
         return len(self.tokens) - self.prompt_len
 
+    @property
+    def unfilled(self) -> int:
+        """Known tokens to compute before the next can be sampled; a decode step's one is none."""
+        if self.state not in (State.WAITING, State.RUNNING):
+            return 0
+        left = len(self.tokens) - self.computed
+        return left if left > 1 or self.generated == 0 else 0
+
     def mode(self, position: int) -> Mode:
         """How the token at `position` attends: a function of the position and of what is decided.
 

@@ -250,3 +250,22 @@ class Health:
     heartbeat_age: float
     degraded: bool = False
     reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine has before it and how busy it is, to decide how many replicas are needed.
+
+    Attributes:
+        queued_tokens: prompt tokens not yet prefilled, of waiting and running requests.
+        queued_prompts: sequences that they belong to.
+        kv_usage: share of the KV pages in use, 0 to 1.
+        slots: sequences that run over the most that may, 0 to 1.
+        prefill_seconds: time since the start that went into steps with prompt tokens.
+    """
+
+    queued_tokens: int = 0
+    queued_prompts: int = 0
+    kv_usage: float = 0.0
+    slots: float = 0.0
+    prefill_seconds: float = 0.0

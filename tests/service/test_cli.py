@@ -158,7 +158,10 @@ def test_standalone_serves_until_a_signal_and_exits_with_0(checkpoint, tiny_file
 def test_a_stream_that_outlives_the_service_ends_with_an_error_event(
     checkpoint, tiny_file, port, monkeypatch
 ):
-    process = saccade(*("serve", checkpoint, "--standalone", "--config", tiny_file, "--port", port))
+    process = saccade(
+        *("serve", checkpoint, "--standalone", "--config", tiny_file, "--port", port),
+        *("--drain-s", 10),
+    )
     while "short_context" not in process.stdout.readline():
         assert process.poll() is None
     body = {"model": "tiny", "prompt": "x", "max_tokens": 500, "ignore_eos": True, "n": 4}

@@ -67,6 +67,12 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ({"device": "tpu"}, ["device", "tpu"]),
         ({"kv_cache_gib": "nan"}, ["kv_cache_gib", "finite"]),
         ({"replicas": 0}, ["replicas"]),
+        ({"replicas": 2, "autoscaling": {"max_replicas": 4}}, ["replicas", "2", "max_replicas"]),
+        ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, ["autoscaling", "3", "2"]),
+        ({"autoscaling": {"kv_usage": 0}}, ["autoscaling.kv_usage"]),
+        ({"autoscaling": {"replicas": 2}}, ["autoscaling.replicas", "unknown"]),
+        ({"drain_s": 5}, ["drain_s", "10"]),
+        ({"update_surge_percent": 101}, ["update_surge_percent", "100"]),
         ({"api_key": ""}, ["api_key"]),
         ({"sparsity": {"coverage": 1.5}}, ["sparsity.coverage"]),
         ({"sparsity": {"max_keys": 0}}, ["sparsity", "max_keys"]),
@@ -162,3 +168,17 @@ def test_short_contexts_are_dense_by_the_device_unless_a_number_is_given(given, 
 def test_a_prompts_start_is_dense_by_the_device(given, device, tiles, expected):
     sparsity = load_config({"sparsity": given}).sparsity
     assert sparsity.prefill_dense_below_on(device, tiles=tiles) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [
+        ({}, 1),
+        ({"replicas": 3}, 3),
+        ({"autoscaling": {"max_replicas": 4}}, 4),
+        ({"replicas": 3, "update_surge_percent": 25}, 4),
+        ({"autoscaling": {"max_replicas": "4"}, "update_surge_percent": "100"}, 8),
+    ],
+)
+def test_copies_that_there_may_be_share_the_machine(flags, most):
+    assert load_config(flags).most_replicas == most

@@ -8,6 +8,7 @@ from service.metrics import FALLBACKS, FINISHED_REASONS, LAYER_GROUPS, Metrics
 NAMES = [
     "num_requests_running",
     "num_requests_waiting",
+    "queued_tokens",
     "kv_cache_usage_perc",
     "num_preemptions_total",
     "prompt_tokens_total",
@@ -65,6 +66,7 @@ def test_labels_that_are_known_have_their_series():
 def test_what_the_engine_reports_is_what_a_scrape_shows():
     metrics = Metrics("tiny")
     metrics.set_load(3, 2, 0.25)
+    metrics.queued(1234)
     metrics.preempted(2)
     metrics.prompt_tokens(100)
     metrics.generation_tokens(7)
@@ -80,6 +82,7 @@ def test_what_the_engine_reports_is_what_a_scrape_shows():
     found = samples(metrics)
     assert found[("num_requests_running",)] == 3
     assert found[("num_requests_waiting",)] == 2
+    assert found[("queued_tokens",)] == 1234
     assert found[("attention_backend_info", ("backend", "torch"))] == 1
     assert found[("kv_cache_usage_perc",)] == 0.25
     assert found[("num_preemptions_total",)] == 2

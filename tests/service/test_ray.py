@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
@@ -49,6 +50,55 @@ def test_the_builder_takes_a_manifests_arguments_as_configuration(checkpoint):
     assert deployment.name == NAME
     assert deployment.num_replicas == 2
     assert deployment.max_ongoing_requests > 3 + 7
+
+
+def test_the_builder_configures_scaling_routing_and_updates(checkpoint):
+    arguments = {
+        "model": str(checkpoint),
+        "drain_s": 120,
+        "affinity_limit": 5,
+        "update_surge_percent": 50,
+        "autoscaling": {
+            "min_replicas": 2,
+            "max_replicas": 6,
+            "queued_tokens_per_replica": 5000,
+            "kv_usage": 0.7,
+            "upscale_delay_s": 4,
+            "downscale_delay_s": 99,
+        },
+    }
+    built = call_user_app_builder_with_args_if_necessary(build, arguments)
+    config = built._bound_deployment._deployment_config
+    assert config.graceful_shutdown_timeout_s == 120
+    assert config.max_surge_percent == 50
+    assert config.request_router_config.request_router_kwargs == {"limit": 5}
+    router = config.request_router_config.get_request_router_class()
+    assert router.__name__ == "AffinityRouter"
+    scaling = config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 6)
+    policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)
+    assert asdict(policy._limits) == {
+        "queued_tokens_per_replica": 5000,
+        "kv_usage": 0.7,
+        "upscale_delay_s": 4,
+        "downscale_delay_s": 99,
+    }
+
+
+def test_behind_haproxy_the_builder_asks_for_no_router_which_serve_would_refuse(
+    checkpoint, monkeypatch
+):
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    built = call_user_app_builder_with_args_if_necessary(build, {"model": str(checkpoint)})
+    config = built._bound_deployment._deployment_config
+    assert config.request_router_config.is_default_request_router()
+
+
+def test_without_a_most_the_number_of_replicas_is_fixed(checkpoint):
+    built = call_user_app_builder_with_args_if_necessary(build, {"model": str(checkpoint)})
+    config = built._bound_deployment._deployment_config
+    assert config.autoscaling_config is None
+    assert config.num_replicas == 1
 
 
 def test_the_builder_refuses_unknown_arguments():

@@ -341,6 +341,9 @@ def test_overload_and_every_request_has_one_end(running, encoder_folder):
     assert held.begun.wait(30)
     embed = Embed("mean", normalize=True)
     waiting = engine.submit(texts(engine, 3, 4), [embed] * 2)
+    load = engine.load()
+    assert (load.queued_prompts, load.kv_usage, load.slots) == (3, 0.0, 1.0)
+    assert load.queued_tokens == sum(len(text.ids) for text in texts(engine, 3, 3, 4))
     with pytest.raises(OverloadedError, match="full"):
         engine.submit(texts(engine, 3), [embed])
     with pytest.raises(RequestError, match="more than the 3"):
@@ -349,6 +352,7 @@ def test_overload_and_every_request_has_one_end(running, encoder_folder):
     held.go.set()
     assert first.result(30) == "held"
     assert waiting[0].result(30).shape == (32,)
+    assert engine.load().prefill_seconds > 0
     held = Held()
     (last,) = engine.submit(texts(engine, 3), [held])
     assert held.begun.wait(30)
