@@ -12,7 +12,7 @@ help:
 	@echo "make serve   install and start the service (options: make serve SERVE='--port 8001')"
 	@echo "make test    install and run the tests"
 	@echo "make check   formatting, lint, types and tests"
-	@echo "make soak    the long runs: 100 needles over HTTP, every panel under load, make browser"
+	@echo "make soak    the long runs: 100 needles over HTTP, every panel and 64 streams under load, make browser"
 	@echo "make browser the explorer's page in a headless Chromium, which is installed if it can be"
 	@echo "make bench   time one decode step's attention on this machine's CPU"
 
@@ -66,6 +66,7 @@ format: $(DEV_STAMP)
 soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/retrieval.py --documents 100 --tokens 8192
 	$(PYTHON) tests/bench/dashboards.py
+	$(PYTHON) tests/bench/streams.py
 	$(MAKE) --no-print-directory browser
 
 browser: $(DEV_STAMP)

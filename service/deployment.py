@@ -6,6 +6,7 @@
 # No `from __future__ import annotations` here: Ray reads the builder's annotation as a class.
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from ray import serve
 from ray.serve import Application
 
 from service.config import ServiceConfig
+from service.encoders.engine import EncoderEngine
+from service.engine.engine import Engine
 from service.errors import EngineDeadError
 from service.serving import application
 from service.serving import build as build_engine
@@ -24,7 +27,11 @@ NAME = "saccade"
 class Replica:
     """One copy of the model with the HTTP application over it; Serve makes and checks it."""
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        build_engine: Callable[[ServiceConfig], Engine | EncoderEngine] = build_engine,
+    ) -> None:
         self._config = config
         self._engine = build_engine(config)
         self._engine.start()
@@ -56,6 +63,15 @@ def build(args: ServiceConfig) -> Application:
     Raises:
         ConfigError: it names one of several GPUs, which is Ray's to choose.
     """
+    return deployed(args, Replica)
+
+
+def deployed(args: ServiceConfig, replica: type[Replica]) -> Application:
+    """The application whose replicas are of the class `replica`.
+
+    Raises:
+        ConfigError: it names one of several GPUs, which is Ray's to choose.
+    """
     args.check_ray_device()
     configured = serve.deployment(
         name=NAME,
@@ -72,7 +88,7 @@ def build(args: ServiceConfig) -> Application:
         graceful_shutdown_timeout_s=10,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    application: Application = configured(serve.ingress()(Replica)).bind(args)
+    application: Application = configured(serve.ingress()(replica)).bind(args)
     return application
 
 

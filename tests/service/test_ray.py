@@ -79,6 +79,7 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
             greeting += line
         url = f"http://127.0.0.1:{port}"
         started = set(Path("/tmp").glob("saccade-*")) - folders
+        assert any(processes_with(f"{folder}/haproxy/") for folder in started)
         body = {"model": "tiny", "prompt": "x" * 50, "max_tokens": 5, "temperature": 0}
 
         whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
