@@ -98,6 +98,7 @@ class TickingEngine:
             # A machine that falls behind does not catch up in a burst, as a model would not.
             due = max(due + TICK, time.monotonic())
             with self._lock:
+                self.metrics.set_load(len(self._running), 0, 0.0)
                 for name, one in list(self._running.items()):
                     one.left -= 1
                     end = "length" if one.left == 0 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from service.config import ServiceConfig
 from service.deployment import NAME, build
+from service.processes import descendants
 from tests.service.conftest import saccade
 
 MANIFEST = Path(__file__).resolve().parents[2] / "deploy" / "serve.yaml"
@@ -43,7 +45,7 @@ def test_the_builder_refuses_unknown_arguments():
 
 
 def processes_with(text):
-    """Command lines of the processes that mention `text`."""
+    """Command lines, and ids, of the processes that mention `text`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -52,7 +54,7 @@ def processes_with(text):
             except OSError:
                 continue
             if text in command:
-                found.append(command)
+                found.append((command, int(entry.name)))
     return found
 
 
@@ -69,7 +71,6 @@ def until(condition):
 
 
 def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port):
-    folders = set(Path("/tmp").glob("saccade-*"))
     process = saccade("serve", checkpoint, "--config", tiny_file, "--port", port)
     try:
         greeting = ""
@@ -78,8 +79,15 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
             assert line, process.stderr.read()
             greeting += line
         url = f"http://127.0.0.1:{port}"
-        started = set(Path("/tmp").glob("saccade-*")) - folders
-        assert any(processes_with(f"{folder}/haproxy/") for folder in started)
+        below = {one.pid for one in descendants(process.pid)}
+        (configuration,) = {
+            word
+            for command, pid in processes_with("/haproxy.cfg")
+            if pid in below
+            for word in command.split()
+            if word.endswith("/haproxy.cfg")
+        }
+        folder = Path(*Path(configuration).parts[:3])  # /tmp/saccade-...
         body = {"model": "tiny", "prompt": "x" * 50, "max_tokens": 5, "temperature": 0}
 
         whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
@@ -96,12 +104,15 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
         assert httpx.get(f"{url}/nowhere").json()["error"]["type"] == "invalid_request_error"
 
-        long = body | {"max_tokens": 400, "ignore_eos": True}
+        long = json.dumps(body | {"max_tokens": 400, "ignore_eos": True}).encode()
         aborted = 'request_success_total{finished_reason="abort"'
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/completions", json=long, timeout=0.3)
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            head = f"Host: saccade\r\nContent-Length: {len(long)}\r\nContent-Type: application/json"
+            leaving.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + long)
+            until(lambda: counted(url, "num_requests_running") == 1)
         until(lambda: counted(url, aborted) == 1)
-        with httpx.stream("POST", f"{url}/v1/completions", json=long | {"stream": True}) as answer:
+        streamed = json.loads(long) | {"stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=streamed) as answer:
             next(answer.iter_lines())
         until(lambda: counted(url, aborted) == 2)
         until(lambda: counted(url, "num_requests_running") == 0)
@@ -110,6 +121,5 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
     assert errors == ""
-    for folder in started:
-        assert not folder.exists()
-        assert not processes_with(str(folder))
+    assert not folder.exists()
+    assert not processes_with(str(folder))
