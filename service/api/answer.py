@@ -86,15 +86,15 @@ async def respond(
                 return await unless_gone(request, whole)
             finally:
                 generation.close()
-        deltas = generation.deltas()
+        batches = generation.batches()
         try:
             # An error before the first delta is still an HTTP status.
-            first = await unless_gone(request, _next(deltas))
+            first = await unless_gone(request, _next(batches))
         except BaseException:
             generation.close()
             raise
-        chunks = _chunks(first, deltas, generation.choices, shape, head, usage, stream)
-        return EventStream(chunks, generation.close)
+        chunks = _chunks(first, batches, generation.choices, shape, usage, stream)
+        return EventStream(head, chunks, generation.close)
     except ClientGoneError:
         return Response(status_code=499)
 
@@ -102,11 +102,12 @@ async def respond(
 async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage) -> JSONResponse:
     reports = Reports(generation.choices)
     by_choice: list[list[Delta]] = [[] for _ in range(generation.choices)]
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            by_choice[delta.index].append(delta)
-            usage.completion_tokens += len(delta.token_ids)
-            reports.add(delta)
+    async with aclosing(generation.batches()) as batches:
+        async for batch in batches:
+            for delta in batch:
+                by_choice[delta.index].append(delta)
+                usage.completion_tokens += len(delta.token_ids)
+                reports.add(delta)
 
     def written() -> JSONResponse:
         choices = [
@@ -119,46 +120,49 @@ async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage)
     return await asyncio.to_thread(written)
 
 
-async def _next(deltas: AsyncIterator[Delta]) -> Delta:
-    async for delta in deltas:
-        return delta
+async def _next(batches: AsyncIterator[list[Delta]]) -> list[Delta]:
+    async for batch in batches:
+        return batch
     raise GenerationError("the engine ended the request without an answer")
 
 
 async def _chunks(
-    first: Delta,
-    deltas: AsyncIterator[Delta],
+    first: list[Delta],
+    batches: AsyncIterator[list[Delta]],
     choices: int,
     shape: Shape,
-    head: Json,
     usage: Usage,
     options: StreamOptions,
-) -> AsyncIterator[Json]:
+) -> AsyncIterator[list[Json]]:
+    """What follows the head in each chunk, as many chunks at once as there are."""
     reports = Reports(choices)
     opened: set[int] = set()
     finished = 0
 
     def chunk(choice: Json) -> Json:
         if options.continuous_usage_stats:
-            return {**head, "choices": [choice], "usage": usage.as_json()}
+            return {"choices": [choice], "usage": usage.as_json()}
         if options.include_usage:
-            return {**head, "choices": [choice], "usage": None}
-        return {**head, "choices": [choice]}
+            return {"choices": [choice], "usage": None}
+        return {"choices": [choice]}
 
-    delta: Delta | None = first
-    while delta is not None:
-        usage.completion_tokens += len(delta.token_ids)
-        reports.add(delta)
-        if delta.index not in opened:
-            opened.add(delta.index)
-            opening = shape.opening(delta)
-            if opening is not None:
-                yield chunk(opening)
-        written = chunk(shape.piece(delta) | attended(delta) | reports.of_choice(delta.index))
-        finished += delta.finish_reason is not None
-        if finished == choices and not options.include_usage:
-            written |= reports.of_answer()
-        yield written
-        delta = await anext(deltas, None)
+    batch: list[Delta] | None = first
+    while batch is not None:
+        chunks = []
+        for delta in batch:
+            usage.completion_tokens += len(delta.token_ids)
+            reports.add(delta)
+            if delta.index not in opened:
+                opened.add(delta.index)
+                opening = shape.opening(delta)
+                if opening is not None:
+                    chunks.append(chunk(opening))
+            written = chunk(shape.piece(delta) | attended(delta) | reports.of_choice(delta.index))
+            finished += delta.finish_reason is not None
+            if finished == choices and not options.include_usage:
+                written |= reports.of_answer()
+            chunks.append(written)
+        yield chunks
+        batch = await anext(batches, None)
     if options.include_usage:
-        yield {**head, "choices": [], "usage": usage.as_json(), **reports.of_answer()}
+        yield [{"choices": [], "usage": usage.as_json(), **reports.of_answer()}]

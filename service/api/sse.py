@@ -15,19 +15,28 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+_write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 class EventStream(StreamingResponse):
     """An answer of chunks, one event each.
 
     Args:
-        chunks: JSON objects; an error among them becomes an event, since the status is out.
+        head: the fields that every chunk begins with, written once.
+        chunks: the other fields of the chunks, those that are there sent together; an error among
+            them becomes an event, since the status is out.
         close: called when the answer ends, however it ends: a client that leaves before the first
             chunk would otherwise leave a generator that never started, and so never cleans up.
     """
 
-    def __init__(self, chunks: AsyncIterator[dict[str, Any]], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        head: dict[str, Any],
+        chunks: AsyncIterator[list[dict[str, Any]]],
+        close: Callable[[], None],
+    ) -> None:
         super().__init__(
-            _events(chunks),
+            _events(head, chunks),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -41,18 +50,19 @@ class EventStream(StreamingResponse):
             self._close()
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _events(
+    head: dict[str, Any], chunks: AsyncIterator[list[dict[str, Any]]]
+) -> AsyncIterator[bytes]:
+    start = f"data: {_write(head)[:-1]},"
     try:
-        async for chunk in chunks:
-            yield _event(chunk)
+        async for batch in chunks:
+            yield "".join([f"{start}{_write(chunk)[1:]}\n\n" for chunk in batch]).encode()
     except ServiceError as error:
-        yield _event(error_object(error))
+        yield _error(error)
     except Exception:  # noqa: BLE001  logged, and told to the client, whose status is out
-        yield _event(error_object(internal_error()))
+        yield _error(internal_error())
     yield b"data: [DONE]\n\n"
 
 
-def _event(value: dict[str, Any]) -> bytes:
-    return (
-        b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+def _error(error: ServiceError) -> bytes:
+    return f"data: {_write(error_object(error))}\n\n".encode()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from models.generation import GenerationDefaults  # noqa: E402  (the script also runs uninstalled)
 from service.config import ServiceConfig  # noqa: E402
-from service.engine.stream import Stream  # noqa: E402
+from service.engine.stream import Stream, deliver  # noqa: E402
 from service.engine.types import Delta, Health  # noqa: E402
 from service.metrics import Metrics  # noqa: E402
 
@@ -99,12 +99,13 @@ class TickingEngine:
             due = max(due + TICK, time.monotonic())
             with self._lock:
                 self.metrics.set_load(len(self._running), 0, 0.0)
-                for name, one in list(self._running.items()):
+                for one in self._running.values():
                     one.left -= 1
-                    end = "length" if one.left == 0 else None
-                    one.stream.emit([Delta(0, WORD, (1,), (), end)])
-                    if end:
-                        del self._running[name]
+                deliver(
+                    (one.stream, [Delta(0, WORD, (1,), (), None if one.left else "length")])
+                    for one in self._running.values()
+                )
+                self._running = {name: one for name, one in self._running.items() if one.left}
 
 
 def settings(port: int) -> ServiceConfig:
