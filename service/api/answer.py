@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi.responses import JSONResponse, Response
 
+from service.api.chunks import ChunkWriter, Json
 from service.api.generation import ClientGoneError, Generation, Reports, Usage, unless_gone
 from service.api.reports import attended
 from service.api.sse import EventStream
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from service.api.schemas import StreamOptions
     from service.engine.types import Delta
-
-Json = dict[str, Any]
 
 
 class Shape(Protocol):
@@ -93,8 +92,11 @@ async def respond(
         except BaseException:
             generation.close()
             raise
-        chunks = _chunks(first, batches, generation.choices, shape, usage, stream)
-        return EventStream(head, chunks, generation.close)
+        write = ChunkWriter(head, shape, usage, stream)
+        chunks = _chunks(
+            first, batches, generation.choices, shape, write, usage, stream.include_usage
+        )
+        return EventStream(chunks, generation.close)
     except ClientGoneError:
         return Response(status_code=499)
 
@@ -131,21 +133,14 @@ async def _chunks(
     batches: AsyncIterator[list[Delta]],
     choices: int,
     shape: Shape,
+    write: ChunkWriter,
     usage: Usage,
-    options: StreamOptions,
-) -> AsyncIterator[list[Json]]:
-    """What follows the head in each chunk, as many chunks at once as there are."""
+    include_usage: bool,
+) -> AsyncIterator[list[str]]:
+    """The chunks of a stream, as many at once as there are."""
     reports = Reports(choices)
     opened: set[int] = set()
     finished = 0
-
-    def chunk(choice: Json) -> Json:
-        if options.continuous_usage_stats:
-            return {"choices": [choice], "usage": usage.as_json()}
-        if options.include_usage:
-            return {"choices": [choice], "usage": None}
-        return {"choices": [choice]}
-
     batch: list[Delta] | None = first
     while batch is not None:
         chunks = []
@@ -156,13 +151,12 @@ async def _chunks(
                 opened.add(delta.index)
                 opening = shape.opening(delta)
                 if opening is not None:
-                    chunks.append(chunk(opening))
-            written = chunk(shape.piece(delta) | attended(delta) | reports.of_choice(delta.index))
+                    chunks.append(write.choice(opening))
             finished += delta.finish_reason is not None
-            if finished == choices and not options.include_usage:
-                written |= reports.of_answer()
-            chunks.append(written)
+            ends = finished == choices and not include_usage
+            extra = attended(delta) | reports.of_choice(delta.index)
+            chunks.append(write.piece(delta, extra, reports.of_answer() if ends else None))
         yield chunks
         batch = await anext(batches, None)
-    if options.include_usage:
-        yield [{"choices": [], "usage": usage.as_json(), **reports.of_answer()}]
+    if include_usage:
+        yield [write.end(reports.of_answer())]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi.responses import StreamingResponse
 
+from service.api.chunks import write
 from service.api.errors import error_object, internal_error
 from service.errors import ServiceError
 
@@ -15,28 +15,20 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-_write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
 
 class EventStream(StreamingResponse):
     """An answer of chunks, one event each.
 
     Args:
-        head: the fields that every chunk begins with, written once.
-        chunks: the other fields of the chunks, those that are there sent together; an error among
-            them becomes an event, since the status is out.
+        chunks: JSON objects, those that are there sent together; an error among them becomes an
+            event, since the status is out.
         close: called when the answer ends, however it ends: a client that leaves before the first
             chunk would otherwise leave a generator that never started, and so never cleans up.
     """
 
-    def __init__(
-        self,
-        head: dict[str, Any],
-        chunks: AsyncIterator[list[dict[str, Any]]],
-        close: Callable[[], None],
-    ) -> None:
+    def __init__(self, chunks: AsyncIterator[list[str]], close: Callable[[], None]) -> None:
         super().__init__(
-            _events(head, chunks),
+            _events(chunks),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -50,13 +42,10 @@ class EventStream(StreamingResponse):
             self._close()
 
 
-async def _events(
-    head: dict[str, Any], chunks: AsyncIterator[list[dict[str, Any]]]
-) -> AsyncIterator[bytes]:
-    start = f"data: {_write(head)[:-1]},"
+async def _events(chunks: AsyncIterator[list[str]]) -> AsyncIterator[bytes]:
     try:
         async for batch in chunks:
-            yield "".join([f"{start}{_write(chunk)[1:]}\n\n" for chunk in batch]).encode()
+            yield "".join([f"data: {chunk}\n\n" for chunk in batch]).encode()
     except ServiceError as error:
         yield _error(error)
     except Exception:  # noqa: BLE001  logged, and told to the client, whose status is out
@@ -65,4 +54,4 @@ async def _events(
 
 
 def _error(error: ServiceError) -> bytes:
-    return f"data: {_write(error_object(error))}\n\n".encode()
+    return f"data: {write(error_object(error))}\n\n".encode()
