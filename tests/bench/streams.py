@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 SIDES = ("standalone", "ray")
 LIMIT = 1.5
 """Times uvicorn's 99th percentile."""
-START = 120
+START = 300
 """Seconds that a service has to start."""
 SETTLE = 3
 """Seconds in which nothing is asked: what Ray spends in them it would spend without load, too."""
