@@ -79,6 +79,7 @@ soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/operations.py
 	$(PYTHON) tests/bench/two_nodes.py
 	$(PYTHON) tests/bench/scaling.py
+	$(PYTHON) tests/bench/streams.py
 	$(MAKE) --no-print-directory browser
 
 browser: $(DEV_STAMP)

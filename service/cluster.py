@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.errors import ConfigError
+from service.haproxy import LOOPBACK, chosen, environment
 from service.processes import descendants, end
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Executor
+
+    from ray.serve import Application
 
     from service.config import ServiceConfig
 
@@ -35,8 +38,10 @@ PATIENCE = 5.0
 
 
 @contextmanager
-def local_cluster(config: ServiceConfig) -> Iterator[None]:
-    """Run the application on a private Ray cluster; all of it ends with the block.
+def local_cluster(
+    config: ServiceConfig, build: Callable[[ServiceConfig], Application] | None = None
+) -> Iterator[None]:
+    """Run an application, ours by default, on a private Ray cluster; all of it ends with the block.
 
     Private: random ports and names, a token and a folder of its own, and no look at an existing
     cluster's address, so that several run on one machine and none joins another.
@@ -45,6 +50,9 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
         ConfigError: the application did not start; the message has the reason.
     """
     config.check_ray_device()
+    haproxy = chosen(config)
+    # Short, because sockets lie in it and their paths may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="saccade-", dir="/tmp"))
     # Before Ray's import, which reads some of them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_AUTH_MODE" not in os.environ:
@@ -53,15 +61,17 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Of Serve's proxies, which are Ray's processes and not ours.
     os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", PROXY_MIDDLEWARES)
+    os.environ.update({"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"})
+    if haproxy is not None:
+        os.environ.update(environment(haproxy, config, folder / "haproxy"))
 
     import ray
     from ray import serve
 
-    from service.deployment import NAME, ROUTES, build, build_health, build_metrics
+    from service.deployment import NAME, ROUTES, build_health, build_metrics
+    from service.deployment import build as build_ours
     from service.serve_state import replica_error
 
-    # Short, because sockets lie in it and their paths may have 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="saccade-", dir="/tmp"))
     keep_logs = False
     # Ray's processes die with the thread that started them, not with the process: it stays.
     starter = ThreadPoolExecutor(1)
@@ -71,10 +81,10 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
             _check_gpus(config)
             serve.start(
                 proxy_location="HeadOnly",
-                http_options={"host": config.host, "port": config.port},
+                http_options={"host": LOOPBACK if haproxy else config.host, "port": config.port},
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
-            built = (build(config), build_metrics(config), build_health(config))
+            built = ((build or build_ours)(config), build_metrics(config), build_health(config))
             serve.run_many(
                 [
                     serve.RunTarget(application, name=name, route_prefix=route)
@@ -100,6 +110,8 @@ def local_cluster(config: ServiceConfig) -> Iterator[None]:
         # Where it was interrupted while starting, Ray leaves some behind.
         end(started, PATIENCE)
         starter.shutdown()
+        # A later cluster of this process looks for HAProxy itself again.
+        os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
         if not keep_logs:
             shutil.rmtree(folder, ignore_errors=True)
 

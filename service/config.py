@@ -88,6 +88,11 @@ class ServiceConfig(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
+    proxy: Literal["auto", "haproxy", "ray"] = Field(
+        default="auto",
+        description="in front of replicas (Ray Serve): haproxy; ray, Serve's own, which is slower "
+        "and tells open streams that their replica died; auto: haproxy where it runs",
+    )
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="of weights and computing: float64, float32, bfloat16, float16; auto: the "

@@ -8,6 +8,7 @@ and what answers `/metrics` and `/health` for all of them.
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -21,6 +22,8 @@ from service.api.replica import ReplicaHeader
 from service.autoscaling import POLICY
 from service.config import ServiceConfig
 from service.draining import Drain
+from service.encoders.engine import EncoderEngine
+from service.engine.engine import Engine
 from service.errors import EngineDeadError
 from service.metrics_ledger import Ledger, RayStore
 from service.metrics_reporter import Reporter
@@ -42,7 +45,11 @@ REPORT_S = 1.0
 class Replica:
     """One copy of the model with the HTTP application over it; Serve makes and checks it."""
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        build_engine: Callable[[ServiceConfig], Engine | EncoderEngine] = build_engine,
+    ) -> None:
         self._config = config
         self._engine = build_engine(config)
         self._engine.start()
@@ -103,6 +110,15 @@ def build(args: ServiceConfig) -> Application:
     Raises:
         ConfigError: it names one of several GPUs, which is Ray's to choose.
     """
+    return deployed(args, Replica)
+
+
+def deployed(args: ServiceConfig, replica: type[Replica]) -> Application:
+    """The application whose replicas are of the class `replica`.
+
+    Raises:
+        ConfigError: it names one of several GPUs, which is Ray's to choose.
+    """
     args.check_ray_device()
     configured = serve.deployment(
         name=NAME,
@@ -122,7 +138,7 @@ def build(args: ServiceConfig) -> Application:
         request_router_config=_router(args),
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    application: Application = configured(serve.ingress()(Replica)).bind(args)
+    application: Application = configured(serve.ingress()(replica)).bind(args)
     return application
 
 

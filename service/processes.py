@@ -1,4 +1,4 @@
-"""This process's descendants, so that none outlives it; Linux alone, elsewhere there are none."""
+"""A process's descendants, so that none outlives it; Linux alone, elsewhere there are none."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Process(NamedTuple):
     start: int  # clock ticks since boot
 
 
-def descendants() -> set[Process]:
-    """Children of this process, their children, and so on."""
+def descendants(pid: int | None = None) -> set[Process]:
+    """Children of a process, this one by default, their children, and so on."""
     parents: dict[Process, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         found = _read(int(folder.name))
         if found is not None:
             parents[found[0]] = found[1]
-    family = {os.getpid()}
+    family = {os.getpid() if pid is None else pid}
     below: set[Process] = set()
     while new := {one for one, parent in parents.items() if parent in family} - below:
         below |= new

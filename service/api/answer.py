@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi.responses import JSONResponse, Response
 
+from service.api.chunks import ChunkWriter, Json
 from service.api.generation import ClientGoneError, Generation, Reports, Usage, unless_gone
 from service.api.reports import attended
 from service.api.sse import EventStream
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from service.api.schemas import StreamOptions
     from service.engine.types import Delta
-
-Json = dict[str, Any]
 
 
 class Shape(Protocol):
@@ -86,14 +85,17 @@ async def respond(
                 return await unless_gone(request, whole)
             finally:
                 generation.close()
-        deltas = generation.deltas()
+        batches = generation.batches()
         try:
             # An error before the first delta is still an HTTP status.
-            first = await unless_gone(request, _next(deltas))
+            first = await unless_gone(request, _next(batches))
         except BaseException:
             generation.close()
             raise
-        chunks = _chunks(first, deltas, generation.choices, shape, head, usage, stream)
+        write = ChunkWriter(head, shape, usage, stream)
+        chunks = _chunks(
+            first, batches, generation.choices, shape, write, usage, stream.include_usage
+        )
         return EventStream(chunks, generation.close)
     except ClientGoneError:
         return Response(status_code=499)
@@ -102,11 +104,12 @@ async def respond(
 async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage) -> JSONResponse:
     reports = Reports(generation.choices)
     by_choice: list[list[Delta]] = [[] for _ in range(generation.choices)]
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            by_choice[delta.index].append(delta)
-            usage.completion_tokens += len(delta.token_ids)
-            reports.add(delta)
+    async with aclosing(generation.batches()) as batches:
+        async for batch in batches:
+            for delta in batch:
+                by_choice[delta.index].append(delta)
+                usage.completion_tokens += len(delta.token_ids)
+                reports.add(delta)
 
     def written() -> JSONResponse:
         choices = [
@@ -119,46 +122,41 @@ async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage)
     return await asyncio.to_thread(written)
 
 
-async def _next(deltas: AsyncIterator[Delta]) -> Delta:
-    async for delta in deltas:
-        return delta
+async def _next(batches: AsyncIterator[list[Delta]]) -> list[Delta]:
+    async for batch in batches:
+        return batch
     raise GenerationError("the engine ended the request without an answer")
 
 
 async def _chunks(
-    first: Delta,
-    deltas: AsyncIterator[Delta],
+    first: list[Delta],
+    batches: AsyncIterator[list[Delta]],
     choices: int,
     shape: Shape,
-    head: Json,
+    write: ChunkWriter,
     usage: Usage,
-    options: StreamOptions,
-) -> AsyncIterator[Json]:
+    include_usage: bool,
+) -> AsyncIterator[list[str]]:
+    """The chunks of a stream, as many at once as there are."""
     reports = Reports(choices)
     opened: set[int] = set()
     finished = 0
-
-    def chunk(choice: Json) -> Json:
-        if options.continuous_usage_stats:
-            return {**head, "choices": [choice], "usage": usage.as_json()}
-        if options.include_usage:
-            return {**head, "choices": [choice], "usage": None}
-        return {**head, "choices": [choice]}
-
-    delta: Delta | None = first
-    while delta is not None:
-        usage.completion_tokens += len(delta.token_ids)
-        reports.add(delta)
-        if delta.index not in opened:
-            opened.add(delta.index)
-            opening = shape.opening(delta)
-            if opening is not None:
-                yield chunk(opening)
-        written = chunk(shape.piece(delta) | attended(delta) | reports.of_choice(delta.index))
-        finished += delta.finish_reason is not None
-        if finished == choices and not options.include_usage:
-            written |= reports.of_answer()
-        yield written
-        delta = await anext(deltas, None)
-    if options.include_usage:
-        yield {**head, "choices": [], "usage": usage.as_json(), **reports.of_answer()}
+    batch: list[Delta] | None = first
+    while batch is not None:
+        chunks = []
+        for delta in batch:
+            usage.completion_tokens += len(delta.token_ids)
+            reports.add(delta)
+            if delta.index not in opened:
+                opened.add(delta.index)
+                opening = shape.opening(delta)
+                if opening is not None:
+                    chunks.append(write.choice(opening))
+            finished += delta.finish_reason is not None
+            ends = finished == choices and not include_usage
+            extra = attended(delta) | reports.of_choice(delta.index)
+            chunks.append(write.piece(delta, extra, reports.of_answer() if ends else None))
+        yield chunks
+        batch = await anext(batches, None)
+    if include_usage:
+        yield [write.end(reports.of_answer())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
 from service.api.reports import report_json
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from service.engine.engine import Engine
     from service.engine.stream import Stream
     from service.engine.types import Delta, SamplingParams, SparsityParams, SparsityReport
+    from service.errors import ServiceError
 
 T = TypeVar("T")
 
@@ -68,24 +70,34 @@ class Generation:
         for stream in self._streams:
             stream.close()
 
-    async def deltas(self) -> AsyncGenerator[Delta]:
+    async def batches(self) -> AsyncGenerator[list[Delta]]:
         """The deltas of all prompts as they come, numbered over all prompts.
+
+        A batch is what has arrived since the last: one delta, and more where the reader is late.
 
         Raises:
             GenerationError: the engine failed on a choice.
             UnavailableError: the engine stopped.
         """
         if len(self._streams) == 1:
-            async for delta in self._streams[0]:
-                yield _sound(delta)
+            stream = self._streams[0]
+            async for delta in stream:
+                batch = [delta, *stream.more()]
+                sound = list(takewhile(_is_sound, batch))
+                if sound:
+                    yield sound
+                if len(sound) < len(batch):
+                    raise _trouble(batch[len(sound)])
             return
         arrived: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
 
         async def forward(number: int, stream: Stream) -> None:
             try:
                 async for delta in stream:
+                    if not _is_sound(delta):
+                        raise _trouble(delta)
                     index = number * self._n + delta.index
-                    arrived.put_nowait(replace(_sound(delta), index=index))
+                    arrived.put_nowait(replace(delta, index=index))
             except Exception as error:  # noqa: BLE001  raised again where the deltas are read
                 arrived.put_nowait(error)
             arrived.put_nowait(None)
@@ -99,15 +111,17 @@ class Generation:
             elif isinstance(item, Exception):
                 raise item
             else:
-                yield item
+                yield [item]
 
 
-def _sound(delta: Delta) -> Delta:
+def _is_sound(delta: Delta) -> bool:
+    return delta.finish_reason not in ("error", "abort")
+
+
+def _trouble(delta: Delta) -> ServiceError:
     if delta.finish_reason == "error":
-        raise GenerationError(delta.error or "the engine failed on this request")
-    if delta.finish_reason == "abort":
-        raise UnavailableError("the request was aborted: the service is stopping", code="aborted")
-    return delta
+        return GenerationError(delta.error or "the engine failed on this request")
+    return UnavailableError("the request was aborted: the service is stopping", code="aborted")
 
 
 @dataclass(slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi.responses import StreamingResponse
 
+from service.api.chunks import write
 from service.api.errors import error_object, internal_error
 from service.errors import ServiceError
 
@@ -20,12 +20,13 @@ class EventStream(StreamingResponse):
     """An answer of chunks, one event each.
 
     Args:
-        chunks: JSON objects; an error among them becomes an event, since the status is out.
+        chunks: JSON objects, those that are there sent together; an error among them becomes an
+            event, since the status is out.
         close: called when the answer ends, however it ends: a client that leaves before the first
             chunk would otherwise leave a generator that never started, and so never cleans up.
     """
 
-    def __init__(self, chunks: AsyncIterator[dict[str, Any]], close: Callable[[], None]) -> None:
+    def __init__(self, chunks: AsyncIterator[list[str]], close: Callable[[], None]) -> None:
         super().__init__(
             _events(chunks),
             media_type="text/event-stream",
@@ -41,18 +42,16 @@ class EventStream(StreamingResponse):
             self._close()
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _events(chunks: AsyncIterator[list[str]]) -> AsyncIterator[bytes]:
     try:
-        async for chunk in chunks:
-            yield _event(chunk)
+        async for batch in chunks:
+            yield "".join([f"data: {chunk}\n\n" for chunk in batch]).encode()
     except ServiceError as error:
-        yield _event(error_object(error))
+        yield _error(error)
     except Exception:  # noqa: BLE001  logged, and told to the client, whose status is out
-        yield _event(error_object(internal_error()))
+        yield _error(internal_error())
     yield b"data: [DONE]\n\n"
 
 
-def _event(value: dict[str, Any]) -> bytes:
-    return (
-        b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+def _error(error: ServiceError) -> bytes:
+    return f"data: {write(error_object(error))}\n\n".encode()

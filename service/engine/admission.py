@@ -52,7 +52,7 @@ def check_request(
         Pattern.parse_causal(sparsity.pattern)
     except SaccadeError as error:
         raise RequestError(str(error), param="sparsity.pattern") from error
-    probe = Sequence(Request("", (0,), sampling, sparsity, 0, lambda _: None, 0.0), 0, [0])
+    probe = Sequence(Request("", (0,), sampling, sparsity, 0, None, 0.0), 0, [0])
     try:
         policy_of(probe, Mode.DYNAMIC)
     except SaccadeError as error:

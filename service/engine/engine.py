@@ -19,7 +19,7 @@ from service.engine.runner import Runner, decide
 from service.engine.sampler import Ranked, Sampler, rank, rank_in_slices
 from service.engine.scheduler import Limits, Scheduler, Work
 from service.engine.sequence import Fallback, Mode, Request, Sequence, State
-from service.engine.stream import Stream
+from service.engine.stream import Stream, deliver
 from service.engine.tally import Looked, Prefilled, Tally
 from service.engine.types import (
     Delta,
@@ -170,7 +170,7 @@ class Engine:
             sampling,
             sparsity,
             self._dense_below,
-            stream.emit,
+            stream,
             time.monotonic(),
             prefill_dense_below=self._prefill_dense_below,
             own_pattern=self.config.patterns is not None,
@@ -467,8 +467,11 @@ class Engine:
     def _flush(self) -> None:
         """Send the step's deltas; metrics are booked before, so a caller who asks sees its own."""
         self._report_load()
-        for request, deltas in self._outbox.items():
-            request.emit(deltas)
+        deliver(
+            (request.stream, deltas)
+            for request, deltas in self._outbox.items()
+            if request.stream is not None
+        )
         self._outbox.clear()
 
     def _prompt_logprobs(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from service.engine.types import Delta, SamplingParams, SparsityParams
+    from service.engine.stream import Stream
+    from service.engine.types import SamplingParams, SparsityParams
 
 TAIL = 128
 """Last tokens of a prompt, where the question stands: they attend under the request's policy."""
@@ -62,7 +63,7 @@ class Request:
     sampling: SamplingParams
     sparsity: SparsityParams
     dense_below: int  # context under which the dynamic policy runs dense
-    emit: Callable[[list[Delta]], None]  # hands deltas to the caller, from the engine's thread
+    stream: Stream | None  # of the caller; None: nobody reads
     arrived: float  # seconds, monotonic
     sequences: list[Sequence] = field(default_factory=list)  # by choice
     prefill_dense_below: int = 0  # as `dense_below`, of the prompt before its tail

@@ -312,4 +312,4 @@ def _script(seat: Seat, sparsity: SparsityParams, tokens: list[int] | None = Non
 def _request(prompt: tuple[int, ...], sparsity: SparsityParams, max_tokens: int) -> Request:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     # Short contexts too run under the policy: its cost is what is asked for.
-    return Request("eval", prompt, sampling, sparsity, 0, lambda _: None, 0.0)
+    return Request("eval", prompt, sampling, sparsity, 0, None, 0.0)

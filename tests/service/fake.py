@@ -45,14 +45,19 @@ class Letters:
 
 
 class FakeStream:
+    """Plays a script, whose steps are deltas, lists of deltas that arrive at once, or errors."""
+
     def __init__(self, script):
         self.script = list(script)
+        self.late = []
         self.closed = False
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
+        if self.late:
+            return self.late.pop(0)
         if not self.script:
             raise StopAsyncIteration
         step = self.script.pop(0)
@@ -61,7 +66,13 @@ class FakeStream:
         if isinstance(step, BaseException):
             raise step
         await asyncio.sleep(0)
+        if isinstance(step, list):
+            step, *self.late = step
         return step
+
+    def more(self):
+        late, self.late = self.late, []
+        return late
 
     def close(self):
         self.closed = True

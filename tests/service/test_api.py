@@ -250,6 +250,31 @@ def test_an_error_in_mid_stream_is_an_event(prompts):
     assert all(stream.closed for stream in engine.streams)
 
 
+@pytest.mark.parametrize("send", [complete, chat])
+@pytest.mark.parametrize("usage", [False, True])
+def test_tokens_that_arrive_at_once_are_as_many_events(send, usage):
+    script = [delta("H"), delta("\u2028é"), delta("i"), delta(finish="stop")]
+    options = {"include_usage": usage, "continuous_usage_stats": usage}
+
+    def told(script):
+        chunks = events(send(FakeEngine(script), stream=True, stream_options=options))
+        return [chunk | {"id": "", "created": 0} for chunk in chunks]
+
+    one_by_one = told(script)
+    assert told([script]) == one_by_one
+    assert told([script[0], script[1:]]) == one_by_one
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
+def test_tokens_that_arrive_with_an_error_are_sent_before_it(prompts):
+    broken = [delta("H"), [delta("i"), delta(finish="error", error="the kernel failed")]]
+    engine = FakeEngine(broken, [delta("x"), "hang"])
+    *chunks, error = events(complete(engine, prompt=prompts, stream=True))
+    texts = [chunk["choices"][0]["text"] for chunk in chunks if not chunk["choices"][0]["index"]]
+    assert texts == ["H", "i"]
+    assert error["error"]["message"] == "the kernel failed"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_stops_is_503_or_an_event(stream):
     response = complete(FakeEngine([delta("H"), delta(finish="abort")]), stream=stream)

@@ -262,7 +262,7 @@ def test_tokens_whose_second_try_fails_in_company_are_counted(harness, monkeypat
     work = []
     for number in range(2):
         prompt = tuple(prompt_of(LENGTH, number))
-        request = Request("a", prompt, greedy(1), SPARSE, 0, lambda _: None, 0.0)
+        request = Request("a", prompt, greedy(1), SPARSE, 0, None, 0.0)
         pages = list(range(8 * number, 8 * number + 8))
         work.append(Work(Sequence(request, 0, list(prompt), pages=pages), 0, 512))
     with torch.inference_mode():

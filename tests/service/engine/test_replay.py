@@ -69,7 +69,7 @@ class World:
     def sequence(self, length, sparsity=DYNAMIC, dense_below=0):
         """A sequence with all of its prompt but the last token computed."""
         prompt = tuple(prompt_of(length, length))
-        request = Request(str(length), prompt, greedy(9), sparsity, dense_below, print, 0.0)
+        request = Request(str(length), prompt, greedy(9), sparsity, dense_below, None, 0.0)
         one = Sequence(request, 0, list(prompt), State.RUNNING)
         self.grow(one, length - 1)
         if length > 1:

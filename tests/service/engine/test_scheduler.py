@@ -16,7 +16,7 @@ def make(pages=100, max_seqs=4, chunk=256, step=512):
 
 
 def add(scheduler, length, n=1):
-    request = Request("r", tuple(range(1, length + 1)), greedy(8), dynamic(), 0, print, 0.0)
+    request = Request("r", tuple(range(1, length + 1)), greedy(8), dynamic(), 0, None, 0.0)
     scheduler.add(request, n)
     return request
 
