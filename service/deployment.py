@@ -64,7 +64,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> object:
         """Called by Serve after the constructor."""
         app = application(self._engine, self._config)
-        app.add_middleware(ReplicaHeader, name=serve.get_replica_context().replica_tag)
+        app.add_middleware(ReplicaHeader, name=serve.get_replica_context().replica_id.unique_id)
         return app
 
     def check_health(self) -> None:

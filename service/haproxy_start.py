@@ -18,7 +18,7 @@ from pathlib import Path
 # Isolated, it has no path to the package that it lies in.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from service.haproxy_sessions import with_sessions  # noqa: E402
+from service.haproxy_sessions import with_sessions
 
 _PR_SET_PDEATHSIG = 1
 _DROPPED = ("frontend prometheus", "listen stats")
