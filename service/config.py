@@ -115,9 +115,13 @@ class ServiceConfig(BaseSettings):
         default=256, ge=0, description="requests that may wait; more are told 503"
     )
     prefill_chunk: int = Field(
-        default=1024, ge=1, description="prompt tokens of one sequence a step"
+        default=1024,
+        ge=1,
+        description="prompt tokens of one sequence a step; a core, where a CPU's share a step",
     )
-    max_step_tokens: int = Field(default=2048, ge=1, description="tokens of all sequences a step")
+    max_step_tokens: int = Field(
+        default=2048, ge=1, description="tokens of all sequences a step; a core, too"
+    )
     cuda_graphs: bool = Field(
         default=True, description="on a GPU, capture decode steps at the start and replay them"
     )

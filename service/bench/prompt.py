@@ -18,7 +18,7 @@ from kernels.policy import Pages
 from models.attention import Recorder
 from models.loader import dummy
 from models.step import DenseGroup, StepInput, TileGroup
-from models.wave import in_waves
+from models.wave import Wave, in_waves
 from service.bench.clock import seconds_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from models.config import ModelConfig
     from models.decoder import Decoder
-    from models.wave import Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def compare(
     Args:
         decoder: the model.
         ids: int64 [tokens], a multiple of `chunk` of them.
-        chunk: tokens a step, a multiple of 64.
+        chunk: tokens a step, a multiple of 64; so many a core where a CPU's share a step.
         repeats: turns, behind one that warms up.
         dense_below: position up to which the dynamic prompt is dense, a multiple of `chunk`.
         floor: seconds that a dense prompt takes at the least, if they are known.
@@ -95,6 +94,7 @@ def compare(
             for _ in range(config.layers)
         ]
         model = in_waves(decoder)
+        chunk *= model.parts if isinstance(model, Wave) else 1
         names, densities = ("dense", "dynamic"), {"dense": 1.0}
         turns: dict[str, list[float]] = {name: [] for name in names}
         for turn in tqdm(range(repeats + 1), unit="turn", desc=f"{tokens} tokens"):
@@ -157,14 +157,15 @@ def _run(
 def _steps(ids: torch.Tensor, chunk: int, sparse_from: int) -> Iterator[StepInput]:
     device, table = ids.device, list(range(len(ids) // PAGE))
     for start in range(0, len(ids), chunk):
-        position = torch.arange(start, start + chunk, device=device)
-        segment = Segment.of(table, start, chunk, device)
+        stop = min(start + chunk, len(ids))
+        position = torch.arange(start, stop, device=device)
+        segment = Segment.of(table, start, stop - start, device)
         dense = start < sparse_from
         yield StepInput(
-            token_ids=ids[start : start + chunk],
+            token_ids=ids[start:stop],
             positions=position,
             slots=position,
-            filled=torch.arange(start // PAGE, (start + chunk) // PAGE, device=device),
+            filled=torch.arange(start // PAGE, stop // PAGE, device=device),
             dense=(DenseGroup(segment, 0),) if dense else (),
             alone=None,
             sparse=(),
