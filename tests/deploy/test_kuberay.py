@@ -63,10 +63,19 @@ def model_application(config):
 
 
 def test_the_application_is_that_of_serve_yaml(variant, spec):
-    """But for the device, which nodes would decide differently, and a CPU replica's cores."""
+    """But for the device, which nodes would decide differently, a CPU replica's cores, and that a
+    cluster has room for more replicas, and for old ones that end.
+    """
     expected = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
     assert model_application(expected)["args"]["device"] == "auto"
-    model_application(expected)["args"]["device"] = variant
+    args = model_application(expected)["args"]
+    assert args.pop("replicas") == 1
+    most = {"cuda": 4, "cpu": 2}[variant]
+    args |= {
+        "device": variant,
+        "autoscaling": {"min_replicas": 1, "max_replicas": most},
+        "drain_s": 600,
+    }
     found = yaml.safe_load(spec["serveConfigV2"])
     if variant == "cpu":
         (override,) = model_application(found).pop("deployments")
