@@ -16,6 +16,7 @@ KERNELS = {
     "_gather",
     "_little",
     "_lists",
+    "_locate",
     "_tiles",
     "join_parts",
     "_dense",
