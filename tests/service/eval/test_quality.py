@@ -68,7 +68,8 @@ def test_the_results_can_be_gone_on_from_elsewhere_and_keep_their_origin(quality
     results.add([replace(old, policy="dynamic:k=77", loss=None)])
     results.save(copy)
     after = [Record(**record) for record in json.loads(copy.read_text())["records"]]
-    assert {r.machine for r in after if r.policy != "dynamic:k=77"} == {before["machine"]}
+    origins = [(one["commit"], one["machine"]) for one in before["records"]]
+    assert [(r.commit, r.machine) for r in after if r.policy != "dynamic:k=77"] == origins
     assert {(r.commit, r.machine) for r in after if r.policy == "dynamic:k=77"} == {
         ("abcdef0", "Abacus")
     }
