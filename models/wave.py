@@ -47,6 +47,11 @@ def in_waves(decoder: Decoder) -> Decoder | Wave:
     return Wave(decoder) if plain and torch.get_num_threads() > 1 else decoder
 
 
+def parts_of(model: Decoder | Wave) -> int:
+    """In how many parts the model runs a step at the most."""
+    return model.parts if isinstance(model, Wave) else 1
+
+
 class Wave:
     """A decoder whose prompts' steps run in parts, each on its share of torch's threads.
 

@@ -18,7 +18,7 @@ from kernels.policy import Pages
 from models.attention import Recorder
 from models.loader import dummy
 from models.step import DenseGroup, StepInput, TileGroup
-from models.wave import Wave, in_waves
+from models.wave import in_waves, parts_of
 from service.bench.clock import seconds_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from models.config import ModelConfig
     from models.decoder import Decoder
+    from models.wave import Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def compare(
             for _ in range(config.layers)
         ]
         model = in_waves(decoder)
-        chunk *= model.parts if isinstance(model, Wave) else 1
+        chunk *= parts_of(model)
         names, densities = ("dense", "dynamic"), {"dense": 1.0}
         turns: dict[str, list[float]] = {name: [] for name in names}
         for turn in tqdm(range(repeats + 1), unit="turn", desc=f"{tokens} tokens"):

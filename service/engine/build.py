@@ -17,7 +17,7 @@ from models.config import ModelConfig
 from models.graph import CapturedSteps
 from models.loader import load
 from models.tokenizer import Tokenizer
-from models.wave import Wave, in_waves
+from models.wave import in_waves, parts_of
 from service.engine.batch import dynamic_policy
 from service.engine.buckets import buckets
 from service.engine.engine import Engine
@@ -106,10 +106,10 @@ def build_engine(config: ServiceConfig) -> Engine:
         _log.warning("decode steps of %s are launched kernel by kernel", model.architecture)
     elif config.cuda_graphs and decoder.impl is Impl.TRITON:
         replays = capture(config, decoder, caches, max_model_len, metrics)
-    model_in_waves = in_waves(decoder)
-    parts = model_in_waves.parts if isinstance(model_in_waves, Wave) else 1
+    runs = in_waves(decoder)
+    parts = parts_of(runs)
     return Engine(
-        Runner(model_in_waves, caches, model.heads, model.windows, metrics, replays=replays),
+        Runner(runs, caches, model.heads, model.windows, metrics, replays=replays),
         model,
         Tokenizer.from_folder(config.model),
         metrics,
