@@ -18,7 +18,7 @@ from kernels.budget import SAMPLE
 from kernels.dynamic import Attended
 from kernels.gpu import overlap
 from kernels.gpu.layout import Layout, Scratch
-from kernels.gpu.look import Look, look
+from kernels.gpu.look import Look, always_read, look
 from kernels.gpu.prepare import LOG2E, prepare
 from kernels.gpu.probe import probe
 from kernels.gpu.scan import scan
@@ -42,13 +42,14 @@ CHANNELS = 32
 
 def choose(
     query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float, phases: Phases
-) -> tuple[Layout, Scratch]:
-    """Find each line's keys; what they are is in the scratch memory."""
+) -> tuple[Layout, Scratch, Tensor]:
+    """Find each line's keys; what they are is in the scratch memory, and their positions beside."""
     with phases.time("score", query.device):
         layout, scratch = look_over(query, cache, rows, policy, scale)
+    positions = scratch.positions()
     with phases.time("select", query.device):
-        scan(cache, rows, policy.sinks, layout, scratch)
-    return layout, scratch
+        scan(cache, rows, policy.sinks, layout, scratch, positions=positions)
+    return layout, scratch, positions
 
 
 def look_over(
@@ -76,13 +77,16 @@ def attend(
     query = query.contiguous()
     with phases.time("score", query.device):
         layout, scratch = look_over(query, cache, rows, policy, scale)
-    parts = Look.of(query, scale, layout)
     at_once = layout.parts == 1 and layout.lines * layout.spans <= AT_ONCE
+    parts = Look.of(query, scale, layout)
+    # Where scores depend on distance.
+    positions = None if cache.slopes is None else scratch.positions()
+    looks = parts if at_once else None
     with phases.time("select", query.device):
-        scan(cache, rows, policy.sinks, layout, scratch, look=parts if at_once else None)
+        scan(cache, rows, policy.sinks, layout, scratch, positions=positions, look=looks)
     with phases.time("attend", query.device):
         if not at_once:
-            look(cache, rows, policy.sinks, layout, scratch, parts)
+            look(cache, rows, policy.sinks, layout, scratch, parts, positions)
         return _united(rows, policy.sinks, layout, scratch, parts)
 
 
@@ -151,8 +155,7 @@ def _unite(
         tl.store(coverage + place, tl.exp2(carried - whole))
         amount = tl.load(counts + line * spans + span, span < spans, 0)
         start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-        stop = tl.maximum(length // PAGE - 1, 0) * PAGE
-        certain = tl.maximum(tl.minimum(stop, sinks) - start, 0) + length - tl.maximum(start, stop)
+        _, certain = always_read(start, length, sinks, PAGE)
         tl.store(keys + line, certain + tl.sum(amount, 0), head % GROUP == 0)
 
 

@@ -1,14 +1,15 @@
 """Products of quantised queries with the keys' codes: bits with bits, on the tensor cores.
 
-A code is a key's signs. A query's channel is a whole odd number of steps, the sum of `PLANES` signs
-of which each counts twice the one before. So a product of both is in how many channels two signs
-agree, plane by plane, and that is what tensor cores count, without a bit being unpacked: where both
-are set, and where neither is (PTX `mma.m16n8k256` with `and.popc`).
+A code is a key's signs. A query's channel is a whole number of steps, in two's complement: a sum of
+`PLANES` bits of which each counts twice the one before, and the last is taken away. So a product of
+both is twice the sum over the channels where the key's sign is set, less the sum over all, and the
+first is in how many channels two bits are set, plane by plane: that is what tensor cores count,
+without a bit being unpacked (PTX `mma.m16n8k128` with `and.popc`).
 
-Such a product's operands lie where the hardware wants them, so a kernel is written for one warp,
-in tensors of 32 numbers: one in each lane. Lane 4 g + t has key g of eight, and head t of four: its
-products of 128 bits take word t of the keys' codes, and leave head t's counts of key g in the same
-lane.
+Such a product's operands lie where the hardware wants them, so a kernel is written in tensors of as
+many numbers as it has lanes, 32 a warp, and each warp has products of its own. Lane 4 g + t has key
+g of eight, and head t of four: its products of 128 bits take word t of the keys' codes, and leave
+head t's counts of key g in the same lane.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ WORD = tl.constexpr(32)
 HEADS = 4
 """Query heads that are multiplied at once, a lane's t each."""
 PLANES = tl.constexpr(4)
-"""Signs of a query's channel: what they round away adds 2% to the variance of an estimate."""
-LEVELS = tl.constexpr(2**PLANES.value - 1)
-"""Steps of a query's greatest channel."""
+"""Bits of a query's channel: what they round away adds 2% to the variance of an estimate."""
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Triton's interpreter has no assembler."""
 
@@ -39,18 +38,18 @@ def inlined(function):
 
 
 @inlined
-def _count(low, high, plane, other, sums):
-    """Four `sums` int32 [32] and the number of bits in which keys and planes agree.
+def _count(low, high, plane):
+    """In how many channels keys and planes both have a bit, four int32 [lanes].
 
     Word t of key g is in `low`, of key 8 + g in `high`, of plane g % 2 of head g // 2 in `plane`,
-    the channels where it is not set in `other`, int32 [32] each. Sums are of key g with the first
-    and the second plane of head t, and of 8 + g.
+    int32 [lanes] each. Counts are of key g with the first and the second plane of head t, and of
+    8 + g.
     """
     return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
-        " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-        [low, high, ~low, ~high, plane, other, sums[0], sums[1], sums[2], sums[3]],
+        "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc"
+        " {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $7, $7, $7};",
+        "=r,=r,=r,=r,r,r,r,r",
+        [low, high, plane, 0],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
         is_pure=True,
         pack=1,
@@ -62,17 +61,17 @@ def add_heads(low, high, chosen, sums):
     """`sums` and the four heads' sums of chosen keys.
 
     Args:
-        low: float32 [32], of key g and head t; its last 13 bits are lost.
+        low: float32 [lanes], of key g and head t; its last 13 bits are lost.
         high: likewise of key 8 + g.
-        chosen: float32 [32], 1 in the lanes whose g // 2 names the t that takes the sums, else 0.
-        sums: four float32 [32]: lane (g, t) has twice the sum of key g, and twice that of 8 + g.
+        chosen: float32 [lanes], 1 where g // 2 names the t that takes the sums, else 0.
+        sums: four float32 [lanes]: lane (g, t) has twice the sum of key g, and twice that of 8 + g.
     """
     if INTERPRETED:
-        columns = tl.trans(tl.reshape(chosen, (8, 4)))
-        a, b = tl.split(tl.reshape(tl.dot(tl.reshape(low, (8, 4)), columns), (8, 4, 2)))
-        c, d = tl.split(tl.reshape(tl.dot(tl.reshape(high, (8, 4)), columns), (8, 4, 2)))
+        columns, keys = tl.trans(_of_warp(chosen)), low.shape[0] // 4
+        a, b = tl.split(tl.reshape(tl.dot(tl.reshape(low, (keys, 4)), columns), (keys, 4, 2)))
+        c, d = tl.split(tl.reshape(tl.dot(tl.reshape(high, (keys, 4)), columns), (keys, 4, 2)))
         sums = tuple(
-            one + tl.reshape(more, (32,)) for one, more in zip(sums, (a, b, c, d), strict=True)
+            one + tl.reshape(more, low.shape) for one, more in zip(sums, (a, b, c, d), strict=True)
         )
     else:
         sums = tl.inline_asm_elementwise(
@@ -93,76 +92,142 @@ def add_heads(low, high, chosen, sums):
 
 
 @inlined
-def load_planes(planes, STEPS: tl.constexpr):
-    """Four heads' queries as `signed_sums` takes them: `STEPS * 4` int32 [32].
+def load_planes(planes, lane, STEPS: tl.constexpr):
+    """Four heads' queries as `signed_sums` takes them: `STEPS * 2` int32 [lanes].
 
     Args:
-        planes: where they begin: int32 [STEPS, 2, 2, 32]. Of each two planes first the lower, in
-            the place of a head's first and second; channels where it is set, and where not; lanes.
+        planes: where they begin: int32 [STEPS, 2, 32], of each step the planes that count 1 and 4,
+            side by side for each head, then those that count 2 and -8; lanes.
+        lane: int32 [lanes], of a warp.
     """
-    lane = tl.arange(0, 32)
     words = ()
-    for number in tl.static_range(STEPS * 4):
+    for number in tl.static_range(STEPS * 2):
         words += (tl.load(planes + number * 32 + lane),)  # type: ignore[assignment]
     return words
 
 
 @inlined
 def signed_sums(low, high, planes, STEPS: tl.constexpr):
-    """In how many channels a key's sign and the query's agree, each plane counting by its weight.
+    """Sums of a query's steps over the channels where a key's sign is set.
 
     Args:
-        low: `STEPS` int32 [32], every fourth word from word t on of key g.
+        low: `STEPS` int32 [lanes], every fourth word from word t on of key g.
         high: likewise of key 8 + g.
         planes: see `load_planes`.
 
     Returns:
-        float32 [32] and [32], of key g and key 8 + g with head t.
+        float32 [lanes] and [lanes], of key g and key 8 + g with head t.
     """
-    if INTERPRETED:
-        first, second = _sums(low, planes, STEPS), _sums(high, planes, STEPS)
-    else:
-        zero = tl.zeros((32,), tl.int32)
-        sums = (zero, zero, zero, zero)
-        for step in tl.static_range(STEPS):
-            one, two = planes[step * 4], planes[step * 4 + 1]
-            sums = _count(low[step], high[step], one, two, sums)
-            one, two = planes[step * 4 + 2], planes[step * 4 + 3]
-            for _ in tl.static_range(2):  # these planes count twice
-                sums = _count(low[step], high[step], one, two, sums)
-        first = (sums[0] + (sums[1] << 2)).to(tl.float32)
-        second = (sums[2] + (sums[3] << 2)).to(tl.float32)
-    return first, second
+    first, second = tl.zeros_like(low[0]), tl.zeros_like(low[0])
+    for step in tl.static_range(STEPS):
+        if INTERPRETED:
+            sums = (
+                _sums(low[step], planes, step).to(tl.int32),
+                _sums(high[step], planes, step).to(tl.int32),
+            )
+        else:
+            odd = _count(low[step], high[step], planes[step * 2])
+            even = _count(low[step], high[step], planes[step * 2 + 1])
+            # As products: shifts would wait for one another.
+            sums = (
+                odd[0] + odd[1] * 4 + (even[0] * 2 - even[1] * 8),
+                odd[2] + odd[3] * 4 + (even[2] * 2 - even[3] * 8),
+            )
+        first, second = first + sums[0], second + sums[1]
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @inlined
-def _sums(words, planes, STEPS: tl.constexpr):
-    """What `signed_sums` says of one key a lane, without tensor cores."""
-    total = tl.full((8, 8), 0.0, tl.float32)
-    for step in range(STEPS):
-        word = tl.reshape(words[step], (8, 4))
-        signs, others = _bits(word), _bits(~word)  # [8, 128]
-        for tile in range(2):
-            plane, other = (
-                _bits(tl.reshape(one, (8, 4))) for one in planes[step * 4 + tile * 2 :][:2]
-            )
-            agreed = tl.dot(signs, tl.trans(plane)) + tl.dot(others, tl.trans(other))
-            total += agreed * (1.0 + tile)  # [keys, heads * 2]
-    first, second = tl.split(tl.reshape(total, (8, 4, 2)))
-    return tl.reshape(first + second * 4.0, (32,))
+def _sums(words, planes, step):
+    """What `signed_sums` says of one key a lane and step, without tensor cores."""
+    keys = words.shape[0] // 4
+    signs, total = _bits(tl.reshape(words, (keys, 4))), 0.0  # [keys, 128]
+    for pair in range(2):
+        plane = _bits(_of_warp(planes[step * 2 + pair]))  # [2 * heads, 128]
+        counts = tl.dot(signs, tl.trans(plane))
+        first, second = tl.split(tl.reshape(counts, (keys, 4, 2)))
+        total += first + second * 4.0 if pair == 0 else first * 2.0 - second * 8.0
+    return tl.reshape(total, words.shape)
 
 
 @inlined
 def _bits(words):
-    """int32 [8, 4] as float32 [8, 128]."""
+    """int32 [n, 4] as float32 [n, 128]."""
     bits = (words[:, :, None] >> tl.arange(0, 32)[None, None]) & 1
-    return tl.reshape(bits.to(tl.float32), (8, 128))
+    return tl.reshape(bits.to(tl.float32), (words.shape[0], 128))
 
 
 @inlined
-def load_factors(factors, line, PADDED: tl.constexpr, SET: tl.constexpr):
-    """Head t's factors of a sum, of a code's scale and of its square: float32 [32] each."""
-    head = SET * 4 + tl.arange(0, 32) % 4
+def _of_warp(lanes):
+    """What all warps have alike, [lanes]: [8, 4], by g and t."""
+    return tl.max(tl.reshape(lanes, (lanes.shape[0] // 32, 8, 4)), 0)
+
+
+@inlined
+def running_sum(x, WARPS: tl.constexpr):
+    """Sums of the lanes up to each, int32 [lanes]."""
+    if INTERPRETED or WARPS > 1:
+        sums = tl.cumsum(x, 0)
+    else:  # a compiler's own scan asks each lane each time whether it has a neighbour
+        sums = tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 t; mov.b32 $0, $1;"
+            " shfl.sync.up.b32 t|p, $0, 1, 0, -1; @p add.s32 $0, $0, t;"
+            " shfl.sync.up.b32 t|p, $0, 2, 0, -1; @p add.s32 $0, $0, t;"
+            " shfl.sync.up.b32 t|p, $0, 4, 0, -1; @p add.s32 $0, $0, t;"
+            " shfl.sync.up.b32 t|p, $0, 8, 0, -1; @p add.s32 $0, $0, t;"
+            " shfl.sync.up.b32 t|p, $0, 16, 0, -1; @p add.s32 $0, $0, t; }",
+            "=&r,r",
+            [x],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return sums
+
+
+@inlined
+def load_half(pointers):
+    """A bfloat16 from each of `pointers` [lanes], its bits int32; what `load_four` says.
+
+    Two narrow numbers would share a register, and be waited for where they are put together.
+    """
+    if INTERPRETED:
+        bits = tl.load(pointers).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+    else:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.nc.u16 $0, [$1];", "=r,l", [pointers.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return bits
+
+
+@inlined
+def load_four(pointers):
+    """Four int32 on end from each of `pointers` [lanes], 16 bytes at once: int32 [lanes] each.
+
+    What is read must be there before the kernel begins.
+    """
+    if INTERPRETED:
+        words = tuple(tl.load(pointers + number) for number in range(4))
+    else:
+        words = tl.inline_asm_elementwise(
+            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointers.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return words
+
+
+@inlined
+def load_factors(factors, line, member, PADDED: tl.constexpr, SET: tl.constexpr):
+    """Head t's factors of a sum, of a code's scale and of its square: float32 [lanes] each.
+
+    `member` is t.
+    """
+    head = SET * 4 + member
     place, there = factors + line * (3 * PADDED) + head, head < PADDED
     return (
         tl.load(place, there, 0.0),

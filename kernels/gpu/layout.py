@@ -25,7 +25,7 @@ HELD = 3 * PAGE
 
 PARTS = 32
 """Programs that read what is met on a line, at least."""
-SPANS = 256
+SPANS = 512
 """Most programs that share a line's keys: each leaves a part of the output."""
 
 
@@ -91,16 +91,19 @@ class Layout:
 class Scratch:
     """What the kernels leave for each other. Scores are base-2 logs of masses."""
 
-    planes: Tensor  # int32 [lines, sets, steps, 4, 32]  queries' signs, as lanes take them
+    planes: Tensor  # int32 [lines, sets, steps, 2, 32]  queries' bits, as lanes take them
     factors: Tensor  # float32 [lines, 3, padded]  of a code's sum, of its scale and its square
     held: Tensor  # float32 [lines, padded, HELD]  exact scores of the keys always read
     centres: Tensor  # float32 [lines, pages, padded]  scores of the pages' means
-    probes: Tensor  # float32 [lines, pages * PROBE, padded]  scores of the probed keys
+    probes: Tensor  # float32 [lines, pages, padded, PROBE]  scores of the probed keys
     norm: Tensor  # float32 [lines, padded]
     marks: Tensor  # int32 [lines]  -1 where all keys are read
-    marked: Tensor  # int64 [lines, spans, span * SEGMENT * 64]  position and length of keys met
-    slots: Tensor  # int32, likewise  where they lie in the cache
+    met: Tensor  # int64 [lines, spans, span * SEGMENT * 64]  slot in the cache and length of keys
     counts: Tensor  # int32 [lines, spans]  how many these are
+
+    def positions(self) -> Tensor:
+        """Memory for the positions of the keys met, int32."""
+        return torch.empty_like(self.met, dtype=torch.int32)
 
     @staticmethod
     def of(layout: Layout, device: torch.device) -> Scratch:
@@ -115,14 +118,13 @@ class Scratch:
             return torch.empty(lines, *size, dtype=torch.int32, device=device)
 
         return Scratch(
-            planes=whole(layout.sets, layout.steps, 4, 32),
+            planes=whole(layout.sets, layout.steps, 2, 32),
             factors=floats(3, padded),
             held=floats(padded, HELD),
             centres=floats(pages, padded),
-            probes=floats(pages * PROBE, padded),
+            probes=floats(pages, padded, PROBE),
             norm=floats(padded),
             marks=whole(),
-            marked=torch.empty(places, dtype=torch.int64, device=device),
-            slots=torch.empty(places, dtype=torch.int32, device=device),
+            met=torch.empty(places, dtype=torch.int64, device=device),
             counts=whole(layout.spans),
         )

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache, Rows
     from kernels.gpu.layout import Layout, Scratch
 
-BLOCK = tl.constexpr(16)
-"""Keys that are read at once."""
-EACH = tl.constexpr(32)
+BLOCK = 16
+"""Keys that a warp reads at once."""
+EACH = 32
 """Keys of a program that reads keys always read."""
 CERTAIN = tl.constexpr(1 << sample.BITS)
 """Length of a key that is read for certain."""
-POSITION_BITS = tl.constexpr(32)
-"""Of a key's position; its length stands above."""
-POSITIONS = tl.constexpr((1 << 32) - 1)
+SLOT_BITS = tl.constexpr(32)
+"""Of a key's place in the cache; its length stands above."""
+SLOTS = tl.constexpr((1 << 32) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,32 @@ class Look:
 
 
 def look(
-    cache: LayerCache, rows: Rows, sinks: int, layout: Layout, scratch: Scratch, parts: Look
+    cache: LayerCache,
+    rows: Rows,
+    sinks: int,
+    layout: Layout,
+    scratch: Scratch,
+    parts: Look,
+    positions: Tensor | None,
 ) -> None:
-    """Attend to what a scan has met."""
+    """Attend to what a scan has met.
+
+    Args:
+        cache: the layer's paged cache.
+        rows: where each row's keys lie.
+        sinks: keys at the start that are always read.
+        layout: the launch's sizes.
+        scratch: what the scan left.
+        parts: memory for what is found.
+        positions: of the keys met, where the cache's scores depend on distance.
+    """
     overlaps = overlap.possible(parts.query.device)
     _look[layout.lines, parts.outputs.shape[2]](
         parts.query, cache.kv, rows.block_tables, rows.starts, rows.lengths, slopes_of(cache),
-        scratch.marks, scratch.marked, scratch.slots, scratch.counts,
-        parts.outputs, parts.lses, parts.owns,
+        scratch.marks, scratch.met, scratch.counts if positions is None else positions,
+        scratch.counts, parts.outputs, parts.lses, parts.owns,
         parts.scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, layout.spans,
-        layout.parts, scratch.slots.shape[2], rows.block_tables.stride(0), cache.kv.shape[1],
+        layout.parts, scratch.met.shape[2], rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), EACH=EACH, BLOCK=BLOCK, PAGE=PAGE,
         BIASED=cache.slopes is not None, OVERLAP=overlaps,
@@ -76,7 +92,7 @@ def look(
     ]
 )  # fmt: skip
 def _look(
-    query, kv, tables, starts, lengths, slopes, marks, marked, slots, counts, outputs, lses, owns,
+    query, kv, tables, starts, lengths, slopes, marks, met, positions, counts, outputs, lses, owns,
     scale, sinks, queries, kv_heads, spans, parts, places, table_stride, cache_pages,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
@@ -92,7 +108,7 @@ def _look(
     place = line * spans + span
     look_here(
         query + line * (GROUP * DIM), kv + kv_head * cache_pages * (PAGE * 2 * DIM),
-        tables + (row // queries) * table_stride, marked + place * places, slots + place * places,
+        tables + (row // queries) * table_stride, met + place * places, positions + place * places,
         slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, split, spans, parts,
         start, length, tl.load(marks + line) == 0, tl.load(counts + place, span < spans, 0), sinks,
         GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
@@ -100,8 +116,16 @@ def _look(
 
 
 @triton.jit
+def always_read(start, length, sinks, PAGE: tl.constexpr):
+    """How many sinks a row sees before its recent window, and how many keys with the window's."""
+    stop = tl.maximum(length // PAGE - 1, 0) * PAGE
+    early = tl.maximum(tl.minimum(stop, sinks) - start, 0)
+    return early, early + length - tl.maximum(start, stop)
+
+
+@triton.jit
 def look_here(
-    query, kv, table, marked, slots, slopes, outputs, lses, owns, scale,
+    query, kv, table, met, positions, slopes, outputs, lses, owns, scale,
     first_head, split, spans, parts, start, length, lost, noted, sinks,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
@@ -112,45 +136,44 @@ def look_here(
     tensor core's product empty.
     """
     head, channel, member = tl.arange(0, HEADS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    inside, there = channel < DIM, head < GROUP
-    wide = inside[:, None] & there[None]
-    # Sinks, the recent window's two pages, or what was met.
-    part, met_here = split - spans * parts, split + 0 * member < spans * parts  # [BLOCK]
-    stop = tl.maximum(length // PAGE - 1, 0) * PAGE
-    always = tl.where(part < PAGE // EACH, 0, stop - PAGE) + part * EACH
-    end = tl.where(part < PAGE // EACH, tl.minimum(stop, sinks), length)
-    drawn = split < spans * parts
-    total, each = tl.where(drawn, noted, EACH), tl.where(drawn, parts, 1) * BLOCK
-    begin = tl.where(drawn, split % parts, 0) * BLOCK
+    there = head < GROUP
+    wide = (channel < DIM)[:, None] & there[None]
+    early, certain = always_read(start, length, sinks, PAGE)
+    recent = tl.maximum(start, tl.maximum(length // PAGE - 1, 0) * PAGE) - early
+    drawn, part = split < spans * parts, split - spans * parts
+    begin = tl.where(drawn, split % parts * BLOCK, part * EACH)
+    end = tl.where(drawn, noted, tl.minimum(part * EACH + EACH, certain))
+    each = tl.where(drawn, parts * BLOCK, BLOCK)
     # Where the mass is not finite nothing was drawn, and that shows.
     plain = tl.where(lost, float("nan"), CERTAIN * 1.0)
     mine = tl.load(query + head[None] * DIM + channel[:, None], wide, 0.0)  # [WIDTH, HEADS]
     peak = tl.full((HEADS,), float("-inf"), tl.float32)
     mass, own_mass = tl.zeros((HEADS,), tl.float32), tl.zeros((HEADS,), tl.float32)
     sums = tl.zeros((WIDTH, HEADS), tl.float32)
-    met = tl.load(slots + begin + member, met_here & (begin + member < total), 0)
-    note = tl.load(marked + begin + member, met_here & (begin + member < total), 0)
-    for block in range(begin, total, each):
-        place = block + member
-        position = always + place
-        seen = tl.where(met_here, place < total, (position >= start) & (position < end))
-        page = tl.load(table + position // PAGE, seen & ~met_here, 0).to(tl.int32)
-        slot = tl.where(met_here, met, page * PAGE + position % PAGE)
-        size = (note >> POSITION_BITS).to(tl.float32)
-        size = tl.where(seen & met_here, size, plain)
-        own, more = note, met_here & (place + each < total)
-        met = tl.load(slots + place + each, more, 0)
-        note = tl.load(marked + place + each, more, 0)
+    # Behind the last key it is read again, and counts nothing: that asks for no mask.
+    last = tl.maximum(end - 1, 0)
+    coming = tl.load(met + tl.minimum(begin + member, last), drawn, 0)
+    for block in range(begin, end, each):
+        place = tl.minimum(block + member, last)
+        note, coming = coming, tl.load(met + tl.minimum(block + each + member, last), drawn, 0)
+        position = tl.where(place < early, start + place, recent + place)
+        page = tl.load(table + position // PAGE, ~drawn, 0).to(tl.int32)
+        slot = tl.where(drawn, (note & SLOTS).to(tl.int32), page * PAGE + position % PAGE)
+        size = tl.where(drawn, (note >> SLOT_BITS).to(tl.float32), plain)
         data = kv + slot.to(tl.int64)[:, None] * (2 * DIM) + channel[None]
-        keys = tl.load(data, seen[:, None] & inside[None], 0.0)  # [BLOCK, WIDTH]
-        values = tl.load(data + DIM, seen[:, None] & inside[None], 0.0)
+        if DIM == WIDTH:
+            keys, values = tl.load(data), tl.load(data + DIM)  # [BLOCK, WIDTH]
+        else:
+            keys = tl.load(data, (channel < DIM)[None], 0.0)
+            values = tl.load(data + DIM, (channel < DIM)[None], 0.0)
         score = tl.dot(keys, mine, input_precision="ieee") * scale  # [BLOCK, HEADS]
         if BIASED:
-            position = tl.where(met_here, (own & POSITIONS).to(tl.int32), position)
+            position = tl.load(positions + place, drawn, position)
             distance = (position - (length - 1)).to(tl.float32)
             score += load_slopes(slopes, 0, head, GROUP)[None] * distance[:, None]
         # Each key counts 1 / p times.
-        score = tl.where(seen[:, None], score - tl.log2(size / CERTAIN)[:, None], float("-inf"))
+        score -= tl.log2(size / CERTAIN)[:, None]
+        score = tl.where((block + member < end)[:, None], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp2(peak - safe)

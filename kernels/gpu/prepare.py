@@ -12,7 +12,7 @@ import triton.language as tl
 from kernels.codes import NOISE, rotation
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
-from kernels.gpu.lanes import LEVELS, PLANES, WORD
+from kernels.gpu.lanes import PLANES, WORD
 from kernels.gpu.launch import tile_of
 from kernels.gpu.layout import HELD
 from kernels.page import PAGE
@@ -85,8 +85,8 @@ def _prepare(
             )  # [CHANNELS, channels]
             turned = tl.dot(piece, matrix, turned, input_precision="ieee")
         _quantise(
-            turned * (scale * LOG2E), head, planes + line * (SETS * STEPS * 4 * 32),
-            factors + line * (3 * PADDED), PADDED, TILE, STEPS, DIM,
+            turned * (scale * LOG2E), head, planes + line * (SETS * STEPS * 2 * 32),
+            factors + line * (3 * PADDED), PADDED, TILE, STEPS,
         )  # fmt: skip
     else:
         mine = tl.load(
@@ -120,26 +120,23 @@ def _prepare(
 @triton.jit
 def _quantise(
     turned, head, planes, factors,
-    PADDED: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The rotated query in odd numbers of steps, sign by sign, as `kernels.gpu.lanes` takes it."""
-    step = tl.maximum(tl.max(tl.abs(turned), 1), 1e-30) / LEVELS  # [TILE]
-    whole = tl.floor((turned / step[:, None] + (LEVELS + 1)) / 2)  # [TILE, channels]
-    whole = tl.minimum(tl.maximum(whole, 0), LEVELS).to(tl.int32)
+    """The rotated query in whole steps, bit by bit, as `kernels.gpu.lanes` takes it."""
+    most: tl.constexpr = 2**PLANES // 2
+    step = tl.maximum(tl.max(tl.abs(turned), 1), 1e-30) / (most - 0.5)  # [TILE]
+    whole = tl.floor(turned / step[:, None] + 0.5)  # [TILE, channels]
+    whole = tl.minimum(tl.maximum(whole, -most), most - 1).to(tl.int32)
     words: tl.constexpr = STEPS * 128 // WORD
     word, bit = tl.arange(0, words)[None], tl.arange(0, WORD)[None, None]
-    # Channels that are there: those behind agree with nothing.
-    there = tl.minimum(tl.maximum(DIM - word * WORD, 0), WORD)
-    there = tl.where(there == WORD, -1, (1 << (there % WORD)) - 1)
-    place = ((head // 4)[:, None] * STEPS + word // 4) * (4 * 32)
+    place = ((head // 4)[:, None] * STEPS + word // 4) * (2 * 32)
     place += (head % 4)[:, None] * 8 + word % 4
     for plane in tl.static_range(PLANES):
-        target = planes + place + (plane % 2 * 64 + plane // 2 * 4)
         signs = tl.reshape((whole >> plane) & 1, (TILE, words, WORD))
         signs = tl.sum(signs << bit, 2)  # [TILE, words]
-        tl.store(target, signs & there, (head < max(PADDED, 4))[:, None])
-        tl.store(target + 32, ~signs & there, (head < max(PADDED, 4))[:, None])
+        target = planes + place + (plane % 2 * 32 + plane // 2 * 4)
+        tl.store(target, signs, (head < max(PADDED, 4))[:, None])
     size = tl.sum(turned * turned, 1)
     tl.store(factors + head, step * 2, head < PADDED)
-    tl.store(factors + PADDED + head, step * (-LEVELS * DIM), head < PADDED)
+    tl.store(factors + PADDED + head, step * -tl.sum(whole, 1).to(tl.float32), head < PADDED)
     tl.store(factors + 2 * PADDED + head, size * (HALF_NOISE / LOG2E), head < PADDED)

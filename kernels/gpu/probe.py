@@ -14,8 +14,17 @@ import triton.language as tl
 from kernels.budget import EACH, PROBE
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
-from kernels.gpu.lanes import estimate, load_factors, load_planes, signed_sums
+from kernels.gpu.lanes import (
+    estimate,
+    inlined,
+    load_factors,
+    load_four,
+    load_planes,
+    signed_sums,
+)
+from kernels.gpu.launch import PROGRAMS
 from kernels.gpu.layout import HELD
+from kernels.gpu.look import always_read
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 
@@ -26,7 +35,9 @@ if TYPE_CHECKING:
     from kernels.gpu.layout import Layout, Scratch
 
 CHUNK = 16
-"""Pages that a program takes."""
+"""Pages that a program scores at once."""
+CHUNKS = 8
+"""Such chunks of a program, at the most."""
 BLOCK = 2048
 """Probed keys whose shares are added up at once."""
 
@@ -55,18 +66,25 @@ def probe(
         scratch: what is read and written.
         fewest: marks that a line gets at the least.
     """
-    parts = -(-layout.pages // CHUNK)
+    chunks = -(-layout.pages // CHUNK)
+    each = max(1, min(CHUNKS, layout.lines * chunks // PROGRAMS))
+    parts = -(-chunks // each)
+    # Narrow numbers would be waited for where they are put together.
+    packed = 2 if cache.key_mean.itemsize == 2 else 1
     masses = torch.empty(layout.lines, parts, layout.padded, device=query.device)
     overlaps = overlap.possible(query.device)
     _probe[layout.lines, parts](
-        query, cache.key_mean, cache.codes.view(torch.int32), cache.scale, rows.block_tables,
+        query, cache.key_mean.view(torch.int32) if packed == 2 else cache.key_mean,
+        cache.codes.view(torch.int32), cache.scale.view(torch.int64),
+        rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors,
         scratch.centres, scratch.probes, masses,
-        scale, sinks, rows.queries, layout.kv_heads, layout.pages, rows.block_tables.stride(0),
-        cache.kv.shape[1],
-        GROUP=layout.group, PADDED=layout.padded, HEADS=max(8, layout.padded),
-        DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim), SETS=layout.sets,
-        STEPS=layout.steps, WORDS=layout.words, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH, PAGE=PAGE,
+        scale, sinks, rows.queries, layout.kv_heads, layout.pages, each,
+        rows.block_tables.stride(0), cache.kv.shape[1],
+        GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
+        WIDTH=triton.next_power_of_2(layout.head_dim), SETS=layout.sets,
+        STEPS=layout.steps, WORDS=layout.words, PACKED=packed, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH,
+        PAGE=PAGE,
         BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
     )  # fmt: skip
     shares = torch.empty(layout.lines, layout.pages * PROBE, device=query.device)
@@ -81,121 +99,208 @@ def probe(
 
 
 @triton.jit(
-    do_not_specialize=["sinks", "queries", "kv_heads", "pages", "table_stride", "cache_pages"]
-)
+    do_not_specialize=[
+        "sinks", "queries", "kv_heads", "pages", "chunks", "table_stride", "cache_pages"
+    ]
+)  # fmt: skip
 def _probe(
     query, means, codes, scales, tables, starts, lengths, slopes, planes, factors, centres, probes,
-    masses, scale, sinks, queries, kv_heads, pages, table_stride, cache_pages,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr,
+    masses, scale, sinks, queries, kv_heads, pages, chunks, table_stride, cache_pages,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, PACKED: tl.constexpr,
     CHUNK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr,
     BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A part of one line's pages, by one warp: see `kernels.gpu.lanes`.
 
-    What it reads of the cache is of pages that were full before this step, and need not be waited
-    for.
+    While some pages are scored the next are on their way. What is read of the cache is of pages
+    that were full before this step, and need not be waited for.
     """
     overlap.begin(OVERLAP)
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, kv_head = line // kv_heads, line % kv_heads
-    start, stop = tl.load(starts + row), tl.maximum(tl.load(lengths + row) // PAGE - 1, 0)
-    first = part * CHUNK
+    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+    low = tl.maximum(part * chunks, start // (PAGE * CHUNK)) * CHUNK
+    stop = tl.maximum(length // PAGE - 1, 0)
+    high = tl.minimum((part + 1) * chunks * CHUNK, stop)
     masses += (line * tl.num_programs(1) + part) * PADDED
-    if (first >= stop) | ((first + CHUNK) * PAGE <= start):
+    if low >= high:
         overlap.wait(OVERLAP)
         padded = tl.arange(0, PADDED)
         tl.store(masses + padded, tl.full((PADDED,), float("-inf"), tl.float32))
         return
-    table, base = tables + (row // queries) * table_stride, kv_head * cache_pages
-    own, channel, heads = first + tl.arange(0, CHUNK), tl.arange(0, WIDTH), tl.arange(0, HEADS)
-    cached = base + tl.load(table + own, own < stop, 0)
-    mean = tl.load(
-        means + cached[:, None] * DIM + channel[None],
-        (own < stop)[:, None] & (channel < DIM)[None],
-        0.0,
-    )  # [CHUNK, WIDTH]
-    # Lanes (g, t) have the probed keys of pages g and 8 + g, one product each.
-    lane = tl.arange(0, 32)
-    column, member = lane // 4, lane % 4
-    low, high = first + column, first + CHUNK // 2 + column
-    low_cached = base + tl.load(table + low, low < stop, 0)
-    high_cached = base + tl.load(table + high, high < stop, 0)
-    low_key, high_key = low * 7 % EACH * PROBE, high * 7 % EACH * PROBE
-    low_words, high_words, low_sizes, high_sizes = (), (), (), ()
-    inner = codes + member // 2 * (2 * PAGE) + member % 2
-    for probed in tl.static_range(PROBE):
-        for step in tl.static_range(STEPS):
-            there, word = step * 4 + member < WORDS, inner + (step * 4 * PAGE + probed * 2)
-            low_words += (tl.load(word + low_cached * (WORDS * PAGE) + low_key * 2, there, 0),)  # type: ignore[assignment]
-            high_words += (tl.load(word + high_cached * (WORDS * PAGE) + high_key * 2, there, 0),)  # type: ignore[assignment]
-        size = tl.load(scales + low_cached * PAGE + low_key + probed)
-        low_sizes += (size.to(tl.float32),)  # type: ignore[assignment]
-        size = tl.load(scales + high_cached * PAGE + high_key + probed)
-        high_sizes += (size.to(tl.float32),)  # type: ignore[assignment]
-    overlap.wait(OVERLAP)
-    mine = tl.load(
-        query + (line * GROUP + heads)[:, None] * DIM + channel[None],
-        (heads < GROUP)[:, None] & (channel < DIM)[None],
-        0.0,
-    )  # [HEADS, WIDTH]
-    centre = tl.dot(mean, tl.trans(mine), input_precision="ieee") * (scale * LOG2E)
-    if BIASED:
-        distance = (own * PAGE - (tl.load(lengths + row) - 1)).to(tl.float32)
-        centre += load_slopes(slopes, kv_head, heads, GROUP)[None] * distance[:, None]
-    # Heads that are none are of no mass.
-    centre = tl.where((heads < GROUP)[None], centre, float("-inf"))  # [CHUNK, HEADS]
+    table = tables + (row // queries) * table_stride
+    means += kv_head * cache_pages * (DIM // PACKED)
+    codes += kv_head * cache_pages * (WORDS * PAGE)
+    scales += kv_head * cache_pages * (PAGE // PROBE)
     centres += line * pages * PADDED
-    tl.store(
-        centres + own[:, None] * PADDED + heads[None],
-        centre,
-        (own < stop)[:, None] & (heads < PADDED)[None],
-    )
-    tl.debug_barrier()
+    probes += line * pages * (PADDED * PROBE)
+    # Lanes (g, t) have the probed keys of pages g and 8 + g, one product each.
+    lane, channel = tl.arange(0, 32), tl.arange(0, WIDTH // PACKED)
+    column, member = lane // 4, lane % 4
+    last = tl.maximum(stop - 1, 0)  # behind it it is loaded again: that asks for no mask
+    loaded = _load_chunk(
+        means, codes, scales, table, low, last, column, member, channel,
+        STEPS, WORDS, DIM, PACKED, CHUNK, PROBE, EACH, PAGE,
+    )  # fmt: skip
+    overlap.wait(OVERLAP)
+    mine, set_planes, set_factors, peaks, totals = (), (), (), (), ()
     for some in tl.static_range(SETS):
-        set_planes = load_planes(planes + (line * SETS + some) * (STEPS * 4 * 32), STEPS)
-        set_factors = load_factors(factors, line, PADDED, some)
-        head = some * 4 + member
-        there = head < PADDED
-        if BIASED:
-            slope = load_slopes(slopes, kv_head, head, GROUP)
-        low_centre = tl.load(centres + low * PADDED + head, there & (low < stop), float("-inf"))
-        high_centre = tl.load(centres + high * PADDED + head, there & (high < stop), float("-inf"))
-        scores = ()
-        peak = tl.full((32,), float("-inf"), tl.float32)
-        for probed in tl.static_range(PROBE):
-            lows, highs = (), ()
-            for step in tl.static_range(STEPS):
-                lows += (low_words[probed * STEPS + step],)  # type: ignore[assignment]
-                highs += (high_words[probed * STEPS + step],)  # type: ignore[assignment]
-            sums = signed_sums(lows, highs, set_planes, STEPS)
-            score = estimate(sums[0], low_sizes[probed], set_factors, low_centre)
+        # Each head stands in two columns: so its scores lie where its lanes want them.
+        twice = some * 4 + tl.arange(0, 8) // 2
+        for place in tl.static_range(PACKED):
+            packed = tl.arange(0, WIDTH // PACKED) * PACKED + place
+            one = tl.load(
+                query + (line * GROUP + twice)[None] * DIM + packed[:, None],
+                (twice < GROUP)[None] & (packed < DIM)[:, None],
+                0.0,
+            )  # [WIDTH / PACKED, 8]
+            mine += (one,)  # type: ignore[assignment]
+        set_planes += (load_planes(planes + (line * SETS + some) * (STEPS * 2 * 32), lane, STEPS),)  # type: ignore[assignment]
+        set_factors += (load_factors(factors, line, member, PADDED, some),)  # type: ignore[assignment]
+        peaks += (tl.full((32,), float("-inf"), tl.float32),)  # type: ignore[assignment]
+        totals += (tl.zeros((32,), tl.float32),)  # type: ignore[assignment]
+    for first in range(low, high, CHUNK):
+        mean, low_words, high_words, low_size, high_size = loaded
+        loaded = _load_chunk(
+            means, codes, scales, table, first + CHUNK, last, column, member, channel,
+            STEPS, WORDS, DIM, PACKED, CHUNK, PROBE, EACH, PAGE,
+        )  # fmt: skip
+        low_sizes, high_sizes = _unpacked(low_size), _unpacked(high_size)
+        low_page, high_page = first + column, first + CHUNK // 2 + column
+        low_there, high_there = low_page < stop, high_page < stop
+        # Positions of the first keys that are probed.
+        low_key = low_page * PAGE + low_page * 7 % EACH * PROBE
+        high_key = high_page * PAGE + high_page * 7 % EACH * PROBE
+        old_peaks, old_totals = peaks, totals
+        peaks, totals = (), ()
+        for some in tl.static_range(SETS):
+            if PACKED == 2:
+                low_half, high_half = mean.to(tl.int16), (mean >> 16).to(tl.int16)
+                low_half = low_half.to(query.dtype.element_ty, bitcast=True)
+                high_half = high_half.to(query.dtype.element_ty, bitcast=True)
+                centre = tl.dot(low_half, mine[2 * some])
+                centre = tl.dot(high_half, mine[2 * some + 1], centre)
+            else:
+                centre = tl.dot(mean, mine[some], input_precision="ieee")
+            centre *= scale * LOG2E
+            centre, _ = tl.split(tl.reshape(centre, (2, 8, 4, 2)))  # of [CHUNK, 8]
+            low_centre, high_centre = tl.split(tl.reshape(tl.permute(centre, (1, 2, 0)), (32, 2)))
+            head = some * 4 + member
             if BIASED:
-                score += slope * (low_key + probed).to(tl.float32)
-            position = low * PAGE + low_key + probed
-            score = tl.where((position >= start) & (position >= sinks), score, float("-inf"))
-            place = (line * pages + low) * PROBE + probed
-            tl.store(probes + place * PADDED + head, score, there & (low < stop))
-            next_score = estimate(sums[1], high_sizes[probed], set_factors, high_centre)
-            if BIASED:
-                next_score += slope * (high_key + probed).to(tl.float32)
-            position = high * PAGE + high_key + probed
-            free = (position >= start) & (position >= sinks)
-            next_score = tl.where(free, next_score, float("-inf"))
-            place = (line * pages + high) * PROBE + probed
-            tl.store(probes + place * PADDED + head, next_score, there & (high < stop))
-            scores += (score, next_score)  # type: ignore[assignment]
-            peak = tl.maximum(peak, tl.maximum(score, next_score))
-        safe = tl.where(peak == float("-inf"), 0.0, peak)
-        total = tl.zeros((32,), tl.float32)
-        for number in tl.static_range(2 * PROBE):
-            total += tl.exp2(scores[number] - safe)
-        peak = tl.reshape(peak, (8, 4))
+                slope = load_slopes(slopes, kv_head, head, GROUP)
+                low_centre += slope * (low_page * PAGE - (length - 1)).to(tl.float32)
+                high_centre += slope * (high_page * PAGE - (length - 1)).to(tl.float32)
+            # Heads that are none are of no mass.
+            low_centre = tl.where((head < GROUP) & low_there, low_centre, float("-inf"))
+            high_centre = tl.where((head < GROUP) & high_there, high_centre, float("-inf"))
+            there = head < PADDED
+            tl.store(centres + low_page * PADDED + head, low_centre, there & low_there)
+            tl.store(centres + high_page * PADDED + head, high_centre, there & high_there)
+            low_scores, high_scores = (), ()
+            peak = old_peaks[some]  # type: ignore[var-annotated]
+            for probed in tl.static_range(PROBE):
+                lows, highs = (), ()
+                for step in tl.static_range(STEPS):
+                    lows += (low_words[step * PROBE + probed],)  # type: ignore[assignment]
+                    highs += (high_words[step * PROBE + probed],)  # type: ignore[assignment]
+                sums = signed_sums(lows, highs, set_planes[some], STEPS)
+                score = estimate(sums[0], low_sizes[probed], set_factors[some], low_centre)
+                next_score = estimate(sums[1], high_sizes[probed], set_factors[some], high_centre)
+                if BIASED:
+                    score += slope * (low_key + probed - low_page * PAGE).to(tl.float32)
+                    next_score += slope * (high_key + probed - high_page * PAGE).to(tl.float32)
+                free = (low_key + probed >= start) & (low_key + probed >= sinks)
+                score = tl.where(free, score, float("-inf"))
+                free = (high_key + probed >= start) & (high_key + probed >= sinks)
+                next_score = tl.where(free, next_score, float("-inf"))
+                low_scores += (score,)  # type: ignore[assignment]
+                high_scores += (next_score,)  # type: ignore[assignment]
+                peak = tl.maximum(peak, tl.maximum(score, next_score))
+            _store_scores(probes, low_page, head, low_scores, there & low_there, PADDED, PROBE)
+            _store_scores(probes, high_page, head, high_scores, there & high_there, PADDED, PROBE)
+            safe = tl.where(peak == float("-inf"), 0.0, peak)
+            total = old_totals[some] * tl.exp2(old_peaks[some] - safe)
+            for number in tl.static_range(PROBE):
+                total += tl.exp2(low_scores[number] - safe) + tl.exp2(high_scores[number] - safe)
+            peaks += (peak,)  # type: ignore[assignment]
+            totals += (total,)  # type: ignore[assignment]
+    for some in tl.static_range(SETS):
+        peak = tl.reshape(peaks[some], (8, 4))
         most = tl.max(peak, 0)
         most = tl.where(most == float("-inf"), 0.0, most)
-        total = tl.sum(tl.reshape(total, (8, 4)) * tl.exp2(peak - most[None]), 0)
+        total = tl.sum(tl.reshape(totals[some], (8, 4)) * tl.exp2(peak - most[None]), 0)
         head = some * 4 + tl.arange(0, 4)
         tl.store(masses + head, most + tl.log2(total), head < PADDED)
+
+
+@inlined
+def _load_chunk(
+    means, codes, scales, table, first, last, column, member, channel,
+    STEPS: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr, PACKED: tl.constexpr,
+    CHUNK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Means of some pages [CHUNK, channels], and codes and scales of the keys probed in them."""
+    low, high = first + column, first + CHUNK // 2 + column
+    own = tl.load(table + tl.minimum(first + tl.arange(0, CHUNK), last))
+    low_cached = tl.load(table + tl.minimum(low, last))
+    high_cached = tl.load(table + tl.minimum(high, last))
+    low_key, high_key = low * 7 % EACH * PROBE, high * 7 % EACH * PROBE
+    low_words = _load_words(
+        codes + low_cached * (WORDS * PAGE) + low_key * 2, member, STEPS, WORDS, PAGE
+    )
+    high_words = _load_words(
+        codes + high_cached * (WORDS * PAGE) + high_key * 2, member, STEPS, WORDS, PAGE
+    )
+    low_size = tl.load(scales + low_cached * (PAGE // PROBE) + low_key // PROBE)
+    high_size = tl.load(scales + high_cached * (PAGE // PROBE) + high_key // PROBE)
+    wide: tl.constexpr = DIM // PACKED
+    mean = tl.load(means + own[:, None] * wide + channel[None], (channel < wide)[None], 0)
+    return mean, low_words, high_words, low_size, high_size
+
+
+@inlined
+def _load_words(codes, member, STEPS: tl.constexpr, WORDS: tl.constexpr, PAGE: tl.constexpr):
+    """Of four neighbouring keys word t of each step: int32 [32] each, step by step.
+
+    Args:
+        codes: where the first of the keys has its first word, [32].
+        member: t.
+    """
+    words = ()
+    for step in tl.static_range(STEPS):
+        there = step * 4 + member < WORDS
+        # A word of 64 bits has two of ours, of each key side by side.
+        pair = codes + tl.where(there, step * (4 * PAGE) + member // 2 * (2 * PAGE), 0)
+        one, two = load_four(pair), load_four(pair + 4)
+        for number in tl.static_range(2):
+            word = tl.where(member % 2 == 0, one[2 * number], one[2 * number + 1])
+            words += (tl.where(there, word, 0),)  # type: ignore[assignment]
+        for number in tl.static_range(2):
+            word = tl.where(member % 2 == 0, two[2 * number], two[2 * number + 1])
+            words += (tl.where(there, word, 0),)  # type: ignore[assignment]
+    return words
+
+
+@inlined
+def _unpacked(sizes):
+    """Four bfloat16 of an int64, as float32 each."""
+    low, high = sizes.to(tl.int32), (sizes >> 32).to(tl.int32)
+    return (
+        (low << 16).to(tl.float32, bitcast=True),
+        (low & -65536).to(tl.float32, bitcast=True),
+        (high << 16).to(tl.float32, bitcast=True),
+        (high & -65536).to(tl.float32, bitcast=True),
+    )
+
+
+@inlined
+def _store_scores(probes, page, head, scores, there, PADDED: tl.constexpr, PROBE: tl.constexpr):
+    """A page's probed keys side by side, of each head."""
+    even, odd = tl.join(scores[0], scores[2]), tl.join(scores[1], scores[3])
+    four = tl.reshape(tl.join(even, odd), (32, PROBE))
+    place = (page * PADDED + head) * PROBE
+    tl.store(probes + place[:, None] + tl.arange(0, PROBE)[None], four, there[:, None])
 
 
 @triton.jit(do_not_specialize=["sinks", "parts", "kv_heads", "pages", "stride"])
@@ -235,7 +340,7 @@ def _settle(
 
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     stop = tl.maximum(length // PAGE - 1, 0) * PAGE
-    always = tl.maximum(tl.minimum(stop, sinks) - start, 0) + length - tl.maximum(start, stop)
+    _, always = always_read(start, length, sinks, PAGE)
     free = tl.maximum(stop - tl.maximum(start, sinks), 0)
     limits += row * stride
     coverage, worth = tl.load(limits), tl.load(limits + 1) / (length - start).to(tl.float32)
@@ -271,15 +376,18 @@ def _share_out(
     GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
     """Shares of the probed keys, mean over the group's heads."""
-    for block in range(first, last, BLOCK):
-        key = block + tl.arange(0, BLOCK)
+    probed = tl.arange(0, PROBE)
+    for block in range(first // PROBE, last // PROBE, BLOCK // PROBE):
+        page = line * pages + block + tl.arange(0, BLOCK // PROBE)
+        there = page < line * pages + last // PROBE
+        place = (page[:, None] * PADDED + head[None]) * PROBE
         score = tl.load(
-            probes + (line * pages * PROBE + key)[:, None] * PADDED + head[None],
-            (key < last)[:, None] & (head < GROUP)[None],
+            probes + place[:, :, None] + probed[None, None],
+            (there[:, None] & (head < GROUP)[None])[:, :, None],
             float("-inf"),
-        )
-        share = tl.sum(tl.exp2(score - whole[None]), 1) / GROUP
-        tl.store(shares + line * pages * PROBE + key, share, key < last)
+        )  # [pages, PADDED, PROBE]
+        share = tl.sum(tl.exp2(score - whole[None, :, None]), 1) / GROUP
+        tl.store(shares + page[:, None] * PROBE + probed[None], share, there[:, None])
 
 
 @triton.jit

@@ -16,11 +16,13 @@ from kernels.gpu.lanes import (
     estimate,
     inlined,
     load_factors,
+    load_half,
     load_planes,
+    running_sum,
     signed_sums,
 )
 from kernels.gpu.layout import HELD
-from kernels.gpu.look import BLOCK, CERTAIN, EACH, POSITION_BITS, look_here
+from kernels.gpu.look import CERTAIN, EACH, SLOT_BITS, look_here
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 from kernels.sample import SEGMENT, STRIDE
@@ -38,6 +40,12 @@ TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
 ROUND = tl.constexpr(1.0 * 2**23)
 """Added to it, a number is rounded to a whole one, which its last bits then are."""
+REGISTERS = 80
+"""Of a thread, at the most: how many programs a multiprocessor has room for."""
+DEPTH = tl.constexpr(2)
+"""Pages of a warp that are on their way at once, each in registers of its own."""
+WARPS = 2
+"""Of a program that also reads the keys it meets: few such programs have a GPU to themselves."""
 
 
 def scan(
@@ -46,6 +54,8 @@ def scan(
     sinks: int,
     layout: Layout,
     scratch: Scratch,
+    *,
+    positions: Tensor | None = None,
     shares: Tensor | None = None,
     masses: Tensor | None = None,
     look: Look | None = None,
@@ -58,6 +68,7 @@ def scan(
         sinks: keys at the start that are always read.
         layout: the launch's sizes.
         scratch: what is read and written.
+        positions: int32, of the shape of what is met: takes its positions, where wanted.
         shares: float32 [lines, pages * 64], takes every free key's share, where wanted.
         masses: float32 [lines, spans, padded], takes each program's mass by head, over the norm,
             where wanted.
@@ -71,21 +82,22 @@ def scan(
         else (look.query, look.outputs, look.lses, look.owns, look.scale * LOG2E.value)
     )
     width = triton.next_power_of_2(layout.head_dim)
+    warps = WARPS if looks else 1
     _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
         cache.codes.view(torch.int32), cache.scale, rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), scratch.planes, scratch.factors, scratch.centres, scratch.norm,
-        scratch.marks, scratch.marked, scratch.slots, scratch.counts,
-        unused if shares is None else shares, unused if masses is None else masses,
-        parts[0], cache.kv, *parts[1:],
+        scratch.marks, scratch.met, scratch.counts,
+        unused if positions is None else positions, unused if shares is None else shares,
+        unused if masses is None else masses, parts[0], cache.kv, *parts[1:],
         sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
         WORDS=layout.words, SPAN=layout.span, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
-        SHARES=shares is not None, MASSES=masses is not None, LOOKS=looks,
-        HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, EACH=EACH,
-        BYTES=2 * layout.head_dim * cache.kv.itemsize,
-        BIASED=cache.slopes is not None, OVERLAP=overlaps,
-        launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=128 if looks else 80,
+        PLACED=positions is not None, SHARES=shares is not None, MASSES=masses is not None,
+        LOOKS=looks, HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, EACH=EACH,
+        BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
+        BIASED=cache.slopes is not None, WARPS=warps, OVERLAP=overlaps,
+        launch_pdl=overlaps, num_warps=warps, num_stages=1, maxnreg=128 if looks else REGISTERS,
     )  # fmt: skip
 
 
@@ -96,28 +108,31 @@ def scan(
 )  # fmt: skip
 def _scan(
     codes, scales, tables, starts, lengths, slopes, planes, factors, centres, norm, marks,
-    marked, slots, counts, shares, masses, query, kv, outputs, lses, owns,
+    met, counts, positions, shares, masses, query, kv, outputs, lses, owns,
     scale, sinks, queries, kv_heads, pages, spans, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr,
-    PAGE: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr, LOOKS: tl.constexpr,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr,
-    BYTES: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGE: tl.constexpr, PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
+    LOOKS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    EACH: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, BIASED: tl.constexpr,
+    WARPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some segments of one line, or some of its keys always read: see `kernels.gpu.lanes`.
 
-    A page's keys are 8 rows of 8. The products leave what belongs to column g in lanes 4 g to
-    4 g + 3, and the sum over heads leaves two keys in each, so that the lanes' keys follow each
-    other as on the line.
+    A warp takes a page at a time, whose keys are 8 rows of 8. The products leave what belongs to
+    column g in lanes 4 g to 4 g + 3, and the sum over heads leaves two keys in each, so that the
+    lanes' keys follow each other as on the line.
     """
     overlap.begin(OVERLAP)
     line, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, kv_head = line // kv_heads, line % kv_heads
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+    nothing = (tl.load(lengths + row) >> 48).to(tl.int32)  # 0, which a compiler cannot know
     low = tl.maximum(span * (SPAN * SEGMENT), start // PAGE)
     high = tl.minimum((span + 1) * (SPAN * SEGMENT), tl.maximum(length // PAGE - 1, 0))
     first = tl.maximum(start, sinks)  # key that is free
-    lane = tl.arange(0, 32)
+    thread = tl.arange(0, 32 * WARPS)
+    warp, lane = thread // 32, thread % 32
     column, member = lane // 4, lane % 4
     table = tables + (row // queries) * table_stride
     # Words of 64 bits stand one after another, each of all keys.
@@ -127,13 +142,21 @@ def _scan(
     centres += line * pages * PADDED
     shares += line * pages * PAGE
     place = line * spans + span
-    marked += place * (SPAN * SEGMENT * PAGE)
-    slots += place * (SPAN * SEGMENT * PAGE)
+    met += place * (SPAN * SEGMENT * PAGE)
+    positions += place * (SPAN * SEGMENT * PAGE)
     kv += kv_head * cache_pages * (PAGE * 2 * DIM)
-    # Pages that were full before this step need not be waited for.
-    cached = tl.load(table + low, low < high, 0)
-    words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
-    next_cached = tl.load(table + low + 1, low + 1 < high, 0)
+    # Pages that were full before this step need not be waited for. Behind the last one it is loaded
+    # again: that asks for no mask.
+    last = tl.maximum(high - 1, 0)
+    every: tl.constexpr = DEPTH * WARPS
+    begin = low // every * every
+    coming, pending = (), ()
+    for turn in tl.static_range(DEPTH):
+        page = begin + turn * WARPS + warp
+        cached = tl.load(table + tl.minimum(page, last)).to(tl.int32)
+        coming += (tl.load(table + tl.minimum(page + every, last)).to(tl.int32),)  # type: ignore[assignment]
+        words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
+        pending += ((cached, words, sizes),)  # type: ignore[assignment]
     overlap.wait(OVERLAP)
     number = tl.load(marks + line)
     high = tl.where(number == 0, 0, high)
@@ -141,102 +164,130 @@ def _scan(
     stretch = tl.where(number < 0, float("inf"), number.to(tl.float32) * (CERTAIN / GROUP))
     line_planes, line_factors, wholes = (), (), ()
     for some in tl.static_range(SETS):
-        set_planes = planes + (line * SETS + some) * (STEPS * 4 * 32)
-        line_planes += (load_planes(set_planes, STEPS),)  # type: ignore[assignment]
-        line_factors += (load_factors(factors, line, PADDED, some),)  # type: ignore[assignment]
+        set_planes = planes + (line * SETS + some) * (STEPS * 2 * 32)
+        line_planes += (load_planes(set_planes, lane, STEPS),)  # type: ignore[assignment]
+        line_factors += (load_factors(factors, line, member, PADDED, some),)  # type: ignore[assignment]
         head = some * 4 + member
         whole = tl.load(norm + line * PADDED + head, head < PADDED, 0.0)
         wholes += (whole,)  # type: ignore[assignment]
     key = member * (2 * STRIDE) + column  # the first of a lane's two
-    turn = kv_head.to(tl.int32) * TURN
+    phase = kv_head.to(tl.int32) * TURN
+    by_head = tl.zeros((SETS, 32 * WARPS), tl.float32)
+    means = ()
+    for turn in tl.static_range(DEPTH):
+        page = tl.minimum(begin + turn * WARPS + warp, last)
+        means += (_load_means(centres, page, member, PADDED, SETS),)  # type: ignore[assignment]
     segment, noted = low // SEGMENT, low * 0
-    end_of_line = ((segment * STEP + turn) >> DROPPED) & (CERTAIN - 1)
-    by_head = tl.zeros((SETS, 32), tl.float32)
-    means = _load_means(centres, low, high, PADDED, SETS)
-    for page in range(low, high):
-        own, own_words, own_sizes, centre = cached, words, sizes, means
-        cached = next_cached
-        words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
-        means = _load_means(centres, page + 1, high, PADDED, SETS)
-        next_cached = tl.load(table + page + 2, page + 2 < high, 0)
-        if (page % SEGMENT == 0) & (page > low):
-            segment += 1
-            noted += end_of_line >> BITS
-            end_of_line = ((segment * STEP + turn) >> DROPPED) & (CERTAIN - 1)
-        taken = first - page * PAGE
-        zero = tl.zeros((32,), tl.float32)
-        total = (zero, zero, zero, zero)
-        for block in tl.static_range(PAGE // (2 * STRIDE)):
-            lows, highs = (), ()
-            for step in tl.static_range(STEPS):
-                lows += (own_words[block * 2 * STEPS + step],)  # type: ignore[assignment]
-                highs += (own_words[(block * 2 + 1) * STEPS + step],)  # type: ignore[assignment]
-            low_size = own_sizes[block * 2].to(tl.float32)
-            high_size = own_sizes[block * 2 + 1].to(tl.float32)
-            chosen = tl.where(column // 2 == block, 1.0, 0.0)
-            for some in tl.static_range(SETS):
-                low_sums, high_sums = signed_sums(lows, highs, line_planes[some], STEPS)
-                factor = line_factors[some]  # type: ignore[var-annotated]
-                middle = centre[some] - wholes[some]
-                low_score = estimate(low_sums, low_size, factor, middle)
-                high_score = estimate(high_sums, high_size, factor, middle)
-                if BIASED:
-                    slope = load_slopes(slopes, kv_head, some * 4 + member, GROUP)
-                    at = (block * (2 * STRIDE) + column).to(tl.float32)
-                    low_score += slope * at
-                    high_score += slope * (at + STRIDE)
-                low_mass, high_mass = tl.exp2(low_score), tl.exp2(high_score)
-                total = add_heads(low_mass, high_mass, chosen, total)
-                if MASSES:
-                    at = block * (2 * STRIDE) + column
-                    mass = tl.where(at >= taken, low_mass, 0.0)
-                    mass += tl.where(at + STRIDE >= taken, high_mass, 0.0)
-                    by_head += tl.where(tl.arange(0, SETS)[:, None] == some, mass[None], 0.0)
-        drawn = _drawn(total[0], stretch, key >= taken)
-        next_drawn = _drawn(total[2], stretch, key + STRIDE >= taken)
-        if SHARES:
-            share = shares + page * PAGE + key
-            tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0))
-            tl.store(share + STRIDE, tl.where(key + STRIDE >= taken, total[2] / GROUP, 0.0))
-        both = drawn + next_drawn
-        end = end_of_line + tl.cumsum(both, 0)
-        end_of_page = end_of_line + tl.sum(both, 0)
-        if (end_of_page >> BITS) > (end_of_line >> BITS):
-            position, slot = page * PAGE + key, (own * PAGE).to(tl.int32) + key
-            met = _mark(marked, slots, noted, position, slot, drawn, end - next_drawn)
-            next_met = _mark(
-                marked, slots, noted, position + STRIDE, slot + STRIDE, next_drawn, end
-            )
-            if LOOKS and OVERLAP:
-                data = kv + slot.to(tl.int64) * (2 * DIM)
-                _fetch(data, met, BYTES)
-                _fetch(data + STRIDE * (2 * DIM), next_met, BYTES)
-        end_of_line = end_of_page
+    for first_page in range(low // SEGMENT * SEGMENT, high, SEGMENT):
+        end_of_line = ((segment * STEP + phase) >> DROPPED) & (CERTAIN - 1)
+        begin = tl.maximum(low, first_page) // every * every
+        for some_page in range(begin, tl.minimum(high, first_page + SEGMENT), every):
+            before, pages_before, means_before = pending, coming, means
+            pending, coming, means = (), (), ()
+            for turn in tl.static_range(DEPTH):
+                page = some_page + turn * WARPS + warp
+                own, words, sizes = before[turn]  # type: ignore[var-annotated]
+                centre = means_before[turn]  # type: ignore[var-annotated]
+                zero = tl.zeros((32 * WARPS,), tl.float32)
+                total = (zero, zero, zero, zero)
+                for block in tl.static_range(PAGE // (2 * STRIDE)):
+                    lows, highs = (), ()
+                    for step in tl.static_range(STEPS):
+                        lows += (words[block * 2 * STEPS + step],)  # type: ignore[assignment]
+                        highs += (words[(block * 2 + 1) * STEPS + step],)  # type: ignore[assignment]
+                    low_size = (sizes[block * 2] << 16).to(tl.float32, bitcast=True)  # type: ignore[attr-defined]
+                    high_size = (sizes[block * 2 + 1] << 16).to(tl.float32, bitcast=True)  # type: ignore[attr-defined]
+                    chosen = tl.where(column // 2 == block, 1.0, 0.0)
+                    for some in tl.static_range(SETS):
+                        low_sums, high_sums = signed_sums(lows, highs, line_planes[some], STEPS)
+                        factor = line_factors[some]  # type: ignore[var-annotated]
+                        middle = centre[some] - wholes[some]  # type: ignore[var-annotated]
+                        low_score = estimate(low_sums, low_size, factor, middle)
+                        high_score = estimate(high_sums, high_size, factor, middle)
+                        if BIASED:
+                            slope = load_slopes(slopes, kv_head, some * 4 + member, GROUP)
+                            at = (block * (2 * STRIDE) + column).to(tl.float32)
+                            low_score += slope * at
+                            high_score += slope * (at + STRIDE)
+                        low_mass, high_mass = tl.exp2(low_score), tl.exp2(high_score)
+                        total = add_heads(low_mass, high_mass, chosen, total)
+                        if MASSES:
+                            taken = _taken(page, low, high, first, PAGE)
+                            at = block * (2 * STRIDE) + column
+                            mass = tl.where(at >= taken, low_mass, 0.0)
+                            mass += tl.where(at + STRIDE >= taken, high_mass, 0.0)
+                            by_head += tl.where(
+                                tl.arange(0, SETS)[:, None] == some, mass[None], 0.0
+                            )
+                # Not loaded before the last product is done: what is loaded then takes the place of
+                # what was multiplied, and nothing has to be moved.
+                cached = pages_before[turn] + (high_sums.to(tl.int32, bitcast=True) & nothing)
+                words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
+                pending += ((cached, words, sizes),)  # type: ignore[assignment]
+                following = tl.minimum(page + every, last)
+                means += (_load_means(centres, following, member, PADDED, SETS),)  # type: ignore[assignment]
+                following = tl.minimum(page + 2 * every, last)
+                coming += (tl.load(table + following).to(tl.int32),)  # type: ignore[assignment]
+                drawn, next_drawn = _drawn(total[0], stretch), _drawn(total[2], stretch)
+                if (some_page * PAGE < first) | (some_page < low) | (some_page + every > high):
+                    taken = _taken(page, low, high, first, PAGE)
+                    drawn = tl.where(key >= taken, drawn, 0)
+                    next_drawn = tl.where(key + STRIDE >= taken, next_drawn, 0)
+                if SHARES:
+                    taken = _taken(page, low, high, first, PAGE)
+                    share, inside = shares + page * PAGE + key, (page >= low) & (page < high)
+                    tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0), inside)
+                    free = key + STRIDE >= taken
+                    tl.store(share + STRIDE, tl.where(free, total[2] / GROUP, 0.0), inside)
+                both = drawn + next_drawn
+                end = end_of_line + running_sum(both, WARPS)
+                position, slot = page * PAGE + key, own * PAGE + key
+                hit, mark = _marked(drawn, end - next_drawn)
+                next_hit, next_mark = _marked(next_drawn, end)
+                _note(met + noted + mark, slot, drawn, hit)
+                _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
+                if PLACED:
+                    tl.store(positions + noted + mark, position, hit)
+                    tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
+                if LOOKS and OVERLAP:
+                    data = kv + slot.to(tl.int64) * (2 * DIM)
+                    _fetch(data, hit, BYTES)
+                    _fetch(data + STRIDE * (2 * DIM), next_hit, BYTES)
+                end_of_line += tl.sum(both, 0)
+        segment += 1
+        noted += end_of_line >> BITS
     if MASSES:
         head = tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None]
-        mass = tl.sum(tl.reshape(by_head, (SETS, 8, 4)), 1)
+        mass = tl.sum(tl.reshape(by_head, (SETS, 8 * WARPS, 4)), 1)
         tl.store(masses + place * PADDED + head, mass, head < PADDED)
-    noted += end_of_line >> BITS
     if span < spans:
         tl.store(counts + place, noted)
     if LOOKS:
         tl.debug_barrier()
         look_here(
-            query + line * (GROUP * DIM), kv, table, marked, slots, slopes + kv_head * GROUP,
+            query + line * (GROUP * DIM), kv, table, met, positions, slopes + kv_head * GROUP,
             outputs, lses, owns, scale, line * GROUP, span, spans, 1, start, length, number == 0,
             noted, sinks, GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
         )  # fmt: skip
 
 
 @inlined
-def _load_means(centres, page, high, PADDED: tl.constexpr, SETS: tl.constexpr):
-    """Scores of a page's mean, of head t of each set: float32 [32] each."""
+def _taken(page, low, high, first, PAGE: tl.constexpr):
+    """How many keys at the beginning of pages are not free."""
+    return tl.where((page < low) | (page >= high), PAGE, first - page * PAGE)
+
+
+@inlined
+def _load_means(centres, page, member, PADDED: tl.constexpr, SETS: tl.constexpr):
+    """Scores of pages' means, of head t of each set: float32 [lanes] each."""
     means = ()
     for some in tl.static_range(SETS):
-        head = some * 4 + tl.arange(0, 32) % 4
-        there = (head < PADDED) & (page + 0 * head < high)
-        mean = tl.load(centres + page * PADDED + head, there, float("-inf"))
-        means += (mean,)  # type: ignore[assignment]
+        head = some * 4 + member
+        if PADDED % 4 == 0:
+            means += (tl.load(centres + page * PADDED + head),)  # type: ignore[assignment]
+        else:
+            mean = tl.load(centres + page * PADDED + head, head < PADDED, float("-inf"))
+            means += (mean,)  # type: ignore[assignment]
     return means
 
 
@@ -245,10 +296,10 @@ def _load_page(
     codes, scales, cached, member,
     STEPS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """A page's codes and scales: of each row of keys the words of a lane, int32 [32], and scale."""
+    """Pages' codes and scales: of each row of keys a lane's words, int32 [lanes], and scale."""
     words, sizes = (), ()
-    codes += cached * (WORDS * PAGE)
-    scales += cached * PAGE
+    codes += cached.to(tl.int64) * (WORDS * PAGE)
+    scales += cached.to(tl.int64) * PAGE
     for row in tl.static_range(PAGE // STRIDE):
         for step in tl.static_range(STEPS):
             word = codes + (step * (4 * PAGE) + row * (2 * STRIDE))
@@ -256,27 +307,29 @@ def _load_page(
                 words += (tl.load(word),)  # type: ignore[assignment]
             else:
                 words += (tl.load(word, step * 4 + member < WORDS, 0),)  # type: ignore[assignment]
-        sizes += (tl.load(scales + row * STRIDE),)  # type: ignore[assignment]
+        sizes += (load_half(scales + row * STRIDE),)  # type: ignore[assignment]
     return words, sizes
 
 
 @inlined
-def _drawn(share, stretch, free):
+def _drawn(share, stretch):
     """A key's length on the line. What is no number is the greatest."""
     drawn = tl.minimum(share * stretch + ROUND, ROUND + CERTAIN)
     # The last bits are now a whole number.
-    drawn = drawn.to(tl.int32, bitcast=True) & (2 * CERTAIN - 1)
-    return tl.where(free, drawn, 0)
+    return drawn.to(tl.int32, bitcast=True) & (2 * CERTAIN - 1)
 
 
 @inlined
-def _mark(marked, slots, noted, position, slot, drawn, end):
-    """Note the keys on which a mark falls: one that lies up to `end`, as long as is drawn."""
+def _marked(drawn, end):
+    """Whether a mark falls on a key that lies up to `end`, as long as is drawn; and its number."""
     mark = (end - drawn) >> BITS
-    met = (end >> BITS) > mark
-    tl.store(slots + noted + mark, slot, met)
-    tl.store(marked + noted + mark, position | (drawn.to(tl.int64) << POSITION_BITS), met)
-    return met
+    return (end >> BITS) > mark, mark
+
+
+@inlined
+def _note(place, slot, drawn, hit):
+    low = slot.to(tl.uint32, bitcast=True).to(tl.int64)
+    tl.store(place, low | (drawn.to(tl.int64) << SLOT_BITS), hit)
 
 
 @inlined

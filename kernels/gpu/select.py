@@ -8,7 +8,7 @@ import torch
 
 from kernels.gpu.decode import choose, look_over
 from kernels.gpu.layout import HELD
-from kernels.gpu.look import CERTAIN, POSITION_BITS, POSITIONS
+from kernels.gpu.look import CERTAIN, SLOT_BITS
 from kernels.gpu.scan import scan
 from kernels.page import PAGE
 from kernels.sample import greatest
@@ -38,8 +38,8 @@ def select(
     """
     query = query.contiguous()
     if policy.sampled:
-        layout, scratch = choose(query, cache, rows, policy, scale, phases)
-        return _selection(rows, policy.sinks, layout, scratch)
+        found = choose(query, cache, rows, policy, scale, phases)
+        return _selection(rows, policy.sinks, *found)
     return _greatest(query, cache, rows, policy, scale)
 
 
@@ -63,15 +63,17 @@ def _greatest(
     return _ascending(mask, position[:, None].expand(mask.shape), None)
 
 
-def _selection(rows: Rows, sinks: int, layout: Layout, scratch: Scratch) -> Selection:
+def _selection(
+    rows: Rows, sinks: int, layout: Layout, scratch: Scratch, positions: Tensor
+) -> Selection:
     """The keys always read and those that marks fell on."""
     counts = scratch.counts  # [lines, spans]
     device = counts.device
     number = torch.arange(int(counts.max()) if counts.numel() else 0, device=device)
     there = number < counts[..., None]  # [lines, spans, most]
-    key = scratch.marked[..., : len(number)]
-    position = (key & POSITIONS.value).flatten(1)  # [lines, places]
-    weight = -((key >> POSITION_BITS.value).double() / CERTAIN.value).log().float().flatten(1)
+    position = positions[..., : len(number)].long().flatten(1)  # [lines, places]
+    size = (scratch.met[..., : len(number)] >> SLOT_BITS.value).double() / CERTAIN.value
+    weight = -size.log().float().flatten(1)
     held, seen = (x.repeat_interleave(layout.kv_heads, dim=0) for x in _held(rows, sinks))
     there = torch.cat((there.flatten(1), seen), dim=-1)
     position = torch.cat((position, held), dim=-1)

@@ -87,7 +87,7 @@ def attend(case, policy):
 
 def found_by(case, policy):
     """What the kernels leave in memory, and every key's share by their estimates."""
-    layout, scratch = choose(*case.layout, policy, SCALE, Phases())
+    layout, scratch, _ = choose(*case.layout, policy, SCALE, Phases())
     shares = torch.zeros(layout.lines, layout.pages * PAGE, device=DEVICE)
     scan(case.cache, case.rows, policy.sinks, layout, scratch, shares=shares)
     rows = len(case.rows.lengths)
@@ -163,7 +163,7 @@ def test_the_budget_is_torchs_on_the_same_probes(make):
     pages = int(case.rows.recent_page.max())
     held = (scratch.held[:, :2] - scratch.norm[:, :2, None]).exp2().sum(-1).mean(-1)
     for name, policy in POLICIES.items():
-        _, scratch = choose(*case.layout, policy, SCALE, Phases())
+        _, scratch, _ = choose(*case.layout, policy, SCALE, Phases())
         expected = marks(
             share[..., probed(0, pages, DEVICE)], held.view(3, 2), known.seen.sum(-1),
             case.rows.visible, policy,
