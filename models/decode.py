@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from kernels.gpu.attend import dense_decode
 from kernels.gpu.decode import attend
+from kernels.gpu.dense_step import rotate_and_attend
 from kernels.gpu.linear import linear
 from kernels.gpu.rotate import rotate_and_write
 from kernels.gpu.stream import Stream
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache, Rows
     from models.attention import LayerAttention
     from models.decode_step import Bucket, DecodeStep
-    from models.decoder import Attention, Decoder, DecoderLayer
+    from models.decoder import Decoder, DecoderLayer
     from models.feed_forward import SwiGLU
 
 
@@ -55,12 +55,13 @@ def decode(
     """
     body = decoder.model
     hidden: Tensor = body.embed_tokens(step.token_ids)  # [batch, hidden_size]
+    tickets = step.slots.new_zeros(bucket.batch * decoder.config.kv_heads, dtype=torch.int32)
     stream = Stream(hidden)
     rows = {window: step.rows.within(window) for window in set(decoder.config.windows)}
     assert decoder.rotary is not None and decoder.fused
-    # Ordinary launches, behind which the rows are settled: see `dense_decode`.
+    # Ordinary launches, behind which the rows are settled: see `rotate_and_attend`.
     angles = decoder.rotary.angles(step.positions)
-    attention = _Attention(angles, step.slots, rows, bucket)
+    attention = _Attention(angles, step.slots, rows, tickets, bucket)
     for module, cache in zip(body.layers, caches, strict=True):
         layer = cast("DecoderLayer", module)
         attention(layer, stream, cache)
@@ -84,6 +85,7 @@ class _Attention:
     angles: tuple[Tensor, Tensor]  # [batch, 1, head_dim / 2]
     slots: Tensor  # int64 [batch]
     rows: Mapping[int | None, Rows]  # by sliding window
+    tickets: Tensor  # int32 [batch * kv_heads]  see `rotate_and_attend`
     bucket: Bucket
     keys: list[Tensor] = field(default_factory=list)  # int32 [batch, kv_heads] of each layer
     coverage: list[Tensor] = field(default_factory=list)  # [batch, heads] of each layer
@@ -93,25 +95,23 @@ class _Attention:
         module, norm = layer.self_attn, layer.input_layernorm
         # [batch, (heads + 2 * kv_heads) * head_dim]
         qkv = stream.linear((norm.weight, norm.eps), module.qkv.weight, module.qkv.bias)
-        query = self._write(module, qkv, cache)
+        norms, eps = None, 0.0
+        if module.q_norm is not None and module.k_norm is not None:
+            norms, eps = (module.q_norm.weight, module.k_norm.weight), module.q_norm.eps
         attention = cast("LayerAttention", module.attend)
         rows, scale = self.rows[attention.window], attention.scale
         policy = self.bucket.policy
         if isinstance(policy, Dynamic) and attention.layer >= self.bucket.dense_layers:
+            query = rotate_and_write(qkv, self.angles, self.slots, cache, norms, eps)
             found = attend(query, cache, rows, policy, scale, Phases())
             output = found.output
             self.keys.append(found.keys)
             self.coverage.append(found.coverage)
         else:
-            output, lse = dense_decode(query, cache, rows, scale, settled=True)
+            output, lse = rotate_and_attend(
+                qkv, self.angles, self.slots, cache, rows, self.tickets, scale, norms, eps
+            )
             if isinstance(policy, Dynamic):
                 self.keys.append(rows.visible.int()[:, None].expand(-1, cache.kv_heads))
                 self.coverage.append(torch.ones_like(lse).where(lse.isfinite(), torch.nan))
         stream.add(output.flatten(1), module.o_proj.weight, module.o_proj.bias)
-
-    def _write(self, module: Attention, qkv: Tensor, cache: LayerCache) -> Tensor:
-        """A layer's queries [batch, heads, head_dim]; its keys and values go into the cache."""
-        if module.q_norm is None or module.k_norm is None:
-            return rotate_and_write(qkv, self.angles, self.slots, cache)
-        norms = module.q_norm.weight, module.k_norm.weight
-        return rotate_and_write(qkv, self.angles, self.slots, cache, norms, module.q_norm.eps)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
@@ -18,7 +17,6 @@ from kernels.gpu.parts import (
     Parts,
     add_scores,
     grow_scores,
-    join_here,
     leave,
     lse_of,
     score_keys,
@@ -39,8 +37,6 @@ RESIDENT = 264
 """Dense programs that a GPU of 132 multiprocessors has room for: all begin and end together."""
 ALONE = 2
 """Blocks that one dense program reads sooner than parts of them are joined."""
-JOINED = 16
-"""Parts that a dense program joins, at the most: all are on their way to it at once."""
 
 
 def selected_attention(
@@ -70,55 +66,36 @@ def selected_attention(
 
 
 def dense_decode(
-    query: Tensor,
-    cache: LayerCache,
-    rows: Rows,
-    scale: float,
-    *,
-    settled: bool = False,
-    tickets: Tensor | None = None,
+    query: Tensor, cache: LayerCache, rows: Rows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.attention.dense_decode`.
-
-    Args:
-        query: see there, as of `cache`, `rows` and `scale`.
-        cache: the layer's paged cache.
-        rows: where each row's keys lie.
-        scale: factor on the scores.
-        settled: whether nothing has written `rows` since an ordinary launch, one that waited for
-            all before it. The kernel then looks up where its keys lie, and has them brought into
-            the L2 cache, while its queries are still being computed.
-        tickets: int32, zeros, one at least for each row and KV head: few parts are then joined by
-            the last program that leaves one, which makes the tickets zeros again. Nothing else may
-            use them meanwhile.
-    """
+    """See `kernels.attention.dense_decode`; for a step of fixed size, `kernels.gpu.dense_step`."""
     heads, head_dim = query.shape[1:]
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     tile = tile_of(group)
     tiles = rows.sequences * -(-rows.queries // (tile // group))
     width = triton.next_power_of_2(head_dim)
-    block = max(16, min(128, RUN_BYTES // (width * query.itemsize)))
+    block = dense_block(width * query.itemsize)
     blocks = -(-rows.block_tables.shape[1] * PAGE // block)
-    splits = _dense_splits(blocks, tiles * kv_heads)
+    splits = dense_splits(blocks, tiles * kv_heads)
     parts = Parts.of(query, splits, weighted=False)
     overlaps = overlap.possible(query.device)
-    joining = tickets is not None and 1 < splits <= JOINED
-    output = torch.empty_like(query) if joining else parts.outputs
-    lse = parts.lses.new_empty(query.shape[:2]) if joining else parts.lses
     _dense[tiles, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
-        slopes_of(cache), parts.outputs, parts.lses, output, lse,
-        parts.lses if tickets is None else tickets, scale,
+        slopes_of(cache), parts.outputs, parts.lses, scale,
         rows.queries, rows.block_tables.stride(0), cache.kv.shape[1], -(-blocks // splits),
         GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim, WIDTH=width, BLOCK=block,
-        SPLITS=triton.next_power_of_2(splits) if joining else 0,
-        BIASED=cache.slopes is not None, SETTLED=settled and overlaps, PAGE=PAGE,
-        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4, num_stages=2,
+        BIASED=cache.slopes is not None, PAGE=PAGE, OVERLAP=overlaps,
+        launch_pdl=overlaps, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return (output, lse) if joining else parts.joined()[:2]
+    return parts.joined()[:2]
 
 
-def _dense_splits(blocks: int, programs: int) -> int:
+def dense_block(size: int) -> int:
+    """Keys of so many bytes that a dense program reads at once."""
+    return max(16, min(128, RUN_BYTES // size))
+
+
+def dense_splits(blocks: int, programs: int) -> int:
     """Into how many parts to split `blocks` blocks that as many programs each read."""
     if blocks <= ALONE:
         return 1
@@ -178,16 +155,15 @@ def _selected(
 
 @triton.jit(do_not_specialize=["queries", "table_stride", "cache_pages", "blocks"])
 def _dense(
-    query, kv, tables, starts, lengths, slopes, outputs, lses, output, lse, tickets, scale,
+    query, kv, tables, starts, lengths, slopes, outputs, lses, scale,
     queries, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr,
-    SETTLED: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, PAGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one sequence over a split of the keys that any of them sees."""
     overlap.begin(OVERLAP)
-    if not SETTLED:
-        overlap.wait(OVERLAP)
+    overlap.wait(OVERLAP)
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(queries, TOGETHER)
     sequence = tile // tiles
@@ -204,51 +180,41 @@ def _dense(
     begin, end = tl.min(start, 0).to(tl.int32), tl.max(stop, 0).to(tl.int32)
     low = tl.maximum(split * blocks * BLOCK, begin // BLOCK * BLOCK)
     high = tl.minimum((split + 1) * blocks * BLOCK, end)
-    if SETTLED:
-        _fetch(kv, table, base, low + tl.arange(0, BLOCK), high, DIM, PAGE, OVERLAP)
-        overlap.wait(OVERLAP)
     mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
+    peak, total, sums = attend_run(
+        mine, kv, table, base, low, high, begin, start, stop, slopes + kv_head * GROUP,
+        place % GROUP, scale, GROUP, TILE, DIM, WIDTH, BLOCK, BIASED, PAGE,
+    )  # fmt: skip
+    splits = tl.num_programs(2)
+    leave(outputs, lses, line * splits + split, channel, wide, there, peak, total, sums, DIM)
+
+
+@triton.jit
+def attend_run(
+    mine, kv, table, base, low, high, begin, start, stop, slopes, head, scale,
+    GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, BIASED: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Queries [TILE, WIDTH] over the keys `low` to `high` that each sees: a running softmax.
+
+    Query i sees keys `start[i]` to `stop[i]`; `begin` is the first of `start`.
+    """
+    channel = tl.arange(0, WIDTH)
     peak = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     sums = tl.zeros((TILE, WIDTH), tl.float32)
     for block in range(low, high, BLOCK):
         position = block + tl.arange(0, BLOCK)
-        page = tl.load(table + position // PAGE, position < end, 0)
+        page = tl.load(table + position // PAGE, position < high, 0)
         data = kv + ((base + page) * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
-        loaded = ((position >= begin) & (position < end))[:, None] & (channel < DIM)[None]
+        loaded = ((position >= begin) & (position < high))[:, None] & (channel < DIM)[None]
         keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, loaded, 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
         score = score_keys(mine, keys, seen, scale)
         if BIASED:
             distance = (position[None] - (stop[:, None] - 1)).to(tl.float32)
-            slope = load_slopes(slopes, kv_head, place % GROUP, GROUP) / 1.4426950408889634
+            slope = load_slopes(slopes, 0, head, GROUP) / 1.4426950408889634
             score += slope[:, None] * distance
         peak, total, sums = add_scores(score, values, peak, total, sums)
-    splits = tl.num_programs(2)
-    leave(outputs, lses, line * splits + split, channel, wide, there, peak, total, sums, DIM)
-    if SPLITS > 0:
-        ticket = tickets + tile * tl.num_programs(1) + kv_head
-        tl.debug_barrier()  # all of this part is written
-        if tl.atomic_add(ticket, 1, sem="acq_rel") == splits - 1:
-            tl.store(ticket, 0)
-            join_here(
-                outputs, lses, output, lse, line, there, channel, wide, splits, DIM, WIDTH, TILE,
-                SPLITS,
-            )  # fmt: skip
-
-
-@triton.jit
-def _fetch(
-    kv, table, base, position, high, DIM: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr
-):  # fmt: skip
-    """Have some keys and values in the L2 cache when the queries are there.
-
-    All but the rows' own have long been written, and of those no more than the place is touched.
-    """
-    numbers: tl.constexpr = 128 // (kv.dtype.element_ty.primitive_bitwidth // 8)
-    position = tl.where(position < high, position, 0)
-    page = tl.load(table + position // PAGE, position > 0, 0)
-    place = ((base + page) * PAGE + position % PAGE) * (2 * DIM)
-    piece = tl.arange(0, triton.next_power_of_2(triton.cdiv(2 * DIM, numbers))) * numbers
-    overlap.prefetch(kv + place[:, None] + tl.minimum(piece, 2 * DIM - 1)[None], OVERLAP)
+    return peak, total, sums

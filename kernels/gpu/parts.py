@@ -152,10 +152,11 @@ def join_here(
     sums = tl.zeros((TILE, WIDTH), tl.float32)
     for one in tl.static_range(SPLITS):
         place = line * splits + one
-        own = tl.load(lses + place, there & (one < splits), float("-inf"), cache_modifier=".cg")
+        left = tl.full((TILE,), one, tl.int32) < splits
+        own = tl.load(lses + place, there & left, float("-inf"), cache_modifier=".cg")
         data = tl.load(
             outputs + place[:, None] * DIM + channel[None],
-            wide & (one < splits),
+            wide & left[:, None],
             0.0,
             cache_modifier=".cg",
         )  # [TILE, WIDTH]

@@ -1,6 +1,6 @@
 """A model's decode step, and the same with one part of it done otherwise: what each part is worth.
 
-python3 tests/bench/step_parts.py [--cells 1x1024,...] [--ways step,...] [--seconds 55]
+python3 tests/bench/step_parts.py [--cells 1x1024,...] [--ways "step;apart;..."] [--seconds 55]
 
 Ways are captured as CUDA graphs and replayed turn by turn, so that the machine's mood hits all
 alike. Prints JSON: of each way and cell the median time, and its ratio to the way `step`, which is
@@ -28,8 +28,14 @@ import triton
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from kernels.gpu import attend, linear, overlap  # noqa: E402  (the script also runs uninstalled)
-from kernels.gpu.stream import Stream  # noqa: E402
+from kernels.gpu import (  # noqa: E402  (the script also runs uninstalled)
+    attend,
+    dense_step,
+    linear,
+    overlap,
+    stream,
+)
+from kernels.gpu.rotate import rotate_and_write  # noqa: E402
 from kernels.policy import Dense  # noqa: E402
 from models import decode  # noqa: E402
 from models.decode_step import Bucket  # noqa: E402
@@ -40,16 +46,14 @@ from service.bench.cell import Cell, bandwidth_of  # noqa: E402
 from service.bench.shapes import shape_of  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
 CELLS = "1x1024,1x128,4x1024,6x1024"
-TICKETS = 4096
-"""Rows times KV heads that can be joined in the kernel, at the most."""
 
 
-class Apart(Stream):
+class Apart(stream.Stream):
     """A launch between two products, which adds and takes the norm."""
 
     def add(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -71,52 +75,64 @@ def logits_apart(x: Tensor, weight: Tensor, output: Tensor) -> Tensor:
     return output.copy_(linear.linear(x, weight))
 
 
-def dense_outside(*given: Any, settled: bool = False) -> tuple[Tensor, Tensor]:
-    """Attention that begins when all before it has ended, and ends before all behind it begins."""
-    del settled
+def rotation_apart(qkv: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """Three launches: rotating and writing, attention, and the parts' join."""
+    angles, slots, cache, rows, _, scale, norms, eps = given
+    query = rotate_and_write(qkv, angles, slots, cache, norms, eps)
+    return attend.dense_decode(query, cache, rows, scale)
+
+
+def attention_outside(qkv: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """And the last two begin when all before them has ended, as does what comes behind them."""
+    angles, slots, cache, rows, _, scale, norms, eps = given
+    query = rotate_and_write(qkv, angles, slots, cache, norms, eps)
     with patch.object(overlap, "possible", lambda device: False):
-        return attend.dense_decode(*given)
+        return attend.dense_decode(query, cache, rows, scale)
 
 
-def dense_unsettled(*given: Any, settled: bool = False) -> tuple[Tensor, Tensor]:
-    """Attention that looks up its keys, and begins to fetch them, when its queries are there."""
-    del settled
-    return attend.dense_decode(*given)
+def fetching(size: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Products that add to the residual stream, the first of which waits for attention."""
+
+    def add_linear(*given: Any) -> tuple[Tensor, Tensor]:
+        with patch.object(linear, "FETCHED", size):
+            return linear.add_linear(*given)
+
+    return add_linear
 
 
-def ways_on(device: torch.device) -> dict[str, list[tuple[object, str, object]]]:
-    """What is replaced for each way: of an object an attribute, by a value."""
-    tickets = torch.zeros(TICKETS, dtype=torch.int32, device=device)
-
-    def dense_joining(*given: Any, settled: bool = False) -> tuple[Tensor, Tensor]:
-        return attend.dense_decode(*given, settled=settled, tickets=tickets)
-
-    joining = (decode, "dense_decode", dense_joining)
-    outside = (decode, "dense_decode", dense_outside)
-    return {
-        "step": [],
-        "apart": [
-            (decode, "Stream", ApartToTheEnd),
-            (decode, "linear", logits_apart),
-            outside,
-            (attend, "ALONE", 1),
-        ],
-        "norms apart": [(decode, "Stream", Apart)],
-        "dense outside": [outside],
-        "dense unsettled": [(decode, "dense_decode", dense_unsettled)],
-        "dense joins": [joining],
-        "dense alone": [(attend, "ALONE", 1 << 20)],
-        "dense never alone": [(attend, "ALONE", 1)],
-        "keys in 64s": [(attend, "RUN_BYTES", 64 * 256)],
-        "keys in 64s, joins": [(attend, "RUN_BYTES", 64 * 256), (attend, "JOINED", 32), joining],
-        "keys in 32s": [(attend, "RUN_BYTES", 32 * 256)],
-        "fetch 1K": [(linear, "FETCHED", 1024)],
-        "fetch 4K": [(linear, "FETCHED", 4096)],
-        "fetch 8K": [(linear, "FETCHED", 8192)],
-        "stages 4": [(linear, "STAGES", 4)],
-        "stages 6": [(linear, "STAGES", 6)],
-        "logits apart": [(decode, "linear", logits_apart)],
-    }
+WAYS: dict[str, list[tuple[object, str, object]]] = {
+    "step": [],
+    "apart": [
+        (decode, "Stream", ApartToTheEnd),
+        (decode, "linear", logits_apart),
+        (decode, "rotate_and_attend", attention_outside),
+        (attend, "ALONE", 1),
+    ],
+    "norms apart": [(decode, "Stream", Apart)],
+    "attention outside": [(decode, "rotate_and_attend", attention_outside)],
+    "rotation apart": [(decode, "rotate_and_attend", rotation_apart)],
+    "joined by a launch": [(dense_step, "JOINED", 0)],
+    "keys alone": [(attend, "ALONE", 1 << 20)],
+    "keys never alone": [(attend, "ALONE", 1)],
+    "keys in 64s": [(attend, "RUN_BYTES", 64 * 256), (dense_step, "JOINED", 32)],
+    "keys in 64s, joined by a launch": [
+        (attend, "RUN_BYTES", 64 * 256),
+        (dense_step, "JOINED", 0),
+    ],
+    "keys in 32s, joined by a launch": [
+        (attend, "RUN_BYTES", 32 * 256),
+        (dense_step, "JOINED", 0),
+    ],
+    "fetch 1K": [(linear, "FETCHED", 1024)],
+    "fetch 4K": [(linear, "FETCHED", 4096)],
+    "fetch 8K": [(linear, "FETCHED", 8192)],
+    "sums fetch 4K": [(stream, "add_linear", fetching(4096))],
+    "sums fetch 8K": [(stream, "add_linear", fetching(8192))],
+    "stages 4": [(linear, "STAGES", 4)],
+    "stages 6": [(linear, "STAGES", 6)],
+    "logits apart": [(decode, "linear", logits_apart)],
+}
+"""What is replaced for each way: of an object an attribute, by a value."""
 
 
 def main() -> None:
@@ -133,8 +149,7 @@ def main() -> None:
     with torch.inference_mode():
         decoder = dummy(config, dtype, device)
         caches = engine._filled_caches(config, max(c.batch * c.pages for c in cells), device, dtype)
-        ways = ways_on(device)
-        names = given.ways.split(",") if given.ways else list(ways)
+        names = given.ways.split(";") if given.ways else list(WAYS)
         loaded = time.monotonic()
         share = (started + given.seconds - loaded) / len(cells)
         for number, cell in enumerate(cells):
@@ -147,7 +162,7 @@ def main() -> None:
                     late.append(f"{cell.batch}x{cell.context} {name}")
                     continue
                 with ExitStack() as stack:
-                    for where, attribute, value in ways[name]:
+                    for where, attribute, value in WAYS[name]:
                         stack.enter_context(patch.object(where, attribute, value))
                     way = CapturedStep(decoder, caches, Bucket(cell.batch, cell.pages, Dense()))
                     logits[name] = way.replay(step).logits.clone()
@@ -186,7 +201,7 @@ def _given() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", default=CELLS, help="batch x keys in the cache, a list")
-    parser.add_argument("--ways", help="a list; all by default, the first being compared with")
+    parser.add_argument("--ways", help="a;b;...; all by default, the first being compared with")
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--steps", type=int, default=8, help="in a row, a turn")

@@ -27,6 +27,7 @@ from kernels.cache import LayerCache, Rows, Segment
 from kernels.gpu import overlap
 from kernels.gpu.attend import dense_decode
 from kernels.gpu.decode import attend
+from kernels.gpu.dense_step import rotate_and_attend
 from kernels.gpu.layer import add_norm, silu_mul
 from kernels.gpu.linear import Norm, add_linear, gated_linear, linear
 from kernels.gpu.rotate import rotate_and_write
@@ -104,10 +105,8 @@ def run(
     selection = dynamic.select(query, cache, rows, Dynamic(sampled=False), 0.1)
     _, _, own = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)
     judge.true_coverage(query, cache, rows, selection, own, 0.1, Impl.TRITON)
-    tickets = torch.zeros(kv_heads * queries, dtype=torch.int32)
-    dense_decode(query, cache, rows, 0.1, settled=True, tickets=tickets)
     short = replace(rows, block_tables=rows.block_tables[:, :1])
-    dense_decode(query, cache, short, 0.1, settled=True)
+    dense_decode(query, cache, short, 0.1)
     segment = Segment.of(list(range(pages)), context - queries, queries, torch.device("cpu"))
     tiles = prefill.choose(query, cache, segment, 0.02, 0.1, Impl.TRITON)
     for listed in (tiles, replace(tiles, left=None)):
@@ -134,6 +133,11 @@ def layer(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, *, norme
     norms = (torch.ones(head_dim, dtype=dtype),) * 2 if normed else None
     slots = torch.tensor([-1, 63, 64])
     rotate_and_write(qkv, (cosines, cosines), slots, cache, norms, 1e-5)
+    tickets = torch.zeros(3 * kv_heads, dtype=torch.int32)
+    for pages in (1, 12, 1200):  # one part, some that are joined at once, and many
+        tables, starts = torch.zeros(3, pages, dtype=torch.int64), torch.zeros_like(slots)
+        where = slots, cache, Rows(tables, starts + 1, starts), tickets
+        rotate_and_attend(qkv, (cosines, cosines), *where, 0.1, norms, 1e-5)
 
 
 if __name__ == "__main__":
