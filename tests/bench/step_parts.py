@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -49,6 +51,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+    from kernels.cache import LayerCache
+    from models.config import ModelConfig
+    from models.decode_step import DecodeStep
+    from models.decoder import Decoder
 
 CELLS = "1x1024,1x128,4x1024,6x1024"
 
@@ -135,66 +142,108 @@ WAYS: dict[str, list[tuple[object, str, object]]] = {
 """What is replaced for each way: of an object an attribute, by a value."""
 
 
+@dataclass(slots=True)
+class Bench:
+    """A model of random weights and its caches, and what has been measured of them."""
+
+    decoder: Decoder
+    caches: list[LayerCache]
+    device: torch.device
+    steps: int
+    records: list[dict[str, Any]] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)  # what there was no time for
+
+    @staticmethod
+    def of(config: ModelConfig, cells: Sequence[Cell], device: torch.device, steps: int) -> Bench:
+        """For all cells."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        pages = max(cell.batch * cell.pages for cell in cells)
+        caches = engine._filled_caches(config, pages, device, dtype)
+        return Bench(dummy(config, dtype, device), caches, device, steps)
+
+    def capture(self, name: str, cell: Cell, step: DecodeStep) -> tuple[CapturedStep, Tensor]:
+        """A way's step, and the logits of its first replay: a CPU has no other like it."""
+        with ExitStack() as stack:
+            for where, attribute, value in WAYS[name]:
+                stack.enter_context(patch.object(where, attribute, value))
+            bucket = Bucket(cell.batch, cell.pages, Dense())
+            way = CapturedStep(self.decoder, self.caches, bucket)
+            return way, way.replay(step).logits.clone()
+
+    def measure(self, names: Sequence[str], cell: Cell, seconds: float) -> None:
+        """One cell: most of the time goes by capturing, the rest by turns."""
+        begun, step = time.monotonic(), self.step(cell)
+        captured: dict[str, tuple[CapturedStep, Tensor]] = {}
+        for name in names:
+            if captured and time.monotonic() - begun > 0.6 * seconds:
+                self.late.append(f"{cell.batch}x{cell.context} {name}")
+                continue
+            captured[name] = self.capture(name, cell, step)
+        turns: dict[str, list[float]] = {name: [] for name in captured}
+        while self.device.type == "cuda":
+            for name, (way, _) in captured.items():
+                turns[name].append(engine._seconds(way, step, self.steps, self.device) * 1e6)
+            if time.monotonic() - begun > seconds:
+                break
+        expected = captured[names[0]][1]
+        for name, (_, logits) in captured.items():
+            off = float((logits - expected).abs().max() / expected.abs().max())
+            self._record(name, cell, turns[name], turns[names[0]], off)
+
+    def step(self, cell: Cell) -> DecodeStep:
+        """A cell's input."""
+        pages, vocab_size = self.caches[0].kv.shape[1], self.decoder.config.vocab_size
+        return engine._step(cell, vocab_size, pages, self.device)
+
+    def _record(
+        self, name: str, cell: Cell, turns: list[float], first: list[float], off: float
+    ) -> None:
+        record: dict[str, Any] = {"batch": cell.batch, "context": cell.context, "way": name}
+        if turns:
+            us = statistics.median(turns)
+            ratio = statistics.median(one / other for one, other in zip(turns, first, strict=True))
+            read = engine.step_bytes(self.decoder, cell, cell.context + 1.0, dynamic=False)
+            bandwidth = bandwidth_of(torch.cuda.get_device_name(self.device))
+            share = None if bandwidth is None else read / (bandwidth * 1e6) / us
+            record |= {"us": us, "ratio": ratio, "turns": len(turns), "ceiling_share": share}
+        record["most_off"] = off  # of the logits, as a share of the greatest
+        self.records.append(record)
+        print(json.dumps(record), file=sys.stderr, flush=True)
+
+
+def compile_ways(names: Sequence[str]) -> list[str]:
+    """Have each way's kernels in Triton's cache, by processes of their own: the ways that run."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--compile", "--ways"]
+    running = [subprocess.Popen([*command, name]) for name in names]
+    return [name for name, one in zip(names, running, strict=True) if one.wait() == 0]
+
+
 def main() -> None:
     """Measure and print."""
     given = _given()
-    started, device = time.monotonic(), torch.device(given.device)
-    gpu = device.type == "cuda"
-    machine = torch.cuda.get_device_name(device) if gpu else "CPU"
-    dtype = torch.bfloat16 if gpu else torch.float32
-    config = shape_of(given.shape, given.layers)
+    begun, device = time.monotonic(), torch.device(given.device)
     cells = [Cell(*(int(part) for part in cell.split("x"))) for cell in given.cells.split(",")]
-    records: list[dict[str, Any]] = []
-    late: list[str] = []
+    names = given.ways.split(";") if given.ways else list(WAYS)
+    config = shape_of(given.shape, 1 if given.compile else given.layers)
     with torch.inference_mode():
-        decoder = dummy(config, dtype, device)
-        caches = engine._filled_caches(config, max(c.batch * c.pages for c in cells), device, dtype)
-        names = given.ways.split(";") if given.ways else list(WAYS)
-        loaded = time.monotonic()
-        share = (started + given.seconds - loaded) / len(cells)
-        for number, cell in enumerate(cells):
-            step = engine._step(cell, config.vocab_size, caches[0].kv.shape[1], device)
-            captured: dict[str, CapturedStep] = {}
-            logits: dict[str, Tensor] = {}
-            # Most of the time goes by compiling.
-            for name in names:
-                if captured and time.monotonic() - loaded > share * (number + 0.6):
-                    late.append(f"{cell.batch}x{cell.context} {name}")
-                    continue
-                with ExitStack() as stack:
-                    for where, attribute, value in WAYS[name]:
-                        stack.enter_context(patch.object(where, attribute, value))
-                    way = CapturedStep(decoder, caches, Bucket(cell.batch, cell.pages, Dense()))
-                    logits[name] = way.replay(step).logits.clone()
-                    if gpu:
-                        captured[name] = way
-            turns: dict[str, list[float]] = {name: [] for name in captured}
-            while captured and time.monotonic() - loaded < share * (number + 1):
-                for name, way in captured.items():
-                    turns[name].append(engine._seconds(way, step, given.steps, device) * 1e6)
-            read = engine.step_bytes(decoder, cell, cell.context + 1.0, dynamic=False)
-            for name in logits:
-                record = _record(name, cell, turns.get(name, []), turns.get(names[0], []))
-                bandwidth = bandwidth_of(machine)
-                if bandwidth is not None and "us" in record:
-                    record["ceiling_share"] = read / (bandwidth * 1e6) / record["us"]
-                other = logits[names[0]]
-                record["most_off"] = float((logits[name] - other).abs().max() / other.abs().max())
-                records.append(record)
-                print(json.dumps(record), file=sys.stderr, flush=True)
+        if given.compile:
+            bench = Bench.of(replace(config, tied=True), cells, device, given.steps)
+            for cell in cells:
+                for name in names:
+                    bench.capture(name, cell, bench.step(cell))
+            return
+        runs = compile_ways(names) if device.type == "cuda" else names
+        compiled = time.monotonic()
+        bench = Bench.of(config, cells, device, given.steps)
+        for left in range(len(cells), 0, -1):
+            share = (begun + given.seconds - time.monotonic()) / left
+            bench.measure(runs, cells[-left], share)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     head = {"machine": machine, "torch": torch.__version__, "triton": triton.__version__}
-    head |= {"shape": given.shape, "layers": config.layers, "seconds": time.monotonic() - started}
-    print(json.dumps({**head, "records": records, "no_time_for": late}, indent=1))
-
-
-def _record(
-    name: str, cell: Cell, turns: Sequence[float], first: Sequence[float]
-) -> dict[str, Any]:
-    record: dict[str, Any] = {"batch": cell.batch, "context": cell.context, "way": name}
-    if turns:
-        ratio = statistics.median(one / other for one, other in zip(turns, first, strict=True))
-        record |= {"us": statistics.median(turns), "ratio": ratio, "turns": len(turns)}
-    return record
+    head |= {"shape": given.shape, "layers": config.layers, "steps": given.steps}
+    head |= {"seconds": time.monotonic() - begun, "seconds_of_compiling": compiled - begun}
+    head |= {"failed": [name for name in names if name not in runs], "no_time_for": bench.late}
+    print(json.dumps({**head, "records": bench.records}, indent=1))
 
 
 def _given() -> argparse.Namespace:
@@ -207,6 +256,7 @@ def _given() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="in a row, a turn")
     parser.add_argument("--seconds", type=float, default=55.0, help="to end after, about")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compile", action="store_true", help="no more than that")
     return parser.parse_args()
 
 

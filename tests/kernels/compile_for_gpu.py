@@ -134,7 +134,7 @@ def layer(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, *, norme
     slots = torch.tensor([-1, 63, 64])
     rotate_and_write(qkv, (cosines, cosines), slots, cache, norms, 1e-5)
     tickets = torch.zeros(3 * kv_heads, dtype=torch.int32)
-    for pages in (1, 12, 1200):  # one part, some that are joined at once, and many
+    for pages in (1, 12):  # one part, and some that are joined at once
         tables, starts = torch.zeros(3, pages, dtype=torch.int64), torch.zeros_like(slots)
         where = slots, cache, Rows(tables, starts + 1, starts), tickets
         rotate_and_attend(qkv, (cosines, cosines), *where, 0.1, norms, 1e-5)
