@@ -140,7 +140,9 @@ def _of_norm(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor, float]:
 def _sizes(x: Tensor, norm: Norm | None) -> dict[str, int | bool]:
     """What both kernels are compiled and launched with."""
     overlaps = overlap.possible(x.device)
-    deep = min(DEEP, triton.next_power_of_2(x.shape[1]))
+    # No tensor core multiplies float32 exactly: more of it would not stay in registers.
+    deep = DEEP if x.itemsize == 2 else DEEP // 4
+    deep = min(deep, triton.next_power_of_2(x.shape[1]))
     return {
         "INPUTS": x.shape[1],
         "ROWS": MOST,

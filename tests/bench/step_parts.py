@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
     from models.decoder import Decoder
 
 CELLS = "1x1024,1x128,4x1024,6x1024"
+LONGEST = 120.0
+"""Seconds that compiling may take."""
 
 
 class Apart(stream.Stream):
@@ -185,37 +188,63 @@ class Bench:
                 turns[name].append(engine._seconds(way, step, self.steps, self.device) * 1e6)
             if time.monotonic() - begun > seconds:
                 break
-        expected = captured[names[0]][1]
-        for name, (_, logits) in captured.items():
-            off = float((logits - expected).abs().max() / expected.abs().max())
-            self._record(name, cell, turns[name], turns[names[0]], off)
+        read = engine.step_bytes(self.decoder, cell, cell.context + 1.0, dynamic=False)
+        first, (_, expected) = turns[names[0]], captured[names[0]]
+        self.records.append(
+            {
+                "cell": f"{cell.batch}x{cell.context}",
+                "bytes": read,
+                "turns": len(first),
+                "ways": {
+                    name: _record(turns[name], first, read, self.bandwidth)
+                    | {"off": _off(logits, expected)}
+                    for name, (_, logits) in captured.items()
+                },
+            }
+        )
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Terabytes a second, where that is known."""
+        gpu = self.device.type == "cuda"
+        return bandwidth_of(torch.cuda.get_device_name(self.device)) if gpu else None
 
     def step(self, cell: Cell) -> DecodeStep:
         """A cell's input."""
         pages, vocab_size = self.caches[0].kv.shape[1], self.decoder.config.vocab_size
         return engine._step(cell, vocab_size, pages, self.device)
 
-    def _record(
-        self, name: str, cell: Cell, turns: list[float], first: list[float], off: float
-    ) -> None:
-        record: dict[str, Any] = {"batch": cell.batch, "context": cell.context, "way": name}
-        if turns:
-            us = statistics.median(turns)
-            ratio = statistics.median(one / other for one, other in zip(turns, first, strict=True))
-            read = engine.step_bytes(self.decoder, cell, cell.context + 1.0, dynamic=False)
-            bandwidth = bandwidth_of(torch.cuda.get_device_name(self.device))
-            share = None if bandwidth is None else read / (bandwidth * 1e6) / us
-            record |= {"us": us, "ratio": ratio, "turns": len(turns), "ceiling_share": share}
-        record["most_off"] = off  # of the logits, as a share of the greatest
-        self.records.append(record)
-        print(json.dumps(record), file=sys.stderr, flush=True)
+
+def _record(
+    turns: Sequence[float], first: Sequence[float], read: int, bandwidth: float | None
+) -> dict[str, float]:
+    """Microseconds, the ratio to the first way's, and the share of the read limit."""
+    if not turns:
+        return {}
+    us = statistics.median(turns)
+    ratio = statistics.median(one / other for one, other in zip(turns, first, strict=True))
+    share = {} if bandwidth is None else {"share": round(read / (bandwidth * 1e6) / us, 4)}
+    return {"us": round(us, 1), "ratio": round(ratio, 4), **share}
+
+
+def _off(logits: Tensor, expected: Tensor) -> float:
+    """The most that logits differ, as a share of the greatest."""
+    return round(float((logits - expected).abs().max() / expected.abs().max()), 6)
 
 
 def compile_ways(names: Sequence[str]) -> list[str]:
     """Have each way's kernels in Triton's cache, by processes of their own: the ways that run."""
     command = [sys.executable, __file__, *sys.argv[1:], "--compile", "--ways"]
     running = [subprocess.Popen([*command, name]) for name in names]
-    return [name for name, one in zip(names, running, strict=True) if one.wait() == 0]
+    deadline, runs = time.monotonic() + LONGEST, []
+    for name, process in zip(names, running, strict=True):
+        try:
+            if process.wait(max(0.0, deadline - time.monotonic())) == 0:
+                runs.append(name)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return runs
 
 
 def main() -> None:
@@ -234,6 +263,8 @@ def main() -> None:
             return
         runs = compile_ways(names) if device.type == "cuda" else names
         compiled = time.monotonic()
+        if not runs:
+            sys.exit("step_parts: no way runs; what is written above says why")
         bench = Bench.of(config, cells, device, given.steps)
         for left in range(len(cells), 0, -1):
             share = (begun + given.seconds - time.monotonic()) / left
@@ -243,7 +274,9 @@ def main() -> None:
     head |= {"shape": given.shape, "layers": config.layers, "steps": given.steps}
     head |= {"seconds": time.monotonic() - begun, "seconds_of_compiling": compiled - begun}
     head |= {"failed": [name for name in names if name not in runs], "no_time_for": bench.late}
-    print(json.dumps({**head, "records": bench.records}, indent=1))
+    text = json.dumps({**head, "records": bench.records}, indent=1)
+    # A way a line.
+    print(re.sub(r"\{\s+([^{}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", text))
 
 
 def _given() -> argparse.Namespace:
