@@ -28,6 +28,8 @@ NOISE = 1 - 2 / math.pi
 """Variance of an estimate over |q|^2 s^2: what signs alone lose of a rotated vector."""
 WORD = 64
 """Signs that share an int64."""
+SEED = 0
+"""Of the rotation."""
 
 
 def words(head_dim: int) -> int:
@@ -42,7 +44,7 @@ _GATHER_BITS = sum(1 << 56 - 7 * bit for bit in range(8))
 def rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The fixed random orthogonal matrix R, transposed: rows times it are rotated."""
     noise = torch.randn(
-        head_dim, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        head_dim, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(SEED)
     )
     orthogonal: Tensor = torch.linalg.qr(noise).Q
     return orthogonal.to(device, dtype).contiguous()  # [head_dim, head_dim]

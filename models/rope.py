@@ -101,8 +101,9 @@ class Rotary:
         Returns:
             Two tensors [tokens, 1, head_dim / 2], float32, or float64 for a model in float64.
         """
-        # [tokens, 1, head_dim / 2]
-        turns = positions[:, None, None].to(self.frequencies.dtype) * self.frequencies
+        turns = positions[:, None, None] * self.frequencies  # [tokens, 1, head_dim / 2]
+        if self.attention_factor == 1.0:  # a step waits for every launch
+            return turns.cos(), turns.sin()
         return turns.cos() * self.attention_factor, turns.sin() * self.attention_factor
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from kernels import dynamic
 from kernels.attention import Impl, dense_attention, dense_decode
 from kernels.cache import LayerCache, Rows, Segment
 from kernels.codes import words
+from kernels.fingerprint import fingerprint
 from kernels.page import PAGE
 from kernels.policy import Dynamic
 from service.bench.clock import seconds_of
@@ -64,6 +65,15 @@ class Options:
     bandwidth: float | None
     flex: bool = False
 
+    @property
+    def policy(self) -> Dynamic:
+        """The dynamic policy that is timed."""
+        return Dynamic(coverage=1.0, min_keys=self.keys, max_keys=self.keys)
+
+    def selection(self) -> dict[str, Any]:
+        """What decides which keys are read, for a results file."""
+        return fingerprint(self.policy)
+
 
 def measure(
     cells: Sequence[Cell], device: torch.device, dtype: torch.dtype, shape: Shape, options: Options
@@ -89,7 +99,7 @@ class _Bench:
         self.options = options
         self.impl = Impl.of(device, dtype, shape.head_dim, shape.heads // shape.kv_heads)
         self.scale = shape.head_dim**-0.5
-        self.policy = Dynamic(coverage=1.0, min_keys=options.keys, max_keys=options.keys)
+        self.policy = options.policy
         self.pages = -(-cell.context // PAGE)
         read = self._bytes("dynamic", options.keys)
         self.sets = max(1, -(-APART // read)) if device.type == "cuda" else 1

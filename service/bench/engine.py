@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from kernels.cache import LayerCache, Rows
 from kernels.codes import words
+from kernels.fingerprint import fingerprint
 from kernels.page import PAGE
 from kernels.policy import Dense, Dynamic
 from models.decode_step import Bucket, DecodeStep
@@ -62,6 +63,15 @@ class Options:
     repeats: int
     steps: int
     bandwidth: float | None
+
+    @property
+    def policy(self) -> Dynamic:
+        """The dynamic policy that is timed."""
+        return Dynamic(coverage=1.0, min_keys=self.keys, max_keys=self.keys)
+
+    def selection(self) -> dict[str, Any]:
+        """What decides which keys are read, for a results file."""
+        return fingerprint(self.policy)
 
 
 def measure(
@@ -178,10 +188,9 @@ def _measure(
     tick: Callable[[], object],
 ) -> list[Record]:
     """One cell: dense and dynamic turn by turn, so that the machine's mood hits both alike."""
-    dynamic = Dynamic(coverage=1.0, min_keys=options.keys, max_keys=options.keys)
     ways = [
         CapturedStep(decoder, caches, Bucket(cell.batch, cell.pages, policy))
-        for policy in (Dense(), dynamic)
+        for policy in (Dense(), options.policy)
     ]
     device = caches[0].kv.device
     step = _step(cell, decoder.config.vocab_size, caches[0].kv.shape[1], device)

@@ -61,6 +61,7 @@ def decode(
         decode_plot.draw(records, plot)
     if output is not None:
         settings = asdict(shape) | {"dtype": dtype} | asdict(options)
+        settings["selection"] = options.selection()
         command = shlex.join(["saccade", "bench", "decode", *sys.argv[3:]])
         head = envelope(command, commit or current_commit(), machine, settings)
         output.write_text(as_json(head, records))
@@ -166,6 +167,7 @@ def engine(
         "repeats": repeats,
         "steps": steps,
         "bandwidth_tb_s": bandwidth,
+        "selection": options.selection(),
     }
     command = shlex.join(["saccade", "bench", "engine", *sys.argv[3:]])
     head = envelope(command, commit or current_commit(), machine, settings)

@@ -16,7 +16,7 @@ from service.errors import ConfigError
 from service.eval.cell import Cell, documents_for
 from service.eval.evaluation import Evaluation, texts_of
 from service.eval.plot import check_plot, draw
-from service.eval.policies import parse_policy
+from service.eval.policies import parse_policy, selections_of
 from service.eval.results import Results, table
 from service.eval.tasks import TASKS
 
@@ -97,6 +97,7 @@ def evaluate(
         evaluation.settings(settings.model_name, text_dir, settings.sparsity),
         commit,
         machine_name(torch_device),
+        selections_of(compared),
     )
     cells = [
         Cell(task, length, documents_for(task, documents, questions, answers), tuple(compared))

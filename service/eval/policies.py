@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from kernels.errors import KernelError
+from kernels.fingerprint import fingerprint
+from service.engine.batch import dynamic_policy
 from service.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from service.engine.types import SparsityParams
     from service.sparsity import SparsityConfig
 
@@ -21,6 +25,19 @@ class NamedPolicy:
 
     name: str
     sparsity: SparsityParams
+
+    def selection(self) -> dict[str, Any] | None:
+        """What decides which keys its decode steps read (`kernels.fingerprint`), where content
+        does."""
+        if self.sparsity.policy != "dynamic":
+            return None
+        return fingerprint(dynamic_policy(self.sparsity), self.sparsity.dense_layers)
+
+
+def selections_of(policies: Iterable[NamedPolicy]) -> dict[str, Any]:
+    """What decides which keys are read under each policy that selects by content, by its name."""
+    found = {policy.name: policy.selection() for policy in policies}
+    return {name: selection for name, selection in found.items() if selection is not None}
 
 
 def parse_policy(text: str, defaults: SparsityConfig) -> NamedPolicy:

@@ -12,10 +12,14 @@ from service.eval.record import SOLVED, Pooled, Record, pooled, solved
 from service.eval.tasks import TASKS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from service.eval.cell import Cell
+
+
+SELECTIONS = "selections"
+"""Among the settings of a file: of each policy by name."""
 
 
 @dataclass(slots=True)
@@ -25,6 +29,8 @@ class Results:
     Attributes:
         command: as it was typed, the last time.
         settings: what the records depend on besides their cell, the commit and the machine.
+        selections: what decides which keys are read, by policy (`kernels.fingerprint`); None where
+            the file is older and does not say it.
         commit, machine: of this run; every record keeps its own.
     """
 
@@ -33,23 +39,35 @@ class Results:
     commit: str
     machine: str
     records: list[Record] = field(default_factory=list)
+    selections: dict[str, Any] | None = field(default_factory=dict)
 
     @staticmethod
     def start(
-        file: Path | None, command: str, settings: dict[str, Any], commit: str | None, machine: str
+        file: Path | None,
+        command: str,
+        settings: dict[str, Any],
+        commit: str | None,
+        machine: str,
+        selections: Mapping[str, Any] | None = None,
     ) -> Results:
         """New results, or those of `file` to go on with.
 
         Raises:
-            ConfigError: the file holds something else, or records made with other settings.
+            ConfigError: the file holds something else, or records made with other settings, or
+                under a policy of the same name that selects otherwise.
         """
         results = Results(command, settings, commit or current_commit(), machine)
+        results.selections = dict(selections or {})
         if file is None or not file.exists():
             return results
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             records = [Record(**record) for record in saved["records"]]
-            same = saved["settings"] == settings
+            given = dict(saved["settings"])
+            selected = given.pop(SELECTIONS, None)
+            same = given == settings and all(
+                results.selections.get(name, one) == one for name, one in (selected or {}).items()
+            )
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{file} holds no evaluation: name another --output") from None
         if not same:
@@ -58,6 +76,8 @@ class Results:
                 "or use the same"
             )
         results.records = records
+        # What older records were made with is not known, and not to be made up.
+        results.selections = None if selected is None else selected | results.selections
         return results
 
     def has(self, cell: Cell) -> bool:
@@ -95,7 +115,8 @@ class Results:
 
     def save(self, file: Path) -> None:
         """Write the file, whole or not at all."""
-        head = envelope(self.command, self.commit, self.machine, self.settings)
+        selected = {} if self.selections is None else {SELECTIONS: self.selections}
+        head = envelope(self.command, self.commit, self.machine, self.settings | selected)
         # A row a line, so that scores do not take thousands of them.
         text = json.dumps(head, indent=1).removesuffix("\n}")
         for name, rows in (("pooled", pooled(self.records)), ("records", self.records)):

@@ -52,6 +52,7 @@ def main() -> None:
         "keys": given.keys,
         "repeats": given.repeats,
         "bandwidth_tb_s": bandwidth,
+        "selection": options.selection(),
     }
     command = shlex.join(["python", *sys.argv])
     head = envelope(command, given.commit or current_commit(), machine, settings)

@@ -53,6 +53,7 @@ def main() -> None:
         "repeats": given.repeats,
         "steps": given.steps,
         "bandwidth_tb_s": bandwidth,
+        "selection": options.selection(),
     }
     command = shlex.join(["python", *sys.argv])
     head = envelope(command, given.commit or current_commit(), machine, settings)

@@ -212,6 +212,7 @@ def measure(options: argparse.Namespace) -> None:
 
     from service.engine.build import device_name, machine_name
     from service.eval.evaluation import Evaluation, texts_of
+    from service.eval.policies import selections_of
     from service.eval.results import Results, table
     from service.sparsity import SparsityConfig
 
@@ -231,6 +232,7 @@ def measure(options: argparse.Namespace) -> None:
         evaluation.settings(options.model.name, options.text_dir, SparsityConfig()),
         options.commit,
         machine_name(device),
+        selections_of(policy for cell in cells_of(PARTS) for policy in cell.policies),
     )
     parts = [part for part in PARTS if part.name in options.parts.split(",")]
     evaluation.fill(cells_of(parts), results, options.output)

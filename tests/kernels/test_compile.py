@@ -24,6 +24,7 @@ KERNELS = {
     "_silu_mul",
     "_linear",
     "_gated_linear",
+    "_rotate_and_attend",
     "_rotate_and_write",
 }
 
