@@ -7,16 +7,16 @@ device, so that a CUDA graph can hold the step (`models.graph`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
 
+from kernels.gpu.attend import dense_decode
 from kernels.gpu.decode import attend
-from kernels.gpu.dense_step import rotate_and_attend
-from kernels.gpu.linear import linear
+from kernels.gpu.layer import add_norm
+from kernels.gpu.linear import gated_linear, linear
 from kernels.gpu.rotate import rotate_and_write
-from kernels.gpu.stream import Stream
 from kernels.policy import Dynamic
 from kernels.timing import Phases
 from models.decode_step import Decoded
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache, Rows
     from models.attention import LayerAttention
     from models.decode_step import Bucket, DecodeStep
-    from models.decoder import Decoder, DecoderLayer
+    from models.decoder import Attention, Decoder, DecoderLayer
     from models.feed_forward import SwiGLU
 
 
@@ -53,29 +53,29 @@ def decode(
         bucket: how the rows attend.
         packed: float32, `Decoded.size` numbers or more: where the result goes.
     """
-    body = decoder.model
+    body, update = decoder.model, None
     hidden: Tensor = body.embed_tokens(step.token_ids)  # [batch, hidden_size]
-    tickets = step.slots.new_zeros(bucket.batch * decoder.config.kv_heads, dtype=torch.int32)
-    stream = Stream(hidden)
     rows = {window: step.rows.within(window) for window in set(decoder.config.windows)}
     assert decoder.rotary is not None and decoder.fused
-    # Ordinary launches, behind which the rows are settled: see `rotate_and_attend`.
-    angles = decoder.rotary.angles(step.positions)
-    attention = _Attention(angles, step.slots, rows, tickets, bucket)
+    attention = _Attention(decoder.rotary.angles(step.positions), step.slots, rows, bucket)
     for module, cache in zip(body.layers, caches, strict=True):
         layer = cast("DecoderLayer", module)
-        attention(layer, stream, cache)
-        norm, mlp = layer.post_attention_layernorm, cast("SwiGLU", layer.mlp)
+        norm = layer.input_layernorm
+        hidden, normed = add_norm(hidden, update, norm.weight, norm.eps)
+        update = attention(layer.self_attn, normed, cache)
+        norm = layer.post_attention_layernorm
+        hidden, normed = add_norm(hidden, update, norm.weight, norm.eps)
+        mlp = cast("SwiGLU", layer.mlp)
         gate_up, down = mlp.gate_up, mlp.down_proj
-        inner = stream.gated_linear((norm.weight, norm.eps), gate_up.weight, gate_up.bias)
-        stream.add(inner, down.weight, down.bias)
-    decoded = Decoded.over(packed, hidden, bucket, decoder.config)
-    normed = stream.normed((body.norm.weight, body.norm.eps), decoded.finite)
-    linear(normed, decoder.head, output=decoded.logits)
+        update = linear(gated_linear(normed, gate_up.weight, gate_up.bias), down.weight, down.bias)
+    _, normed = add_norm(hidden, update, body.norm.weight, body.norm.eps)
+    decoded = Decoded.over(packed, normed, bucket, decoder.config)
+    decoded.logits.copy_(linear(normed, decoder.head))
+    decoded.finite.copy_(normed.isfinite().all(-1))
     if decoded.keys is not None and decoded.coverage is not None:
         decoded.keys.copy_(torch.stack(attention.keys))
-        torch.stack(attention.coverage, out=decoded.coverage)
-    return replace(decoded, hidden=normed)
+        decoded.coverage.copy_(torch.stack(attention.coverage))
+    return decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,33 +85,33 @@ class _Attention:
     angles: tuple[Tensor, Tensor]  # [batch, 1, head_dim / 2]
     slots: Tensor  # int64 [batch]
     rows: Mapping[int | None, Rows]  # by sliding window
-    tickets: Tensor  # int32 [batch * kv_heads]  see `rotate_and_attend`
     bucket: Bucket
     keys: list[Tensor] = field(default_factory=list)  # int32 [batch, kv_heads] of each layer
     coverage: list[Tensor] = field(default_factory=list)  # [batch, heads] of each layer
 
-    def __call__(self, layer: DecoderLayer, stream: Stream, cache: LayerCache) -> None:
-        """Add a layer's attention to the residual stream."""
-        module, norm = layer.self_attn, layer.input_layernorm
-        # [batch, (heads + 2 * kv_heads) * head_dim]
-        qkv = stream.linear((norm.weight, norm.eps), module.qkv.weight, module.qkv.bias)
-        norms, eps = None, 0.0
-        if module.q_norm is not None and module.k_norm is not None:
-            norms, eps = (module.q_norm.weight, module.k_norm.weight), module.q_norm.eps
+    def __call__(self, module: Attention, normed: Tensor, cache: LayerCache) -> Tensor:
+        """What a layer's attention adds to the residual stream, [batch, hidden_size]."""
+        query = self._project(module, normed, cache)
         attention = cast("LayerAttention", module.attend)
         rows, scale = self.rows[attention.window], attention.scale
         policy = self.bucket.policy
         if isinstance(policy, Dynamic) and attention.layer >= self.bucket.dense_layers:
-            query = rotate_and_write(qkv, self.angles, self.slots, cache, norms, eps)
             found = attend(query, cache, rows, policy, scale, Phases())
             output = found.output
             self.keys.append(found.keys)
             self.coverage.append(found.coverage)
         else:
-            output, lse = rotate_and_attend(
-                qkv, self.angles, self.slots, cache, rows, self.tickets, scale, norms, eps
-            )
+            output, lse = dense_decode(query, cache, rows, scale)
             if isinstance(policy, Dynamic):
                 self.keys.append(rows.visible.int()[:, None].expand(-1, cache.kv_heads))
                 self.coverage.append(torch.ones_like(lse).where(lse.isfinite(), torch.nan))
-        stream.add(output.flatten(1), module.o_proj.weight, module.o_proj.bias)
+        return linear(output.flatten(1), module.o_proj.weight, module.o_proj.bias)
+
+    def _project(self, module: Attention, normed: Tensor, cache: LayerCache) -> Tensor:
+        """A layer's queries [batch, heads, head_dim]; its keys and values go into the cache."""
+        # [batch, (heads + 2 * kv_heads) * head_dim]
+        qkv = linear(normed, module.qkv.weight, module.qkv.bias)
+        if module.q_norm is None or module.k_norm is None:
+            return rotate_and_write(qkv, self.angles, self.slots, cache)
+        norms = module.q_norm.weight, module.k_norm.weight
+        return rotate_and_write(qkv, self.angles, self.slots, cache, norms, module.q_norm.eps)

@@ -1,26 +1,19 @@
 """Attention of single query rows over the paged cache: over selected keys, or over all.
 
-Split over the keys, so that a few rows fill a GPU, and joined: see `kernels.gpu.parts`.
+Split over the keys and joined by the parts' log-sum-exps (FlashDecoding; Dao et al. 2023).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.launch import splits_for, tile_of
-from kernels.gpu.parts import (
-    Parts,
-    add_scores,
-    grow_scores,
-    leave,
-    lse_of,
-    score_keys,
-)
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -49,8 +42,7 @@ def selected_attention(
     blocks = max(1, -(-capacity // BLOCK))
     splits = splits_for(count * kv_heads, blocks)
     weights = selection.log_weight
-    parts = Parts.of(query, splits, weighted=weights is not None)
-    overlaps = overlap.possible(query.device)
+    parts = _Parts.of(query, splits, weighted=weights is not None)
     _selected[count, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, selection.indices.contiguous(),
         parts.lses if weights is None else weights.contiguous(),
@@ -60,47 +52,72 @@ def selected_attention(
         -(-blocks // splits),
         GROUP=group, TILE=tile_of(group), DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
         WEIGHTED=weights is not None, BIASED=cache.slopes is not None, BLOCK=BLOCK, PAGE=PAGE,
-        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4, num_stages=3,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
-    return parts.joined()
+    return parts.joined(query.dtype)
 
 
 def dense_decode(
     query: Tensor, cache: LayerCache, rows: Rows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.attention.dense_decode`; for a step of fixed size, `kernels.gpu.dense_step`."""
+    """See `kernels.attention.dense_decode`."""
     heads, head_dim = query.shape[1:]
     kv_heads, group = cache.kv_heads, heads // cache.kv_heads
     tile = tile_of(group)
     tiles = rows.sequences * -(-rows.queries // (tile // group))
     width = triton.next_power_of_2(head_dim)
-    block = dense_block(width * query.itemsize)
+    block = max(16, min(128, RUN_BYTES // (width * query.itemsize)))
     blocks = -(-rows.block_tables.shape[1] * PAGE // block)
-    splits = dense_splits(blocks, tiles * kv_heads)
-    parts = Parts.of(query, splits, weighted=False)
-    overlaps = overlap.possible(query.device)
+    splits = _dense_splits(blocks, tiles * kv_heads)
+    parts = _Parts.of(query, splits, weighted=False)
     _dense[tiles, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), parts.outputs, parts.lses, scale,
         rows.queries, rows.block_tables.stride(0), cache.kv.shape[1], -(-blocks // splits),
         GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim, WIDTH=width, BLOCK=block,
-        BIASED=cache.slopes is not None, PAGE=PAGE, OVERLAP=overlaps,
-        launch_pdl=overlaps, num_warps=4, num_stages=2,
+        BIASED=cache.slopes is not None, PAGE=PAGE, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return parts.joined()[:2]
+    return parts.joined(query.dtype)[:2]
 
 
-def dense_block(size: int) -> int:
-    """Keys of so many bytes that a dense program reads at once."""
-    return max(16, min(128, RUN_BYTES // size))
-
-
-def dense_splits(blocks: int, programs: int) -> int:
+def _dense_splits(blocks: int, programs: int) -> int:
     """Into how many parts to split `blocks` blocks that as many programs each read."""
     if blocks <= ALONE:
         return 1
     splits = max(1, min(blocks, RESIDENT // programs))
     return -(-blocks // -(-blocks // splits))  # as few as take the same number of blocks each
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Attention over each split of the keys. A single one is written as it will be read."""
+
+    outputs: Tensor  # [rows, heads, splits, head_dim]  float32; of one split, the query's dtype
+    lses: Tensor  # float32 [rows, heads, splits]
+    owns: Tensor  # likewise, without weights; the same tensor where there are none
+
+    @staticmethod
+    def of(query: Tensor, splits: int, *, weighted: bool) -> _Parts:
+        count, heads, head_dim = query.shape
+        wide = query.dtype if splits == 1 else torch.float32
+        outputs = query.new_empty(count, heads, splits, head_dim, dtype=wide)
+        lses = query.new_empty(count, heads, splits, dtype=torch.float32)
+        return _Parts(outputs, lses, torch.empty_like(lses) if weighted else lses)
+
+    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        count, heads, splits, head_dim = self.outputs.shape
+        if splits == 1:
+            return self.outputs[:, :, 0], self.lses[:, :, 0], self.owns[:, :, 0]
+        weighted = self.owns is not self.lses
+        output = torch.empty(count, heads, head_dim, dtype=dtype, device=self.lses.device)
+        lse = self.lses.new_empty(count, heads)
+        own = torch.empty_like(lse) if weighted else lse
+        join_parts[count, heads](
+            self.outputs, self.lses, self.owns, output, lse, own, splits,
+            SPLITS=triton.next_power_of_2(splits), DIM=head_dim,
+            WIDTH=triton.next_power_of_2(head_dim), WEIGHTED=weighted, num_warps=4,
+        )  # fmt: skip
+        return output, lse, own
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "table_stride", "cache_pages", "blocks"])
@@ -109,11 +126,8 @@ def _selected(
     queries, capacity, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     WEIGHTED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row and KV head over a split of its selected keys."""
-    overlap.begin(OVERLAP)
-    overlap.wait(OVERLAP)
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     pair = row * tl.num_programs(1) + kv_head
     head, channel = tl.arange(0, TILE), tl.arange(0, WIDTH)
@@ -159,11 +173,8 @@ def _dense(
     queries, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, PAGE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one sequence over a split of the keys that any of them sees."""
-    overlap.begin(OVERLAP)
-    overlap.wait(OVERLAP)
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(queries, TOGETHER)
     sequence = tile // tiles
@@ -173,48 +184,102 @@ def _dense(
     row = (sequence * queries + number).to(tl.int64)
     line = row * (tl.num_programs(1) * GROUP) + kv_head * GROUP + place % GROUP
     wide = there[:, None] & (channel < DIM)[None]
+    mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
     start = tl.load(starts + row, there, 1 << 40)
     stop = tl.load(lengths + row, there, 0)
     table = tables + sequence * table_stride
-    base = kv_head.to(tl.int64) * cache_pages
-    begin, end = tl.min(start, 0).to(tl.int32), tl.max(stop, 0).to(tl.int32)
-    low = tl.maximum(split * blocks * BLOCK, begin // BLOCK * BLOCK)
-    high = tl.minimum((split + 1) * blocks * BLOCK, end)
-    mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
-    peak, total, sums = attend_run(
-        mine, kv, table, base, low, high, begin, start, stop, slopes + kv_head * GROUP,
-        place % GROUP, scale, GROUP, TILE, DIM, WIDTH, BLOCK, BIASED, PAGE,
-    )  # fmt: skip
-    splits = tl.num_programs(2)
-    leave(outputs, lses, line * splits + split, channel, wide, there, peak, total, sums, DIM)
-
-
-@triton.jit
-def attend_run(
-    mine, kv, table, base, low, high, begin, start, stop, slopes, head, scale,
-    GROUP: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, BIASED: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Queries [TILE, WIDTH] over the keys `low` to `high` that each sees: a running softmax.
-
-    Query i sees keys `start[i]` to `stop[i]`; `begin` is the first of `start`.
-    """
-    channel = tl.arange(0, WIDTH)
+    base = kv_head.to(tl.int64) * cache_pages * PAGE
     peak = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     sums = tl.zeros((TILE, WIDTH), tl.float32)
-    for block in range(low, high, BLOCK):
+    begin, end = tl.min(start, 0).to(tl.int32), tl.max(stop, 0).to(tl.int32)
+    low = tl.maximum(split * blocks * BLOCK, begin // BLOCK * BLOCK)
+    for block in range(low, tl.minimum((split + 1) * blocks * BLOCK, end), BLOCK):
         position = block + tl.arange(0, BLOCK)
-        page = tl.load(table + position // PAGE, position < high, 0)
-        data = kv + ((base + page) * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
-        loaded = ((position >= begin) & (position < high))[:, None] & (channel < DIM)[None]
+        page = tl.load(table + position // PAGE, position < end, 0)
+        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
+        loaded = ((position >= begin) & (position < end))[:, None] & (channel < DIM)[None]
         keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, loaded, 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
         score = score_keys(mine, keys, seen, scale)
         if BIASED:
             distance = (position[None] - (stop[:, None] - 1)).to(tl.float32)
-            slope = load_slopes(slopes, 0, head, GROUP) / 1.4426950408889634
+            slope = load_slopes(slopes, kv_head, place % GROUP, GROUP) / 1.4426950408889634
             score += slope[:, None] * distance
         peak, total, sums = add_scores(score, values, peak, total, sums)
-    return peak, total, sums
+    target = line * tl.num_programs(2) + split
+    leave(outputs, lses, target, channel, wide, there, peak, total, sums, DIM)
+
+
+@triton.jit
+def score_keys(mine, keys, seen, scale):
+    """[TILE, BLOCK], -inf where a key is not seen."""
+    score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale
+    return tl.where(seen, score, float("-inf"))
+
+
+@triton.jit
+def add_scores(score, values, peak, total, sums):
+    """Some more scores and values into a running softmax (FlashAttention's recurrence)."""
+    higher = tl.maximum(peak, tl.max(score, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp(peak - safe)
+    mass = tl.exp(score - safe[:, None])
+    total = total * shrink + tl.sum(mass, 1)
+    sums = tl.dot(mass.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
+    return higher, total, sums
+
+
+@triton.jit
+def grow_scores(score, peak, total):
+    """Some more scores into a running log-sum-exp."""
+    higher = tl.maximum(peak, tl.max(score, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    total = total * tl.exp(peak - safe) + tl.sum(tl.exp(score - safe[:, None]), 1)
+    return higher, total
+
+
+@triton.jit
+def lse_of(peak, total):
+    """A running log-sum-exp as it stands."""
+    return tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total)
+
+
+@triton.jit
+def leave(
+    outputs, lses, target, channel, wide, there, peak, total, sums, DIM: tl.constexpr
+):  # fmt: skip
+    """Writes one split's part."""
+    output = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(lses + target, lse_of(peak, total), there)
+    place = outputs + target[:, None] * DIM + channel[None]
+    tl.store(place, output.to(outputs.dtype.element_ty), wide)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def join_parts(
+    outputs, lses, owns, output, lse, own, splits,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """The parts of one row and head, weighted with their masses."""
+    line = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    split, channel = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    part = tl.load(lses + line * splits + split, split < splits, float("-inf"))
+    peak = tl.max(part, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.exp(part - peak)
+    total = tl.sum(mass, 0)
+    data = tl.load(
+        outputs + (line * splits + split[:, None]) * DIM + channel[None],
+        (split < splits)[:, None] & (channel < DIM)[None],
+        0.0,
+    )  # [SPLITS, WIDTH]
+    mean = tl.sum(data * mass[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(output + line * DIM + channel, mean.to(output.dtype.element_ty), channel < DIM)
+    tl.store(lse + line, peak + tl.log(total))
+    if WEIGHTED:
+        part = tl.load(owns + line * splits + split, split < splits, float("-inf"))
+        peak = tl.max(part, 0)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        tl.store(own + line, peak + tl.log(tl.sum(tl.exp(part - peak), 0)))

@@ -23,12 +23,7 @@ CHANNELS_PER_WARP = 256
 
 
 def add_norm(
-    hidden: Tensor,
-    update: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    finite: Tensor | None = None,
+    hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Add to the residual stream, and take the sum's root mean square norm.
 
@@ -37,7 +32,6 @@ def add_norm(
         update: [rows, size], contiguous; None adds nothing.
         weight: [size], of the norm.
         eps: of the norm.
-        finite: float32 [rows], where to write 1 for a row whose norm is finite, else 0.
 
     Returns:
         The sum [rows, size], which is `hidden` itself without an update, and its norm [rows, size].
@@ -46,10 +40,8 @@ def add_norm(
     total, normed = hidden if update is None else torch.empty_like(hidden), torch.empty_like(hidden)
     width, overlaps = triton.next_power_of_2(size), overlap.possible(hidden.device)
     _add_norm[rows,](
-        hidden, hidden if update is None else update, weight, total, normed,
-        normed if finite is None else finite, eps,
-        SIZE=size, WIDTH=width, ADDED=update is not None, CHECKED=finite is not None,
-        OVERLAP=overlaps, launch_pdl=overlaps,
+        hidden, hidden if update is None else update, weight, total, normed, eps,
+        SIZE=size, WIDTH=width, ADDED=update is not None, OVERLAP=overlaps, launch_pdl=overlaps,
         num_warps=min(max(width // CHANNELS_PER_WARP, 1), 16), enable_fp_fusion=False,
     )  # fmt: skip
     return total, normed
@@ -75,9 +67,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _add_norm(
-    hidden, update, weight, total, normed, finite, eps,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, ADDED: tl.constexpr, CHECKED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    hidden, update, weight, total, normed, eps,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, ADDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row."""
     overlap.begin(OVERLAP)
@@ -94,11 +85,8 @@ def _add_norm(
         tl.store(total + place, x, inside)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
-    result = (factor * (wide * scale).to(dtype).to(tl.float32)).to(dtype)
-    tl.store(normed + place, result, inside)
-    if CHECKED:  # what is no number is not less than anything
-        sound = tl.abs(result.to(tl.float32)) < float("inf")
-        tl.store(finite + row, tl.min(sound.to(tl.int32), 0).to(tl.float32))
+    result = factor * (wide * scale).to(dtype).to(tl.float32)
+    tl.store(normed + place, result.to(dtype), inside)
 
 
 @triton.jit

@@ -152,14 +152,16 @@ def look_here(
     sums = tl.zeros((WIDTH, HEADS), tl.float32)
     # Behind the last key it is read again, and counts nothing: that asks for no mask.
     last = tl.maximum(end - 1, 0)
-    coming = tl.load(met + tl.minimum(begin + member, last), drawn, 0)
+    met_here = split + 0 * member < spans * parts  # [BLOCK]
+    coming = tl.load(met + tl.minimum(begin + member, last), met_here, 0)
     for block in range(begin, end, each):
         place = tl.minimum(block + member, last)
-        note, coming = coming, tl.load(met + tl.minimum(block + each + member, last), drawn, 0)
+        note = coming
+        coming = tl.load(met + tl.minimum(block + each + member, last), met_here, 0)
         position = tl.where(place < early, start + place, recent + place)
-        page = tl.load(table + position // PAGE, ~drawn, 0).to(tl.int32)
-        slot = tl.where(drawn, (note & SLOTS).to(tl.int32), page * PAGE + position % PAGE)
-        size = tl.where(drawn, (note >> SLOT_BITS).to(tl.float32), plain)
+        page = tl.load(table + position // PAGE, ~met_here, 0).to(tl.int32)
+        slot = tl.where(met_here, (note & SLOTS).to(tl.int32), page * PAGE + position % PAGE)
+        size = tl.where(met_here, (note >> SLOT_BITS).to(tl.float32), plain)
         data = kv + slot.to(tl.int64)[:, None] * (2 * DIM) + channel[None]
         if DIM == WIDTH:
             keys, values = tl.load(data), tl.load(data + DIM)  # [BLOCK, WIDTH]
@@ -168,7 +170,7 @@ def look_here(
             values = tl.load(data + DIM, (channel < DIM)[None], 0.0)
         score = tl.dot(keys, mine, input_precision="ieee") * scale  # [BLOCK, HEADS]
         if BIASED:
-            position = tl.load(positions + place, drawn, position)
+            position = tl.load(positions + place, met_here, position)
             distance = (position - (length - 1)).to(tl.float32)
             score += load_slopes(slopes, 0, head, GROUP)[None] * distance[:, None]
         # Each key counts 1 / p times.

@@ -70,7 +70,7 @@ def probe(
     each = max(1, min(CHUNKS, layout.lines * chunks // PROGRAMS))
     parts = -(-chunks // each)
     # Narrow numbers would be waited for where they are put together.
-    packed = 2 if cache.key_mean.itemsize == 2 else 1
+    packed = 2 if cache.key_mean.itemsize == 2 and layout.head_dim % 32 == 0 else 1
     masses = torch.empty(layout.lines, parts, layout.padded, device=query.device)
     overlaps = overlap.possible(query.device)
     _probe[layout.lines, parts](

@@ -91,8 +91,8 @@ def _rotate_and_write(
     inside = channel < DIM
     if job < HEADS:
         head = line + job * DIM
-        size = head_size(head, channel, eps, 0, DIM, NORMED)
-        turned = turn_head(head, query_norm, size, cosines, sines, channel, DIM, NORMED)
+        size = _size(head, channel, eps, DIM, NORMED)
+        turned = _turned(head, query_norm, size, cosines, sines, channel, DIM, NORMED)
         tl.store(query + (row * HEADS + job) * DIM + channel, turned, inside)
     elif job < HEADS + 2 * KV_HEADS:
         own = job - HEADS  # its key's or its value's number
@@ -100,8 +100,8 @@ def _rotate_and_write(
         place = (own % KV_HEADS).to(tl.int64) * cache_pages * PAGE + slot
         there = channel < tl.where(slot < 0, 0, DIM)  # a row of padding writes nothing
         if own < KV_HEADS:
-            size = head_size(head, channel, eps, 0, DIM, NORMED)
-            turned = turn_head(head, key_norm, size, cosines, sines, channel, DIM, NORMED)
+            size = _size(head, channel, eps, DIM, NORMED)
+            turned = _turned(head, key_norm, size, cosines, sines, channel, DIM, NORMED)
             tl.store(kv + place * (2 * DIM) + channel, turned, there)
         else:
             value = tl.load(head + channel, inside, 0.0)
@@ -110,9 +110,9 @@ def _rotate_and_write(
         part = job - (HEADS + 2 * KV_HEADS)
         kv_head = part // (PAGE // CODED)
         head = line + (HEADS + kv_head) * DIM
-        size = head_size(head, channel, eps, 0, DIM, NORMED)
+        size = _size(head, channel, eps, DIM, NORMED)
         page = kv_head.to(tl.int64) * cache_pages + slot // PAGE
-        code_keys(
+        _code(
             head, key_norm, size, cosines, sines, rotated, kv + page * (PAGE * 2 * DIM),
             means + page * DIM, codes + page * (WORDS * PAGE), scales + page * PAGE,
             line + (HEADS + KV_HEADS + kv_head) * DIM, value_means + page * DIM, spreads + page,
@@ -122,28 +122,20 @@ def _rotate_and_write(
 
 
 @triton.jit
-def head_size(
-    head, channel, eps, AXIS: tl.constexpr, DIM: tl.constexpr, NORMED: tl.constexpr
-):  # fmt: skip
-    """What normalises a head: its root mean square, inverted; 1 where there is no norm.
-
-    `head` is a pointer, and channels lie on axis 0; or pointers [heads, 1], and channels [1, n].
-    """
+def _size(head, channel, eps, DIM: tl.constexpr, NORMED: tl.constexpr):
+    """What normalises a head: its root mean square, inverted; 1 where there is no norm."""
     size = 1.0
     if NORMED:
         wide = tl.load(head + channel, channel < DIM, 0.0).to(tl.float32)
-        size = tl.rsqrt(tl.sum(wide * wide, AXIS) / DIM + eps)
+        size = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
     return size
 
 
 @triton.jit
-def turn_head(
+def _turned(
     head, norm, size, cosines, sines, channel, DIM: tl.constexpr, NORMED: tl.constexpr
 ):  # fmt: skip
-    """Some channels of a head, normalised and rotated, in the dtype of the head.
-
-    Or of several heads: see `head_size`; `size` is then [heads, 1].
-    """
+    """Some channels of a head, normalised and rotated, in the dtype of the head."""
     first = channel < DIM // 2
     other = tl.where(first, channel + DIM // 2, channel - DIM // 2)
     angle = tl.where(first, channel, other)
@@ -168,7 +160,7 @@ def _normed(head, norm, size, channel, inside, NORMED: tl.constexpr):
 
 
 @triton.jit
-def code_keys(
+def _code(
     head, norm, size, cosines, sines, rotated, kv, means, codes, scales,
     value, value_means, spread, low,
     DIM: tl.constexpr, NORMED: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr,
@@ -188,7 +180,7 @@ def code_keys(
         turned = tl.zeros((CODED, WORD), tl.float32)
         for start in range(0, DIM, CHUNK):
             channel = start + tl.arange(0, CHUNK)
-            last = turn_head(head, norm, size, cosines, sines, channel, DIM, NORMED)
+            last = _turned(head, norm, size, cosines, sines, channel, DIM, NORMED)
             keys = _keys(kv, every, channel, last, DIM, PAGE)
             mean = (tl.sum(keys, 0) / PAGE).to(head.dtype.element_ty)
             if word == 0:

@@ -26,12 +26,10 @@ from service.envelope import as_json, current_commit, envelope  # noqa: E402  (r
 
 FILES = (
     "tests/kernels/test_dense_decode.py",
-    "tests/kernels/test_dense_step.py",
     "tests/kernels/test_gpu.py",
     "tests/kernels/test_gpu_alibi.py",
     "tests/kernels/test_layer.py",
     "tests/kernels/test_prefill.py",
-    "tests/kernels/test_stream.py",
     "tests/models/test_graph.py",
     "tests/service/engine/test_faults.py",
     "tests/service/engine/test_replay.py",

@@ -25,11 +25,9 @@ from kernels import dynamic, judge, prefill
 from kernels.attention import MOST_HEADS, Impl, selected_attention
 from kernels.cache import LayerCache, Rows, Segment
 from kernels.gpu import overlap
-from kernels.gpu.attend import dense_decode
 from kernels.gpu.decode import attend
-from kernels.gpu.dense_step import rotate_and_attend
 from kernels.gpu.layer import add_norm, silu_mul
-from kernels.gpu.linear import Norm, add_linear, gated_linear, linear
+from kernels.gpu.linear import gated_linear, linear
 from kernels.gpu.rotate import rotate_and_write
 from kernels.page import PAGE
 from kernels.policy import Dynamic
@@ -105,8 +103,6 @@ def run(
     selection = dynamic.select(query, cache, rows, Dynamic(sampled=False), 0.1)
     _, _, own = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)
     judge.true_coverage(query, cache, rows, selection, own, 0.1, Impl.TRITON)
-    short = replace(rows, block_tables=rows.block_tables[:, :1])
-    dense_decode(query, cache, short, 0.1)
     segment = Segment.of(list(range(pages)), context - queries, queries, torch.device("cpu"))
     tiles = prefill.choose(query, cache, segment, 0.02, 0.1, Impl.TRITON)
     for listed in (tiles, replace(tiles, left=None)):
@@ -118,26 +114,17 @@ def layer(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, *, norme
     hidden = torch.zeros(3, 640, dtype=dtype)
     weight = torch.ones(640, dtype=dtype)
     add_norm(hidden, hidden, weight, 1e-5)
-    add_norm(hidden, None, weight, 1e-5, finite=torch.zeros(3))
+    add_norm(hidden, None, weight, 1e-5)
     silu_mul(hidden)
     matrix = torch.zeros(320, 640, dtype=dtype)
     linear(hidden, matrix, matrix[0, :320])
     gated_linear(hidden, matrix)
-    total, squares = add_linear(hidden[:, :320].contiguous(), matrix.view(640, 320), None, hidden)
-    norm = Norm(weight, 1e-5, squares)
-    linear(total, matrix, norm=norm, output=torch.zeros(3, 320))
-    gated_linear(total, matrix, matrix[0, :320], norm=norm)
     cache = LayerCache.allocate(2, kv_heads, head_dim, dtype, "cpu")
     qkv = torch.zeros(3, kv_heads * (group + 2) * head_dim, dtype=dtype)
     cosines = torch.ones(3, 1, head_dim // 2)
     norms = (torch.ones(head_dim, dtype=dtype),) * 2 if normed else None
     slots = torch.tensor([-1, 63, 64])
     rotate_and_write(qkv, (cosines, cosines), slots, cache, norms, 1e-5)
-    tickets = torch.zeros(3 * kv_heads, dtype=torch.int32)
-    for pages in (1, 12):  # one part, and some that are joined at once
-        tables, starts = torch.zeros(3, pages, dtype=torch.int64), torch.zeros_like(slots)
-        where = slots, cache, Rows(tables, starts + 1, starts), tickets
-        rotate_and_attend(qkv, (cosines, cosines), *where, 0.1, norms, 1e-5)
 
 
 if __name__ == "__main__":

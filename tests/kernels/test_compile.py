@@ -24,7 +24,6 @@ KERNELS = {
     "_silu_mul",
     "_linear",
     "_gated_linear",
-    "_rotate_and_attend",
     "_rotate_and_write",
 }
 

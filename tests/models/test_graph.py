@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kernels.cache import LayerCache, Rows
-from kernels.gpu.linear import MOST
 from kernels.page import PAGE
 from kernels.policy import Dense, Dynamic
 from models.attention import Recorder
@@ -134,26 +133,6 @@ def test_a_captured_step_is_a_step_of_the_decoder(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_after_step_in_every_dtype(dtype):
     check(make_decoder(dtype), Bucket(len(LENGTHS), PAGES), steps=2)
-
-
-def test_more_rows_than_our_products_take_are_the_library_s():
-    check(make_decoder(torch.float32, mlp_bias=True), Bucket(MOST + 1, PAGES), steps=1)
-
-
-def test_a_row_that_is_not_finite_is_told_and_harms_no_other():
-    decoder = make_decoder(torch.float32)
-    logits = []
-    for bad in (0.0, torch.nan):
-        sequences, bucket = Sequences(decoder), Bucket(len(LENGTHS), PAGES)
-        sequences.caches[0].kv[0, sequences.tables[0, 0], 5, 0, 0] += bad
-        step = DecodeStep.padding(bucket)
-        step.fill(*sequences.next(0))
-        steps = CapturedSteps(decoder, sequences.caches, [bucket])
-        decoded = steps.find(len(LENGTHS), PAGES, Dense()).replay(step)
-        assert decoded.finite.tolist() == [float(bad == 0), 1, 1, 1]
-        logits.append(decoded.logits.clone())
-    assert torch.equal(logits[0][1:], logits[1][1:])
-    assert not logits[1][0].isfinite().all()
 
 
 def check(decoder, bucket, steps):
