@@ -13,3 +13,6 @@ if _worker is not None:
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter; read where they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests import interpreter
+
+    interpreter.patch_once()

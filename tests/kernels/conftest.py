@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -57,6 +58,26 @@ class Paged:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def paged():
     return Paged
+
+
+@contextmanager
+def programs(spans, parts):
+    """Triton's selection shares a line among so many programs at most, and what they meet again.
+
+    Its interpreter takes one after the other; and what goes on from one piece of the work to the
+    next shows only where a program has several.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.gpu.layout.SPANS", spans)
+        patch.setattr("kernels.gpu.layout.PARTS", spans * parts)
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_programs():
+    """Two for a line, which then read what they have met."""
+    with programs(2, 1) if not torch.cuda.is_available() else nullcontext():
+        yield
