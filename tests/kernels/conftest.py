@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -61,25 +60,3 @@ class Paged:
 @pytest.fixture(scope="session")
 def paged():
     return Paged
-
-
-@contextmanager
-def programs(spans, parts):
-    """Triton's selection shares a line among so many programs at most, and what they meet again.
-
-    Its interpreter takes one program after the other. And a program's way from one piece of its
-    work to the next shows only where it has several.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kernels.gpu.layout.SPANS", spans)
-        patch.setattr("kernels.gpu.layout.PARTS", spans * parts)
-        patch.setattr("kernels.gpu.launch.PROGRAMS", 16)
-        patch.setattr("kernels.gpu.attend.RESIDENT", 16)
-        yield
-
-
-@pytest.fixture(scope="module")
-def few_programs():
-    """Without a GPU: two for a line, which then read what they have met."""
-    with nullcontext() if torch.cuda.is_available() else programs(2, 1):
-        yield

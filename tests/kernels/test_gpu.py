@@ -22,7 +22,7 @@ from kernels.masses import estimate_masses
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
-from tests.kernels.conftest import programs
+from tests.interpreter import programs
 
 if TYPE_CHECKING:
     from kernels.selection import Selection

@@ -258,12 +258,14 @@ def test_probed_keys_are_at_every_place_of_a_page_once_in_16_pages(first):
     assert torch.equal(position[3 * PROBE :], late + 3 * PAGE)
 
 
-@IMPLS
-@pytest.mark.parametrize("gain", [0.5, 1.0])
-def test_a_sample_comes_nearer_to_dense_attention_than_the_greatest_keys(paged, impl, gain):
+@pytest.mark.parametrize(
+    ("impl", "gain", "seeds"),
+    [(Impl.NUMBA, 0.5, 16), (Impl.NUMBA, 1.0, 16), (Impl.TORCH, 0.5, 4)],  # the latter is slow
+)
+def test_a_sample_comes_nearer_to_dense_attention_than_the_greatest_keys(paged, impl, gain, seeds):
     """Where values follow the keys, those of the greatest mass are no sample of all."""
     errors = {True: 0.0, False: 0.0}
-    for seed in range(16):
+    for seed in range(seeds):
         case = paged([8192], 4, 64, seed=seed, queries=4)
         direction = torch.randn(64, generator=case.generator)
         keys = case.cache.kv[..., 0, :]

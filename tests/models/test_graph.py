@@ -169,7 +169,7 @@ def test_padding_writes_nothing_wherever_its_table_points():
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1])
-def test_a_dynamic_step_that_reads_every_key_is_a_dense_one(dense_layers):
+def test_a_dynamic_step_that_reads_every_key_is_a_dense_one(few_programs, dense_layers):
     policy = Dynamic(coverage=1.0, min_keys=4096, max_keys=4096)
     decoder = make_decoder(torch.float32)
     expected = Sequences(decoder).eager(0)
