@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import budget, dynamic, reference, sample
+from kernels import budget, dynamic, reference_sample, sample
 from kernels.attention import Impl, dense_decode
 from kernels.budget import EACH, PROBE, SAMPLE
 from kernels.page import PAGE
@@ -58,7 +58,7 @@ def test_the_sample_is_the_reference_sample(length, first):
     start = sample.phases(first, segments, 2, length.device).tolist()
     for row in range(3):
         for head in range(2):
-            expected = reference.marked(length[row, head], start[head], SEGMENT, UNIT)
+            expected = reference_sample.marked(length[row, head], start[head], SEGMENT, UNIT)
             assert hit[row, head].nonzero()[:, 0].tolist() == expected
 
 
@@ -205,7 +205,7 @@ def test_the_budget_is_the_reference_budget(probe, policy, always):
     for row in range(3):
         most = max(policy.max_keys - always[row], fewest)
         for head in range(2):
-            marks = reference.marks(
+            marks = reference_sample.marks(
                 share[row, head],
                 float(held[row, head]),
                 always[row],
