@@ -203,10 +203,12 @@ def test_attention_reads_what_is_selected(found):
 
 
 def test_the_budget_is_torchs_on_the_same_probes(make):
-    case = make(2, 2, 64, lengths=(2500, 1300), starts=(0, 700))
+    case = make(2, 2, 64, lengths=(2500, 1300), starts=(0, 700), gain=0.4)
     # What keys carry does not depend on the budget.
     _, scratch, share = estimated(case, POLICIES["mass"])
     known = estimate_masses(*case.layout, POLICIES["mass"].sinks, SCALE)
+    norm = scratch.norm[:, :2].reshape(known.norm.shape) / LOG2E.value
+    torch.testing.assert_close(norm, known.norm, atol=0.25, rtol=0)  # of what the window has
     pages = int(case.rows.recent_page.max())
     held = (scratch.held[:, :2] - scratch.norm[:, :2, None]).exp2().sum(-1).mean(-1)
     numbers = []
