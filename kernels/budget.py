@@ -39,7 +39,7 @@ def marks(share: Tensor, held: Tensor, always: Tensor, visible: Tensor, policy: 
     """How many marks a row's line gets: doubled from the fewest until `coverage` is reached.
 
     Or until twice as many would add less than `worth` times the mass for each key that the visible
-    keys carry on average; `kernels.reference.marks` is its meaning.
+    keys carry on average; `kernels.reference_sample.marks` is its meaning.
 
     Args:
         share: [rows, kv_heads, probed], shares of the attention mass; 0 where there is none.

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kernels import reference, torch_tiles
+from kernels import reference_tiles, torch_tiles
 from kernels.attention import Impl, check_query
 from kernels.bits import first_bits, packed
 from kernels.errors import KernelError
@@ -88,7 +88,7 @@ def choose(
 
         return choose_on_gpu(query, cache, segment, least, scale, ASKED)
     if impl is Impl.REFERENCE:
-        read = reference.read_pages(query, cache, segment, least, scale, ASKED)
+        read = reference_tiles.read_pages(query, cache, segment, least, scale, ASKED)
     elif cache.slopes is None and in_tiles(query.dtype, query.shape[2], impl):
         from kernels.cpu.choose import read_pages  # numba takes a moment
 
@@ -223,7 +223,7 @@ def tile_attention(
 
         return attention_on_cpu(query, cache, segment, selection, scale)
     if impl is Impl.REFERENCE:
-        output, lse, own = reference.tile_attention(query, cache, segment, selection, scale)
+        output, lse, own = reference_tiles.tile_attention(query, cache, segment, selection, scale)
         return output.to(query.dtype), lse.to(wide(query.dtype)), own.to(wide(query.dtype))
     return torch_tiles.tile_attention(query, cache, segment, selection, scale)
 

@@ -224,7 +224,7 @@ def _past(segment: Segment, tiles: int, pages: int, behind: int = 0) -> Tensor:
 def _variance(tiled: Tensor, cache: LayerCache, segment: Segment, scale: float) -> Tensor:
     """Of a query's scores on a page's keys, by estimate: [kv_heads, tiles, rows] (wide).
 
-    See `kernels.reference.stand_ins`.
+    See `kernels.reference_tiles.stand_ins`.
     """
     size = tiled.to(wide(tiled.dtype)).square().sum(-1) * (scale * scale)
     return size * mean_spreads(cache, segment)[..., None]
@@ -251,7 +251,7 @@ def _pages_bias(cache: LayerCache, segment: Segment, tiles: int, rows: int, page
 def _attend_means(
     tiled: Tensor, cache: LayerCache, segment: Segment, seen: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over what stands for whole pages; see `kernels.reference.tile_attention`.
+    """Attention over what stands for whole pages; see `kernels.reference_tiles.tile_attention`.
 
     Args:
         tiled: [kv_heads, tiles, rows, head_dim] queries.

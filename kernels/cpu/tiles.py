@@ -85,7 +85,7 @@ def _read(prompt: Prompt, values: Any, tile: int, head: int, work: Work) -> None
 
 @jit
 def _stand_in(prompt: Prompt, values: Any, tile: int, head: int, work: Work) -> None:
-    """What stands for the pages that are left; see `kernels.reference._left`."""
+    """What stands for the pages that are left; see `kernels.reference_tiles._left`."""
     long_vectors()
     head_dim, pages, words = prompt.query.shape[2], len(prompt.table), prompt.left.shape[2]
     kinds = prompt.value.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from models.alibi import slopes
-from models.families.common import refuse_unknown_computation
+from models.families.common import heads_of_their_own, refuse_unknown_computation
 from models.names import Names
 
 if TYPE_CHECKING:
@@ -50,26 +50,13 @@ def read(config: Fields, _architecture: str) -> Mapping[str, Any]:
     hidden = config.integer("hidden_size", config.maybe_integer("n_embed"))
     heads = config.integer("n_head", config.maybe_integer("num_attention_heads"))
     layers = config.integer("n_layer", config.maybe_integer("num_hidden_layers"))
-    if hidden % heads:
-        raise config.wrong("n_head", f"a divisor of hidden_size ({hidden})")
-    return {
-        "hidden_size": hidden,
+    return heads_of_their_own(
+        config, ("hidden_size", hidden), ("n_head", heads), layers, biased=True
+    ) | {
         "intermediate_size": 4 * hidden,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": hidden // heads,
         "norm_eps": config.positive("layer_norm_epsilon", 1e-5),
-        "rope": None,
         "max_position": config.integer("seq_length", TRAINED),
         "tied": config.flag("tie_word_embeddings", True),
-        "qkv_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
-        "qk_norm": False,
-        "windows": (None,) * layers,
-        "norm": "layer",
-        "norm_bias": True,
         "activation": "gelu_tanh",
         "embedding_norm": True,
         "slopes": slopes(heads),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.errors import UnsupportedModelError
 
@@ -57,3 +57,41 @@ def refuse_unknown_computation(
                 f"{config.source} sets {name}, and no value{allowed} is supported for it; "
                 "use a checkpoint that does without."
             )
+
+
+def heads_of_their_own(
+    config: Fields, hidden: tuple[str, int], heads: tuple[str, int], layers: int, *, biased: bool
+) -> dict[str, Any]:
+    """What decoders without rotary positions have alike: layer norms, a KV head for every head.
+
+    Args:
+        config: what a checkpoint says.
+        hidden: its field of the width, and the width.
+        heads: likewise of the heads.
+        layers: how many.
+        biased: whether every product and norm has a bias, or none has.
+
+    Returns:
+        Fields of `models.config.ModelConfig`.
+
+    Raises:
+        CheckpointError: when the heads do not share the width evenly.
+    """
+    name, width = hidden
+    if width % heads[1]:
+        raise config.wrong(heads[0], f"a divisor of {name} ({width})")
+    return {
+        "hidden_size": width,
+        "layers": layers,
+        "heads": heads[1],
+        "kv_heads": heads[1],
+        "head_dim": width // heads[1],
+        "rope": None,
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "mlp_bias": biased,
+        "qk_norm": False,
+        "windows": (None,) * layers,
+        "norm": "layer",
+        "norm_bias": biased,
+    }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.alibi import slopes
 from models.errors import UnsupportedModelError
-from models.families.common import refuse_unknown_computation
+from models.families.common import heads_of_their_own, refuse_unknown_computation
 from models.fields import Fields
 from models.names import Names
 
@@ -57,27 +57,15 @@ def read(config: Fields, _architecture: str) -> Mapping[str, Any]:
     refuse_unknown_computation(attention, _NEUTRAL_ATTENTION)
     hidden, heads = config.integer("d_model"), config.integer("n_heads")
     layers = config.integer("n_layers")
-    if hidden % heads:
-        raise config.wrong("n_heads", f"a divisor of d_model ({hidden})")
     clip = attention.maybe_number("clip_qkv")
-    return {
-        "hidden_size": hidden,
+    return heads_of_their_own(
+        config, ("d_model", hidden), ("n_heads", heads), layers, biased=False
+    ) | {
         # transformers reads `expansion_ratio` and leaves it alone.
         "intermediate_size": 4 * hidden,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": hidden // heads,
         "norm_eps": config.positive("layer_norm_epsilon", 1e-5),
-        "rope": None,
         "max_position": config.integer("max_seq_len", 2048),
         "tied": config.flag("tie_word_embeddings", True),
-        "qkv_bias": False,
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "windows": (None,) * layers,
-        "norm": "layer",
         "activation": "gelu",
         "slopes": slopes(heads, attention.positive("alibi_bias_max", 8.0)),
         "clip_qkv": clip or None,  # 0 clips nothing

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from kernels.errors import PatternError
 from kernels.patterns.pattern import Pattern
 from models.errors import CheckpointError
-from models.families.common import refuse_unknown_computation
+from models.families.common import heads_of_their_own, refuse_unknown_computation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,27 +59,14 @@ def read(config: Fields, _architecture: str) -> Mapping[str, Any]:
     refuse_unknown_computation(config, _NEUTRAL)
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     layers = config.integer("num_hidden_layers")
-    if hidden % heads:
-        raise config.wrong("num_attention_heads", f"a divisor of hidden_size ({hidden})")
     max_position = config.integer("max_position_embeddings")
-    return {
-        "hidden_size": hidden,
+    return heads_of_their_own(
+        config, ("hidden_size", hidden), ("num_attention_heads", heads), layers, biased=True
+    ) | {
         "intermediate_size": config.integer("intermediate_size", 4 * hidden),
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": hidden // heads,
         "norm_eps": config.positive("layer_norm_eps", 1e-5),
-        "rope": None,
         "max_position": max_position,
         "tied": config.flag("tie_word_embeddings", False),
-        "qkv_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
-        "qk_norm": False,
-        "windows": (None,) * layers,
-        "norm": "layer",
-        "norm_bias": True,
         "activation": "quick_gelu",
         "position_shape": _position_shape(config, max_position),
         "patterns": _patterns(config, layers, heads),

@@ -14,7 +14,7 @@ from kernels.errors import SaccadeError
 from models.training.errors import TrainingError
 from models.training.parent import end_with_parent
 from models.training.ranks import Ranks
-from models.training.trainer import Settings, Trainer
+from models.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from models.training.plans import Plan
     from models.training.prepare import Data
+    from models.training.run import Settings
 
 
 def train_together(world: int, plan: Plan, data: Data, settings: Settings, *, seed: int) -> None:

@@ -39,7 +39,8 @@ def _run(options: argparse.Namespace) -> int:
 
     from models.training.launch import train_together
     from models.training.prepare import prepare
-    from models.training.trainer import Settings, Trainer
+    from models.training.run import Settings
+    from models.training.trainer import Trainer
 
     plan = find_plan(options.plan)
     cuda = torch.cuda.is_available()

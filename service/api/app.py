@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from fastapi import FastAPI
 from starlette.routing import Route
 
+from service.api.application import COMMON, MODELS, application
 from service.api.chat import chat_completions
 from service.api.completions import completions
-from service.api.errors import add_handlers
 from service.api.explorer import explorer
-from service.api.guard import Guard
 from service.api.pattern_auto import pattern_auto
 from service.api.patterns import look, patterns
 from service.api.sample import sample
-from service.api.state import State, saccade_version, state_of
-from service.api.status import health, metrics, model, models, version
-from service.api.tokens import detokenize, tokenize
+from service.api.state import state_of
 from service.errors import NotOfferedError
 
 if TYPE_CHECKING:
-    from fastapi import Request
+    from fastapi import FastAPI, Request
 
     from service.config import ServiceConfig
     from service.engine.engine import Engine
@@ -32,38 +28,24 @@ ENCODER_PATHS = ("/v1/embeddings", "/classify", "/fill-mask", "/question-answeri
 
 
 def create_app(engine: Engine, config: ServiceConfig) -> FastAPI:
-    """The application over a started engine.
-
-    The caller starts and stops the engine; any ASGI server can run the application.
-    """
-    app = FastAPI(
-        title="Saccade",
-        version=saccade_version(),
-        # Plain routes: the handlers read bodies themselves, with bounds on size and on errors.
-        routes=[
+    """The application over a started engine; see `service.api.application`."""
+    return application(
+        engine,
+        config,
+        [
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             *(Route(path, encodes_nothing, methods=["POST"]) for path in ENCODER_PATHS),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", model),
+            *MODELS,
             Route("/v1/patterns", patterns, methods=["GET"]),
             Route("/v1/patterns", look, methods=["POST"]),
             Route("/v1/patterns/auto", pattern_auto),
             Route("/v1/sample", sample),
             Route("/explorer", explorer),
             Route("/explorer/{name}", explorer),
-            Route("/tokenize", tokenize, methods=["POST"]),
-            Route("/detokenize", detokenize, methods=["POST"]),
-            Route("/health", health),
-            Route("/version", version),
-            Route("/metrics", metrics),
+            *COMMON,
         ],
-        openapi_url=None,
     )
-    app.state.saccade = State(engine, config)
-    add_handlers(app)
-    app.add_middleware(Guard, config=config)
-    return app
 
 
 async def encodes_nothing(request: Request) -> NoReturn:

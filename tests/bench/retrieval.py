@@ -12,15 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import socket
 import statistics
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
@@ -37,10 +33,10 @@ from models.training.tasks import (  # noqa: E402
     magic_number,
     needle_document,
 )
+from tests.bench.running import running, standalone  # noqa: E402
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+START = 120
+"""Seconds that the service has to start."""
 POLICIES: dict[str, dict[str, object]] = {
     "dense": {"policy": "dense"},
     "dynamic": {"policy": "dynamic"},
@@ -164,34 +160,6 @@ def holds(rows: list[Row]) -> bool:
     )
 
 
-@contextlib.contextmanager
-def service(model: Path) -> Iterator[str]:
-    """The service on a free port of this machine, stopped at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service.cli", "serve", str(model), "--standalone",
-         "--port", str(port)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the service did not start")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
 def main() -> int:
     """Run the evaluation; 0 when the table holds."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -205,7 +173,10 @@ def main() -> int:
     options = parser.parse_args()
     tokenizer = Tokenizer.from_folder(options.model)
     asked = documents(options.documents, options.tokens, tokenizer, options.seed)
-    with contextlib.nullcontext(options.url) if options.url else service(options.model) as url:
+    with contextlib.ExitStack() as stack:
+        url = options.url
+        if not url:
+            url = stack.enter_context(running(standalone(options.model), START)).url
         rows = evaluate(url, asked, options.at_once)
     print(table(rows, options.tokens))
     if options.json:

@@ -10,11 +10,8 @@ prompt of its own. Options that are not the script's go to the service, such as 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,10 +34,9 @@ from kernels.cache import LayerCache  # noqa: E402  (the script also runs uninst
 from kernels.page import PAGE  # noqa: E402
 from service.bench.shapes import shape_of  # noqa: E402
 from service.envelope import as_json, current_commit, envelope  # noqa: E402
+from tests.bench.running import running, standalone  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from models.config import ModelConfig
 
 POLICIES = ("dense", "dynamic")
@@ -107,32 +103,6 @@ def write_checkpoint(folder: Path, config: ModelConfig, max_position: int) -> No
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=" w0"))
     backend.decoder = tokenizers.decoders.Fuse()
     backend.save(str(folder / "tokenizer.json"))
-
-
-@contextlib.contextmanager
-def service(folder: Path, options: list[str]) -> Iterator[str]:
-    """The service on a free port of this machine, stopped at the end; gives its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "service.cli", "serve", str(folder), "--standalone"]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), *options], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the service did not start")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def ask(client: httpx.Client, prompt: list[int], policy: str, tokens: int) -> Answer:
@@ -261,8 +231,10 @@ def main() -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), config, longest)
-        with service(Path(folder), [*flags, *more]) as url:
-            answers = measure(url, config.vocab_size, given.tokens, given.new, given.repeats)
+        with running(standalone(Path(folder), *flags, *more), START) as service:
+            answers = measure(
+                service.url, config.vocab_size, given.tokens, given.new, given.repeats
+            )
     records = [record(given.tokens, policy, answers[policy]) for policy in POLICIES]
     print(table(records))
     if given.output is None:

@@ -17,9 +17,7 @@ import json
 import os
 import platform
 import shlex
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
-import httpx
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,12 +33,13 @@ sys.path.insert(0, str(ROOT))
 from service.envelope import as_json, current_commit, envelope  # noqa: E402  (runs uninstalled)
 from service.load.client import Client, clock  # noqa: E402
 from service.load.target import Target  # noqa: E402
-from service.processes import descendants  # noqa: E402
+from tests.bench.running import running  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from service.load.outcome import Outcome
+    from tests.bench.running import Service
 
 SIDES = ("standalone", "ray")
 LIMIT = 1.5
@@ -82,47 +80,9 @@ class Turn:
         return float(np.percentile(self.gaps, percent))
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
-    """A running service."""
-
-    url: str
-    pid: int
-
-    def cpu(self) -> float:
-        """Seconds of CPU time so far, over all of its processes that still run."""
-        ticks = 0
-        for pid in (self.pid, *(one.pid for one in descendants(self.pid))):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.contextmanager
-def service(side: str) -> Iterator[Service]:
-    """One side on a free port of this machine; stopped at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/bench/ticking.py"), side, str(port)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the {side} service did not start")
-            time.sleep(0.2)
-        yield Service(url, process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
+def ticking(side: str) -> Callable[[int], list[str]]:
+    """Python's arguments for one side, on a port."""
+    return lambda port: [str(ROOT / "tests/bench/ticking.py"), side, str(port)]
 
 
 async def read(url: str, streams: int, tokens: int) -> list[Outcome]:
@@ -195,7 +155,7 @@ def main() -> int:
 
     turns: dict[str, list[Turn]] = {side: [] for side in SIDES}
     with contextlib.ExitStack() as stack:
-        services = {side: stack.enter_context(service(side)) for side in SIDES}
+        services = {side: stack.enter_context(running(ticking(side), START)) for side in SIDES}
         for one in services.values():
             turn(one, given.streams, 10)
         before = {side: one.cpu() for side, one in services.items()}

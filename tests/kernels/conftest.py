@@ -57,6 +57,6 @@ class Paged:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def paged():
     return Paged

@@ -17,16 +17,24 @@ SHAPES = [(1, 1), (2, 3), (3, 4), (1, 8), (5, 2)]  # (kv_heads, group)
 LENGTHS = [1, 63, 64, 65, 200, 256]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 
-def supports(impl, dtype):
-    """Triton's interpreter has no products in bfloat16; numba knows the dtypes of a CPU alone."""
-    if impl is Impl.NUMBA:
-        return dtype in (torch.float32, torch.bfloat16)
-    if impl is not Impl.TRITON:
-        return True
-    return dtype in (torch.float32, torch.float16) or (
-        dtype is torch.bfloat16 and torch.cuda.is_available()
-    )
+
+def backends(dtype, shape):
+    """What takes a dtype.
+
+    Numba knows those of a CPU alone; Triton's interpreter has no products in bfloat16, and in
+    float16 goes the same ways for every shape.
+    """
+    yield from (Impl.REFERENCE, Impl.TORCH)
+    if dtype in (torch.float32, torch.bfloat16):
+        yield Impl.NUMBA
+    if torch.cuda.is_available():
+        triton = dtype is not torch.float64
+    else:
+        triton = dtype is torch.float32 or (dtype is torch.float16 and shape == SHAPES[1])
+    if triton:
+        yield Impl.TRITON
 
 
 def in_low_precision(query, keys, values, mask, scale, log_weight=None):
@@ -46,13 +54,13 @@ def in_low_precision(query, keys, values, mask, scale, log_weight=None):
     return written, fused[:, :, 0].nan_to_num(0.0)
 
 
-def assert_as_exact(actual, plain, exact):
+def assert_as_exact(actual, plain, exact, impl):
     """At most twice the error that the same sums make in low precision; see CONTRIBUTING."""
     allowed = 2 * max((one.double() - exact).abs().max() for one in plain)
     # Over few elements chance alone moves the largest error by two or three last bits.
     allowed = max(allowed, 3 * torch.finfo(actual.dtype).eps * max(exact.abs().max(), 1.0))
-    assert torch.isfinite(actual).all()
-    assert (actual.double() - exact).abs().max() <= allowed
+    assert torch.isfinite(actual).all(), impl
+    assert (actual.double() - exact).abs().max() <= allowed, impl
 
 
 def full_keys(case, group):
@@ -80,16 +88,13 @@ def random_selection(case, density, seed=0, weighted=False):
     return Selection.from_mask(mask, positions, weights), mask, weights
 
 
-@pytest.mark.parametrize("impl", list(Impl))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kv_heads", "group"), SHAPES)
-@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_selected_attention_is_a_masked_softmax(
-    paged, impl, dtype, kv_heads, group, density, weighted
-):
-    if not supports(impl, dtype):
-        return
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("density", "weighted"), [(0.0, False), (0.3, False), (0.3, True), (1.0, False), (1.0, True)]
+)
+def test_selected_attention_is_a_masked_softmax(paged, dtype, shape, density, weighted):
+    kv_heads, group = shape
     case = paged(LENGTHS, kv_heads, 32, dtype, seed=kv_heads, queries=1)
     query = case.query(group)
     selection, mask, weights = random_selection(case, density, weighted=weighted)
@@ -99,12 +104,14 @@ def test_selected_attention_is_a_masked_softmax(
     heads_weights = None if weights is None else weights.repeat_interleave(group, 1)
     _, exact_own = masked_attention(query, keys, values, heads_mask, 0.2)
     exact, exact_lse = masked_attention(query, keys, values, heads_mask, 0.2, heads_weights)
-    output, lse, own = selected_attention(query, case.cache, case.rows, selection, 0.2, impl)
     plain = in_low_precision(query, keys, values, heads_mask, 0.2, heads_weights)
-    assert_as_exact(output, plain, exact)
     tolerance = 1e-9 if dtype is torch.float64 else 2e-5 if dtype is torch.float32 else 5e-2
-    torch.testing.assert_close(lse.double(), exact_lse, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(own.double(), exact_own, atol=tolerance, rtol=tolerance)
+    near = {"atol": tolerance, "rtol": tolerance}
+    for impl in backends(dtype, shape):
+        output, lse, own = selected_attention(query, case.cache, case.rows, selection, 0.2, impl)
+        assert_as_exact(output, plain, exact, impl)
+        torch.testing.assert_close(lse.double(), exact_lse, **near)
+        torch.testing.assert_close(own.double(), exact_own, **near)
 
 
 @pytest.mark.parametrize("impl", list(Impl))
@@ -121,16 +128,25 @@ def test_a_row_without_keys_gives_zero_and_minus_infinity(paged, impl):
     torch.testing.assert_close(output[1, :3], case.values[1][3, :1].expand(3, -1))
 
 
-@pytest.mark.parametrize("impl", list(Impl))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kv_heads", "group"), SHAPES)
-@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 130), (63, 2), (200, 1), (1500, 37)])
-@pytest.mark.parametrize("window", [None, 50, 4000])
-def test_dense_attention_is_a_causal_softmax(
-    paged, impl, dtype, kv_heads, group, start, tokens, window
-):
-    if not supports(impl, dtype):
-        return
+SEGMENTS = [  # where it starts, tokens, window
+    (0, 1, None),
+    (0, 130, None),
+    (0, 130, 50),
+    (0, 130, 4000),  # wider than all there is
+    (63, 2, None),
+    (63, 2, 50),
+    (200, 1, None),
+    (200, 1, 50),
+    (700, 37, None),
+    (700, 37, 50),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("start", "tokens", "window"), SEGMENTS)
+def test_dense_attention_is_a_causal_softmax(paged, dtype, shape, start, tokens, window):
+    kv_heads, group = shape
     total = start + tokens
     case = paged([total], kv_heads, 16, dtype, seed=start)
     query = case.query(group, rows=tokens)
@@ -143,8 +159,10 @@ def test_dense_attention_is_a_causal_softmax(
     mask = mask[:, None].expand(-1, kv_heads * group, -1)
     keys, values = (x.expand(tokens, -1, -1, -1) for x in (keys, values))
     exact, _ = masked_attention(query, keys, values, mask, 0.25)
-    output = dense_attention(query, case.cache, segment, 0.25, window, impl)
-    assert_as_exact(output, in_low_precision(query, keys, values, mask, 0.25), exact)
+    plain = in_low_precision(query, keys, values, mask, 0.25)
+    for impl in backends(dtype, shape):
+        output = dense_attention(query, case.cache, segment, 0.25, window, impl)
+        assert_as_exact(output, plain, exact, impl)
 
 
 @pytest.mark.parametrize("layout", ["one run", "long and short runs", "single pages"])
@@ -181,10 +199,10 @@ def test_shapes_that_do_not_fit_are_refused(paged):
         dense_attention(case.query(1, rows=3), case.cache, segment, 1.0)
 
 
-@pytest.mark.parametrize("impl", list(Impl))
-@pytest.mark.parametrize(("kv_heads", "group"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("queries", [1, 9])
-def test_dense_decode_is_a_masked_softmax_over_what_is_seen(paged, impl, kv_heads, group, queries):
+def test_dense_decode_is_a_masked_softmax_over_what_is_seen(paged, shape, queries):
+    kv_heads, group = shape
     case = paged([9, 65, 300, 1000], kv_heads, 32, torch.float32, queries=queries)
     rows = case.rows
     starts = torch.arange(len(rows.lengths)) * 7 % rows.lengths
@@ -195,9 +213,11 @@ def test_dense_decode_is_a_masked_softmax_over_what_is_seen(paged, impl, kv_head
     mask = (place >= starts[:, None]) & (place < rows.lengths[:, None])
     mask = mask[:, None].expand(-1, query.shape[1], -1)
     exact, exact_lse = masked_attention(query, keys, values, mask, 0.2)
-    output, lse = dense_decode(query, case.cache, rows, 0.2, impl)
-    assert_as_exact(output, in_low_precision(query, keys, values, mask, 0.2), exact)
-    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=2e-5)
+    plain = in_low_precision(query, keys, values, mask, 0.2)
+    for impl in backends(torch.float32, shape):
+        output, lse = dense_decode(query, case.cache, rows, 0.2, impl)
+        assert_as_exact(output, plain, exact, impl)
+        torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels import reference
+from kernels import reference_tiles
 from kernels.attention import Impl
 from kernels.cache import Segment
 from kernels.cpu.amx import has_tiles, takes
@@ -47,7 +47,7 @@ def test_tiles_read_what_the_reference_reads_but_for_rounding(one):
     ours = one.choose(Impl.NUMBA).left
     where = (one.query, one.cache, one.segment)
     more, less = (
-        reference.read_pages(*where, LEAST * factor, one.scale, 2) for factor in (0.98, 1.02)
+        reference_tiles.read_pages(*where, LEAST * factor, one.scale, 2) for factor in (0.98, 1.02)
     )
     first = one.segment.start // PAGE
     for tile in range(len(ours)):

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from kernels import dynamic, judge, sample
 from kernels.attention import Impl, dense_decode, selected_attention
-from kernels.budget import probed
+from kernels.budget import marks, probed
 from kernels.cache import LayerCache, Rows
-from kernels.gpu.decode import choose
-from kernels.gpu.layout import HELD
+from kernels.gpu.decode import look_over
+from kernels.gpu.layout import HELD, Layout, Scratch
 from kernels.gpu.prepare import LOG2E
 from kernels.gpu.scan import scan
 from kernels.masses import estimate_masses
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
-from kernels.timing import Phases
+from tests.interpreter import programs
+
+if TYPE_CHECKING:
+    from kernels.selection import Selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.25
-SHAPES = [(2, 2, 64), (1, 4, 128), (1, 3, 96), (1, 9, 16), (1, 1, 80), (1, 5, 256)]
-"""KV heads, group, head dimension."""
-DTYPES = [torch.float32, torch.float16, torch.bfloat16][: 3 if DEVICE == "cuda" else 2]
 POLICIES = {
     "mass": Dynamic(coverage=0.8, min_keys=0, max_keys=2000, worth=0.2),
     "most keys": Dynamic(coverage=0.999, min_keys=0, max_keys=1500, worth=0.0),
@@ -35,13 +37,23 @@ POLICIES = {
     "all keys": Dynamic(coverage=1.0, min_keys=4000, max_keys=4000),
 }
 PLAIN = Dynamic(coverage=1.0, min_keys=600, max_keys=600, sampled=False)
+CASES = [
+    # Two programs scan a line, and then others read what is met; or one does, and reads it, too.
+    ((2, 2, 64), torch.float32, "a fixed number", (2, 2)),
+    ((2, 2, 64), torch.float32, "all keys", (2, 1)),
+    ((2, 2, 64), torch.float16, "mass", (1, 2)),
+    ((1, 4, 128), torch.float32, "a fixed number", (1, 1)),
+    ((1, 3, 96), torch.float32, "mass", (2, 1)),
+    ((1, 9, 16), torch.float32, "a fixed number", (1, 2)),
+    ((1, 1, 80), torch.float16, "a fixed number", (2, 1)),
+    ((1, 5, 256), torch.float32, "a fixed number", (1, 1)),
+]
+"""KV heads, group and head dimension; dtype; policy; and the interpreter's programs of a line."""
+if DEVICE == "cuda":  # the same for all dtypes, with the programs that a GPU gets
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    CASES = [(shape, dtype, name, None) for shape, _, name, _ in CASES for dtype in dtypes]
 
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter takes one after the other."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr("kernels.gpu.layout.SPANS", 2)
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 @dataclass
@@ -57,17 +69,17 @@ class Case:
         return self.query, self.cache, self.rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(paged):
     def build(
-        kv_heads, group, head_dim, lengths=(40, 128, 700, 1900), *,
+        kv_heads, group, head_dim, lengths=(40, 128, 1213), *,
         dtype=torch.float32, gain=1.0, queries=1, starts=None,
     ):  # fmt: skip
         case = paged(list(lengths), kv_heads, head_dim, dtype, seed=group, queries=queries)
         query = (case.query(group) * gain).to(dtype)
         parts = case.cache.parts
         rows = case.rows
-        starts = rows.starts if starts is None else starts
+        starts = rows.starts if starts is None else torch.tensor(starts)
         return Case(
             query.to(DEVICE),
             LayerCache(*(part.to(DEVICE) for part in parts)),
@@ -85,13 +97,49 @@ def attend(case, policy):
     return dynamic.attend(*case.layout, policy, SCALE, impl=Impl.TRITON)
 
 
-def found_by(case, policy):
+def estimated(case, policy):
     """What the kernels leave in memory, and every key's share by their estimates."""
-    layout, scratch, _ = choose(*case.layout, policy, SCALE, Phases())
+    layout, scratch = look_over(*case.layout, policy, SCALE)
     shares = torch.zeros(layout.lines, layout.pages * PAGE, device=DEVICE)
     scan(case.cache, case.rows, policy.sinks, layout, scratch, shares=shares)
     rows = len(case.rows.lengths)
     return layout, scratch, shares.view(rows, layout.kv_heads, -1)
+
+
+@dataclass
+class Found:
+    """What one policy finds in one case, told in three ways."""
+
+    case: Case
+    policy: Dynamic
+    layout: Layout
+    scratch: Scratch
+    share: torch.Tensor  # [rows, kv_heads, keys]
+    selection: Selection
+    attended: dynamic.Attended
+
+    @property
+    def tolerance(self):
+        return {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[
+            self.case.query.dtype
+        ]
+
+
+def name_of(case):
+    shape, dtype, name, _ = case
+    return "-".join((*map(str, shape), str(dtype).split(".")[1], name))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=name_of)
+def found(make, request):
+    """Once for all tests of it: each of the three is a scan."""
+    (kv_heads, group, head_dim), dtype, name, few = request.param
+    gain = 0.4 * (64 / head_dim) ** 0.5
+    case = make(kv_heads, group, head_dim, (130, 1213), dtype=dtype, gain=gain)
+    policy = POLICIES[name]
+    with programs(*few) if few else nullcontext():
+        told = estimated(case, policy)
+        return Found(case, policy, *told, select(case, policy), attend(case, policy))
 
 
 def weights_by_key(selection, row, head):
@@ -102,25 +150,19 @@ def weights_by_key(selection, row, head):
     return {key: weight for key, weight in zip(keys, weights, strict=True) if key >= 0}
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim", "name"),
-    [(*SHAPES[0], name) for name in POLICIES] + [(*shape, "mass") for shape in SHAPES[1:]],
-)
-def test_the_marks_fall_as_torchs_do_on_the_same_shares(make, kv_heads, group, head_dim, name):
-    case, policy = make(kv_heads, group, head_dim), POLICIES[name]
-    layout, scratch, share = found_by(case, policy)
-    number = scratch.marks.view(share.shape[:2])
+def test_the_marks_fall_as_torchs_do_on_the_same_shares(found):
+    share, rows, sinks = found.share, found.case.rows, found.policy.sinks
+    number = found.scratch.marks.view(share.shape[:2])
     position = torch.arange(share.shape[-1], device=DEVICE)
-    stop = case.rows.recent_page[:, None] * PAGE
-    free = (position < stop) & (position >= policy.sinks)
+    stop = rows.recent_page[:, None] * PAGE
+    free = (position < stop) & (position >= sinks)
     length = sample.lengths(share, number.clamp_min(0), everything=number < 0) * free[:, None]
     expected = sample.marked(length, 0)
-    actual = select(case, policy)
-    actual.validate(case.rows.lengths)
-    for row, end in enumerate(case.rows.lengths.tolist()):
-        window = set(range(int(stop[row]), end)) | set(range(min(end, policy.sinks)))
-        for head in range(layout.kv_heads):
-            weights = weights_by_key(actual, row, head)
+    found.selection.validate(rows.lengths)
+    for row, end in enumerate(rows.lengths.tolist()):
+        window = set(range(int(stop[row]), end)) | set(range(min(end, sinks)))
+        for head in range(found.layout.kv_heads):
+            weights = weights_by_key(found.selection, row, head)
             wanted = set(position[expected[row, head]].tolist())
             # A length that lies between two whole numbers may be rounded to the other one.
             other = (weights.keys() - window) ^ wanted
@@ -131,60 +173,55 @@ def test_the_marks_fall_as_torchs_do_on_the_same_shares(make, kv_heads, group, h
                 assert weights[key] == pytest.approx(told, abs=1e-5 + 1.1 * unit)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), SHAPES)
-def test_estimates_are_torchs_but_for_the_querys_rounding(make, kv_heads, group, head_dim, dtype):
-    gain = 0.4 * (64 / head_dim) ** 0.5
-    case = make(kv_heads, group, head_dim, lengths=(700, 1900), dtype=dtype, gain=gain)
-    policy = POLICIES["a fixed number"]
-    layout, scratch, share = found_by(case, policy)
-    known = estimate_masses(*case.layout, policy.sinks, SCALE)
-    norm = scratch.norm[:, :group].reshape(known.norm.shape) / LOG2E.value
+def test_estimates_are_torchs_but_for_the_querys_rounding(found):
+    case, sinks = found.case, found.policy.sinks
+    group, dtype = found.layout.group, case.query.dtype
+    known = estimate_masses(*case.layout, sinks, SCALE)
+    norm = found.scratch.norm[:, :group].reshape(known.norm.shape) / LOG2E.value
     torch.testing.assert_close(norm, known.norm, atol=0.1, rtol=0)
-    there = known.free[:, None].expand(-1, kv_heads, -1)
-    apart = (share[..., : there.shape[-1]].log() - known.shares().log())[there]
+    there = known.free[:, None].expand(-1, found.layout.kv_heads, -1)
+    apart = (found.share[..., : there.shape[-1]].log() - known.shares().log())[there]
     # Four signs a channel of the query: a fifth of what the keys' one sign loses.
     assert float(apart.abs().mean()) < 0.09 and float(apart.abs().max()) < 0.6
-    held = scratch.held[:, :group].reshape(len(case.rows.lengths), kv_heads, group, HELD)
+    held = found.scratch.held[:, :group].reshape(*known.norm.shape, HELD)
     exact = known.held.nan_to_num(neginf=-1e9)
-    actual = torch.cat((held[..., : policy.sinks], held[..., PAGE:]), dim=-1) / LOG2E.value
+    actual = torch.cat((held[..., :sinks], held[..., PAGE:]), dim=-1) / LOG2E.value
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(actual.nan_to_num(neginf=-1e9), exact, atol=tolerance, rtol=1e-3)
-    assert layout.pages == case.rows.block_tables.shape[1]
+    assert found.layout.pages == case.rows.block_tables.shape[1]
+
+
+def test_attention_reads_what_is_selected(found):
+    output, lse, own = selected_attention(*found.case.layout, found.selection, SCALE)
+    actual = found.attended
+    near = {"atol": found.tolerance, "rtol": found.tolerance}
+    torch.testing.assert_close(actual.output, output, **near)
+    for ours, theirs in ((actual.lse, lse), (actual.own, own)):
+        torch.testing.assert_close(ours, theirs, atol=found.tolerance, rtol=1e-4)
+    torch.testing.assert_close(actual.coverage, (actual.own - actual.lse).exp())
+    assert torch.equal(actual.keys.long(), found.selection.counts)
 
 
 def test_the_budget_is_torchs_on_the_same_probes(make):
-    from kernels.budget import marks
-
-    case = make(2, 2, 64, lengths=(2500, 1300, 1999))
+    case = make(2, 2, 64, lengths=(2500, 1300), starts=(0, 700), gain=0.4)
     # What keys carry does not depend on the budget.
-    _, scratch, share = found_by(case, POLICIES["mass"])
+    _, scratch, share = estimated(case, POLICIES["mass"])
     known = estimate_masses(*case.layout, POLICIES["mass"].sinks, SCALE)
+    norm = scratch.norm[:, :2].reshape(known.norm.shape) / LOG2E.value
+    torch.testing.assert_close(norm, known.norm, atol=0.25, rtol=0)  # of what the window has
     pages = int(case.rows.recent_page.max())
     held = (scratch.held[:, :2] - scratch.norm[:, :2, None]).exp2().sum(-1).mean(-1)
+    numbers = []
     for name, policy in POLICIES.items():
-        _, scratch, _ = choose(*case.layout, policy, SCALE, Phases())
+        _, scratch = look_over(*case.layout, policy, SCALE)
         expected = marks(
-            share[..., probed(0, pages, DEVICE)], held.view(3, 2), known.seen.sum(-1),
+            share[..., probed(0, pages, DEVICE)], held.view(2, 2), known.seen.sum(-1),
             case.rows.visible, policy,
         )  # fmt: skip
         expected = torch.where(expected >= known.free.sum(-1)[:, None], -1, expected)
-        assert torch.equal(scratch.marks.view(3, 2).long(), expected), name
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["a fixed number", "all keys"])
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), SHAPES)
-def test_attention_reads_what_is_selected(make, name, kv_heads, group, head_dim, dtype):
-    case, policy = make(kv_heads, group, head_dim, (40, 1500), dtype=dtype), POLICIES[name]
-    selection, found = select(case, policy), attend(case, policy)
-    output, lse, own = selected_attention(*case.layout, selection, SCALE)
-    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(found.output, output, atol=tolerance, rtol=tolerance)
-    for actual, expected in ((found.lse, lse), (found.own, own)):
-        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-4)
-    torch.testing.assert_close(found.coverage, (found.own - found.lse).exp())
-    assert torch.equal(found.keys.long(), selection.counts)
+        assert torch.equal(scratch.marks.view(2, 2).long(), expected), name
+        numbers += expected.flatten().tolist()
+    assert len(set(numbers)) > 4  # the policies differ here
 
 
 def test_a_budget_of_every_key_is_dense_attention(make):
@@ -197,11 +234,10 @@ def test_a_budget_of_every_key_is_dense_attention(make):
     torch.testing.assert_close(found.coverage, torch.ones_like(lse))
 
 
-@pytest.mark.parametrize("name", ["mass", "a fixed number"])
-def test_rows_of_a_sequence_and_windows(make, name):
-    starts = torch.tensor([0, 0, 0, 5, 301, 302, 300, 700, 1100])
-    case = make(2, 2, 64, lengths=(200, 700, 1300), queries=3, starts=starts)
-    selection, found = select(case, POLICIES[name]), attend(case, POLICIES[name])
+def test_rows_of_a_sequence_and_windows(make):
+    case = make(2, 2, 64, lengths=(200, 1213), queries=2, starts=(0, 150, 700, 1100))
+    policy = POLICIES["a fixed number"]
+    selection, found = select(case, policy), attend(case, policy)
     selection.validate(case.rows.lengths)
     taken = selection.indices
     assert bool(((taken >= case.rows.starts[:, None, None]) | (taken == -1)).all())
@@ -213,7 +249,7 @@ def test_rows_of_a_sequence_and_windows(make, name):
 
 
 def test_a_row_is_the_same_alone_and_in_padded_company(make):
-    case, policy = make(2, 2, 64, (40, 128, 700, 1100)), POLICIES["a fixed number"]
+    case, policy = make(1, 2, 64, (40, 128, 1213)), POLICIES["a fixed number"]
     rows = case.rows
     once, twice = attend(case, policy), attend(case, policy)
     filled = torch.zeros(2, dtype=torch.int64, device=DEVICE)
@@ -223,13 +259,13 @@ def test_a_row_is_the_same_alone_and_in_padded_company(make):
     lengths, starts = torch.cat((rows.lengths, filled)), torch.cat((rows.starts, filled))
     query = torch.cat((case.query, torch.full_like(case.query[:2], torch.nan)))
     padded = attend(Case(query, case.cache, Rows(tables, lengths, starts)), policy)
-    one = Case(case.query[3:], case.cache, rows.only(torch.tensor([3], device=DEVICE)))
+    one = Case(case.query[2:], case.cache, rows.only(torch.tensor([2], device=DEVICE)))
     alone = attend(one, policy)
     for name in ("output", "lse", "own", "coverage", "keys"):
         expected = getattr(once, name)
         assert torch.equal(getattr(twice, name), expected)
-        assert torch.equal(getattr(padded, name)[:4], expected)
-        assert torch.equal(getattr(alone, name)[0], expected[3])
+        assert torch.equal(getattr(padded, name)[:3], expected)
+        assert torch.equal(getattr(alone, name)[0], expected[2])
 
 
 @pytest.mark.parametrize("lengths", [(1, 5), (40, 64, 127), (63, 128, 129)])
@@ -244,7 +280,7 @@ def test_short_rows_are_read_whole(make, lengths):
 
 def test_a_sample_tells_about_the_whole(make):
     """Estimates of the mass and of the output are near dense attention's, over many heads."""
-    case = make(3, 4, 64, lengths=(5000, 4000), gain=0.5)
+    case = make(3, 4, 64, lengths=(2500, 1700), gain=0.5)
     found = attend(case, POLICIES["a fixed number"])
     output, dense = dense_decode(*case.layout, SCALE)
     assert float((found.lse - dense).mean().abs()) < 0.02
@@ -258,21 +294,20 @@ def test_a_sample_tells_about_the_whole(make):
 
 def test_plain_top_k_takes_the_greatest_shares(make):
     case = make(2, 2, 64)
-    layout, scratch, share = found_by(case, PLAIN)
+    _, scratch, share = estimated(case, PLAIN)
     selection = select(case, PLAIN)
     selection.validate(case.rows.lengths)
     assert selection.log_weight is None
-    stop = int(case.rows.recent_page[3]) * PAGE
-    number = int(scratch.marks.view(4, 2)[3, 0])
-    ranked = share[3, 0, PLAIN.sinks : stop].topk(number).indices + PLAIN.sinks
-    expected = set(ranked.tolist()) | set(range(PLAIN.sinks)) | set(range(stop, 1900))
-    assert set(weights_by_key(selection, 3, 0)) == expected
-    assert layout.kv_heads == 2
+    stop = int(case.rows.recent_page[2]) * PAGE
+    for head, number in enumerate(scratch.marks.view(3, 2)[2].tolist()):
+        ranked = share[2, head, PLAIN.sinks : stop].topk(number).indices + PLAIN.sinks
+        expected = set(ranked.tolist()) | set(range(PLAIN.sinks)) | set(range(stop, 1213))
+        assert set(weights_by_key(selection, 2, head)) == expected
 
 
 @pytest.mark.parametrize("spec", ["sinks:16+window:100", "window:3"])
 def test_judges_agree(make, spec):
-    case = make(2, 2, 64, lengths=(5, 100, 700, 2500), gain=0.5)
+    case = make(2, 2, 64, lengths=(5, 100, 1213), gain=0.5)
     selection = Pattern.parse(spec).select(case.rows.lengths, case.rows.starts, 2)
     _, lse, own = selected_attention(*case.layout, selection, SCALE)
     estimated, exact = [], []
@@ -285,7 +320,7 @@ def test_judges_agree(make, spec):
 
 
 def test_keys_that_are_not_finite_show(make):
-    case = make(1, 2, 32, lengths=(1700, 1650))
+    case = make(1, 2, 32, lengths=(1213, 1150))
     page = int(case.rows.block_tables[0, 3])
     case.cache.kv[0, page, 5, 0] = torch.inf
     case.cache.code(torch.tensor([page], device=DEVICE))
@@ -295,10 +330,10 @@ def test_keys_that_are_not_finite_show(make):
 
 
 def test_a_query_that_is_not_finite_shows_and_draws_nothing(make):
-    case = make(1, 2, 32, lengths=(1700, 1650))
+    case = make(1, 2, 32, lengths=(1213, 1150))
     case.query[0] = torch.nan
     found = attend(case, POLICIES["a fixed number"])
     assert bool(found.coverage[0].isnan().all())
-    window = 1700 - (1700 // PAGE - 1) * PAGE
+    window = 1213 - (1213 // PAGE - 1) * PAGE
     assert int(found.keys[0, 0]) == window + 16
     assert bool(found.coverage[1].isfinite().all())

@@ -25,11 +25,7 @@ SHAPES = [(3, 1, 32), (1, 3, 64)]
 """KV heads, group, head dimension."""
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter takes one after the other."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr("kernels.gpu.layout.SPANS", 2)
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 class Case:

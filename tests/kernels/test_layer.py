@@ -188,9 +188,11 @@ class Case:
 
 
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), HEADS)
-def test_queries_and_cache_are_those_of_the_decoder(kv_heads, group, head_dim, normed, dtype):
-    case = Case(kv_heads, group, head_dim, dtype, normed=normed)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_queries_and_cache_are_those_of_the_decoder(heads, normed, dtype):
+    if DEVICE == "cpu" and dtype != torch.float32 and heads not in HEADS[1:3]:
+        return  # the interpreter goes the same ways for all sizes
+    case = Case(*heads, dtype, normed=normed)
     query, expected = case.rotate_and_write(), case.eagerly()
     ours, theirs = case.ours, case.theirs
     if not normed:  # nothing is summed up

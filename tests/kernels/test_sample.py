@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import budget, dynamic, reference, sample
+from kernels import budget, dynamic, reference_sample, sample
 from kernels.attention import Impl, dense_decode
 from kernels.budget import EACH, PROBE, SAMPLE
 from kernels.page import PAGE
@@ -58,7 +58,7 @@ def test_the_sample_is_the_reference_sample(length, first):
     start = sample.phases(first, segments, 2, length.device).tolist()
     for row in range(3):
         for head in range(2):
-            expected = reference.marked(length[row, head], start[head], SEGMENT, UNIT)
+            expected = reference_sample.marked(length[row, head], start[head], SEGMENT, UNIT)
             assert hit[row, head].nonzero()[:, 0].tolist() == expected
 
 
@@ -205,7 +205,7 @@ def test_the_budget_is_the_reference_budget(probe, policy, always):
     for row in range(3):
         most = max(policy.max_keys - always[row], fewest)
         for head in range(2):
-            marks = reference.marks(
+            marks = reference_sample.marks(
                 share[row, head],
                 float(held[row, head]),
                 always[row],
@@ -258,12 +258,14 @@ def test_probed_keys_are_at_every_place_of_a_page_once_in_16_pages(first):
     assert torch.equal(position[3 * PROBE :], late + 3 * PAGE)
 
 
-@IMPLS
-@pytest.mark.parametrize("gain", [0.5, 1.0])
-def test_a_sample_comes_nearer_to_dense_attention_than_the_greatest_keys(paged, impl, gain):
+@pytest.mark.parametrize(
+    ("impl", "gain", "seeds"),
+    [(Impl.NUMBA, 0.5, 16), (Impl.NUMBA, 1.0, 16), (Impl.TORCH, 0.5, 4)],  # the latter is slow
+)
+def test_a_sample_comes_nearer_to_dense_attention_than_the_greatest_keys(paged, impl, gain, seeds):
     """Where values follow the keys, those of the greatest mass are no sample of all."""
     errors = {True: 0.0, False: 0.0}
-    for seed in range(16):
+    for seed in range(seeds):
         case = paged([8192], 4, 64, seed=seed, queries=4)
         direction = torch.randn(64, generator=case.generator)
         keys = case.cache.kv[..., 0, :]

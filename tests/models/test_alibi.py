@@ -188,7 +188,7 @@ def test_lengths_beyond_the_trained_one_may_be_asked_for(tmp_path):
         config.resolve_max_model_len(0)
 
 
-def test_tritons_kernels_compute_it(tmp_path):
+def test_tritons_kernels_compute_it(few_programs, tmp_path):
     oracle = make("bloom-six-heads", tmp_path)
     plain, config = load(tmp_path, dtype="float32")
     decoder = Decoder(config, torch.float32, "cpu", Impl.TRITON)

@@ -12,14 +12,13 @@ from kernels.cache import LayerCache, Rows
 from kernels.page import PAGE
 from kernels.policy import Dense, Dynamic
 from models.attention import Recorder
-from models.config import ModelConfig
 from models.decode_step import Bucket, DecodeStep
 from models.decoder import Decoder
 from models.errors import ModelError
-from models.generation import GenerationDefaults
 from models.graph import CapturedSteps
 from models.rope_parameters import RopeParameters
 from models.step import DenseRows, StepInput
+from tests.models.tiny import tiny_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -29,29 +28,7 @@ PAGES = 4
 LENGTHS = [3 * PAGE - 1, 1, PAGE, 2 * PAGE + 17]
 """Keys in the cache: the first step completes a page, the second one does too, one begins one."""
 
-BASE = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=50,
-    hidden_size=48,
-    intermediate_size=40,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    norm_eps=1e-5,
-    rope=RopeParameters(original_max_position=512),
-    max_position=512,
-    tied=False,
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    windows=(None, None),
-    bos_ids=(),
-    eos_ids=(),
-    dtype=None,
-    generation=GenerationDefaults(),
-)
+BASE = tiny_config(hidden_size=48, layers=2, tied=False)
 CASES = {
     "plain": {},
     "tied, one head a group": {"tied": True, "heads": 2},
@@ -169,7 +146,7 @@ def test_padding_writes_nothing_wherever_its_table_points():
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1])
-def test_a_dynamic_step_that_reads_every_key_is_a_dense_one(dense_layers):
+def test_a_dynamic_step_that_reads_every_key_is_a_dense_one(few_programs, dense_layers):
     policy = Dynamic(coverage=1.0, min_keys=4096, max_keys=4096)
     decoder = make_decoder(torch.float32)
     expected = Sequences(decoder).eager(0)

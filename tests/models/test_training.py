@@ -18,8 +18,9 @@ from models.training.llama import TrainingLlama
 from models.training.optimiser import Optimiser, orthogonalise
 from models.training.plans import PLANS, find_plan
 from models.training.prepare import prepare
+from models.training.run import Settings
 from models.training.state import load_state, save_state
-from models.training.trainer import Settings, Trainer
+from models.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from models.training.filler import prose
 from models.training.llama import TrainingLlama
 from models.training.plans import PLANS
 from models.training.prepare import prepare
+from models.training.run import Settings
 from models.training.start import read_start
 from models.training.state import load_state
-from models.training.trainer import Settings, Trainer
+from models.training.trainer import Trainer
 
 PLAN = PLANS["tiny"]
 OLD_LOG = (

@@ -14,36 +14,12 @@ from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic, Fixed, Pages
 from models import wave
 from models.attention import Recorder
-from models.config import ModelConfig
-from models.generation import GenerationDefaults
 from models.loader import dummy
-from models.rope_parameters import RopeParameters
 from models.step import DenseGroup, DenseRows, SparseGroup, StepInput, TileGroup
+from tests.models.tiny import tiny_config
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    norm_eps=1e-6,
-    rope=RopeParameters(original_max_position=4096),
-    max_position=4096,
-    tied=True,
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    windows=(None, None, 200),
-    bos_ids=(),
-    eos_ids=(1,),
-    dtype="float64",
-    generation=GenerationDefaults(),
-)
+CONFIG = tiny_config(head_dim=8, windows=(None, None, 200), dtype="float64")
 PAGES = 40
 
 

@@ -38,11 +38,7 @@ POLICIES = [Dense(), dynamic_policy(DYNAMIC), dynamic_policy(SAMPLED)]
 CAPTURED = [Bucket(rows, WIDTH, policy) for rows in (1, 3) for policy in POLICIES]
 
 
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter runs one after the other."""
-    monkeypatch.setattr("kernels.gpu.layout.SPANS", 2)
-    monkeypatch.setattr("kernels.gpu.launch.PROGRAMS", 2)
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 class World:

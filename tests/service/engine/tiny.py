@@ -9,12 +9,10 @@ import tokenizers
 import torch
 
 from kernels.attention import Impl
-from models.config import ModelConfig
 from models.decoder import Decoder
-from models.generation import GenerationDefaults
-from models.rope_parameters import RopeParameters
 from models.tokenizer import Tokenizer
 from service.engine.types import SamplingParams, SparsityParams
+from tests.models import tiny as models_tiny
 
 VOCAB = 256
 EOS = 0
@@ -30,30 +28,9 @@ def letters():
 
 
 def tiny_config(**changes):
-    fields = {
-        "architecture": "LlamaForCausalLM",
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "layers": 3,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "norm_eps": 1e-6,
-        "rope": RopeParameters(original_max_position=8192),
-        "max_position": 8192,
-        "tied": True,
-        "qkv_bias": False,
-        "output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "windows": (None, None, None),
-        "bos_ids": (),
-        "eos_ids": (EOS,),
-        "dtype": "float64",
-        "generation": GenerationDefaults(),
-    }
-    return ModelConfig(**(fields | changes))
+    """The tiny model's, with a token for each of `letters`."""
+    fields = {"vocab_size": VOCAB, "intermediate_size": 64, "eos_ids": (EOS,), "dtype": "float64"}
+    return models_tiny.tiny_config(**(fields | changes))
 
 
 def make_decoder(dtype=torch.float64, seed=0, config=None, impl=Impl.TORCH, device="cpu"):

@@ -30,6 +30,7 @@ from tests.service.engine.tiny import (
     greedy,
     letters,
     level,
+    make_decoder,
     prompt_of,
     text_of,
     tiny_config,
@@ -149,21 +150,27 @@ def test_no_number_draws_what_the_model_excludes(number):
     assert all(40 <= token < 260 for token in drawn)
 
 
-@pytest.mark.parametrize(("room", "step"), [(200, 512), (47, 200), (20, TAIL)])
-def test_documents_together_get_the_answers_that_they_get_alone(harness, room, step):
-    decoder = harness().decoder
+@pytest.fixture(scope="module")
+def alone():
+    """Exams, policies, and the answers to each exam on its own."""
     exams = [
         exam([prompt_of(length, length) + prompt_of(n, n) for n in (130, 40, 170)])
         for length in (700, 300, 90, 600)
     ]
     # Some fall back here and there, and so do not look sparsely in every step.
     policies = [dynamic(), dynamic(min_coverage=0.93), DENSE, FIXED]
-    together = session_of(decoder, Room(room, 7, step)).answers(exams, policies)
+    room, decoder = Room(200, 16, 2048), make_decoder()
+    return exams, policies, [session_of(decoder, room).answers([one], policies) for one in exams]
+
+
+@pytest.mark.parametrize(("room", "step"), [(200, 512), (47, 200), (20, TAIL)])
+def test_documents_together_get_the_answers_that_they_get_alone(alone, room, step):
+    exams, policies, expected = alone
+    together = session_of(make_decoder(), Room(room, 7, step)).answers(exams, policies)
     fallbacks = 0
-    for number, one in enumerate(exams):
-        alone = session_of(decoder, Room(200, 16, 2048)).answers([one], policies)
+    for number in range(len(exams)):
         for policy in range(len(policies)):
-            for a, b in zip(together[policy][number], alone[policy][0], strict=True):
+            for a, b in zip(together[policy][number], expected[number][policy][0], strict=True):
                 assert a.text == b.text
                 assert a.report.density == pytest.approx(b.report.density)
                 assert a.report.fallbacks == b.report.fallbacks
