@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from kernels.errors import KernelError
 from kernels.patterns.pattern import Pattern
 from service.autoscaling_config import AutoscalingConfig
+from service.brownout_config import BrownoutConfig
 from service.errors import ConfigError
 from service.sparsity import SparsityConfig
 
@@ -48,6 +49,11 @@ class LimitsConfig(BaseModel):
         default=1_000_000, ge=0, description="prompt tokens x (rivals + 1) x n of an echo"
     )
     logit_bias: int = Field(default=1024, ge=0, description="entries of logit_bias")
+    priority: int = Field(
+        default=100,
+        ge=0,
+        description="how far a request's priority may be from 0, either way; 0: all wait alike",
+    )
     messages: int = Field(default=4096, ge=1, description="messages of a chat")
 
 
@@ -154,6 +160,7 @@ class ServiceConfig(BaseSettings):
     )
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     sparsity: SparsityConfig = SparsityConfig()
+    brownout: BrownoutConfig = BrownoutConfig()
     limits: LimitsConfig = LimitsConfig()
     encoder: EncoderServing = EncoderServing()
 

@@ -42,6 +42,7 @@ async def chat_completions(request: Request) -> Response:
         sampling_params(asked, engine.config.generation, max_tokens, logprobs),
         sparsity_params(asked.sparsity, state.config.sparsity),
         n=asked.n,
+        priority=asked.priority,
         request_id=request_id,
     )
     return await respond(

@@ -51,6 +51,7 @@ async def completions(request: Request) -> Response:
         ),
         sparsity_params(asked.sparsity, state.config.sparsity),
         n=asked.n,
+        priority=asked.priority,
         request_id=request_id,
     )
     return await respond(

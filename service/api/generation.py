@@ -45,6 +45,7 @@ class Generation:
         sparsity: SparsityParams,
         *,
         n: int,
+        priority: int,
         request_id: str,
     ) -> None:
         self.choices = len(prompts) * n
@@ -56,7 +57,12 @@ class Generation:
             for number, prompt in enumerate(prompts):
                 self._streams.append(
                     engine.submit(
-                        prompt, sampling, sparsity, n=n, request_id=f"{request_id}-{number}"
+                        prompt,
+                        sampling,
+                        sparsity,
+                        n=n,
+                        priority=priority,
+                        request_id=f"{request_id}-{number}",
                     )
                 )
         except BaseException:

@@ -122,7 +122,15 @@ class GenerationRequest(Body):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] = {}
+    priority: int = 0  # lower is earlier
     sparsity: SparsityRequest = SparsityRequest()
+
+    @field_validator("priority")
+    @classmethod
+    def _priority_is_bounded(cls, priority: int, info: ValidationInfo) -> int:
+        if abs(priority) > (most := _bounds(info).limits.priority):
+            raise ValueError(f"must lie in {-most} to {most}")
+        return priority
 
     @field_validator("n")
     @classmethod

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kernels.cache import LayerCache, Rows
 from kernels.codes import words
 from kernels.page import PAGE
-from kernels.policy import Dense, Dynamic
+from kernels.policy import Dynamic
 from models.decode_step import Bucket, DecodeStep
 from models.graph import CapturedStep
 from models.loader import dummy
@@ -180,11 +180,11 @@ def _measure(
     """One cell: dense and dynamic turn by turn, so that the machine's mood hits both alike."""
     dynamic = Dynamic(coverage=1.0, min_keys=options.keys, max_keys=options.keys)
     ways = [
-        CapturedStep(decoder, caches, Bucket(cell.batch, cell.pages, policy))
-        for policy in (Dense(), dynamic)
+        CapturedStep(decoder, caches, Bucket(cell.batch, cell.pages, chosen))
+        for chosen in (False, True)
     ]
     device = caches[0].kv.device
-    step = _step(cell, decoder.config.vocab_size, caches[0].kv.shape[1], device)
+    step = _step(cell, dynamic, decoder.config.vocab_size, caches[0].kv.shape[1], device)
     keys = [_keys(way, step, cell) for way in ways]
     turns = []
     for _ in range(options.repeats):
@@ -222,7 +222,9 @@ def _record(
     )
 
 
-def _step(cell: Cell, vocab_size: int, cache_pages: int, device: torch.device) -> DecodeStep:
+def _step(
+    cell: Cell, policy: Dynamic, vocab_size: int, cache_pages: int, device: torch.device
+) -> DecodeStep:
     """Random tokens behind `context` keys, in pages that lie scattered over the whole cache."""
     generator = torch.Generator().manual_seed(2)
     pages = torch.randperm(cache_pages, generator=generator)[: cell.batch * cell.pages]
@@ -235,6 +237,7 @@ def _step(cell: Cell, vocab_size: int, cache_pages: int, device: torch.device) -
         position,
         tables[:, -1] * PAGE + position % PAGE,
         Rows(tables, position + 1, torch.zeros_like(position)),
+        torch.tensor([policy.limits]),
     )
     return step
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from service.engine.admission import check_explain, check_request
+from service.engine.brownout import Brownout
 from service.engine.explained import Passages
-from service.engine.measures import observe, time_end, time_token
+from service.engine.measures import longest_wait, observe, time_end, time_token
 from service.engine.output import Ending, Output
 from service.engine.runner import Runner, decide
 from service.engine.sampler import Ranked, Sampler, rank, rank_in_slices
@@ -80,6 +81,7 @@ class Engine:
         max_model_len: most tokens of a prompt and its answer; must fit the pool.
         dense_below: context under which the dynamic policy runs dense, tokens.
         prefill_dense_below: the same of prompts before their tail.
+        brownout: what cuts budgets under overload; by default nothing does.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Engine:
         max_model_len: int,
         dense_below: int,
         prefill_dense_below: int = 0,
+        brownout: Brownout | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -106,6 +109,7 @@ class Engine:
         self._limits = limits
         self._dense_below = dense_below
         self._prefill_dense_below = prefill_dense_below
+        self._brownout = brownout or Brownout()
         self._ends = frozenset(config.eos_ids)
         self._inbox: queue.SimpleQueue[tuple[Request, int] | _Abort | None] = queue.SimpleQueue()
         self._arriving = 0  # sequences in the inbox
@@ -145,9 +149,12 @@ class Engine:
         sparsity: SparsityParams,
         *,
         n: int = 1,
+        priority: int = 0,
         request_id: str,
     ) -> Stream:
         """Queue a request; call it in the event loop that will read the stream.
+
+        Requests of a lower `priority` go first, whenever they came.
 
         Raises:
             RequestError: the prompt or a parameter does not fit this model.
@@ -174,6 +181,7 @@ class Engine:
             time.monotonic(),
             prefill_dense_below=self._prefill_dense_below,
             own_pattern=self.config.patterns is not None,
+            priority=priority,
         )
         with self._lock:
             if self._stopping or not self._thread.is_alive():
@@ -297,6 +305,7 @@ class Engine:
         for item in work:
             if item.sequence.started is None:
                 item.sequence.started = now
+            item.sequence.cut = self._brownout.cut(item.sequence)
         looked: list[Looked] = []
         prefilled: list[Prefilled] = []
         for outcome in self._runner.run(work):
@@ -374,7 +383,7 @@ class Engine:
         params = sequence.request.sampling
         token = progress.sampler.sample(logits, sequence.generated)
         sequence.tokens.append(token)
-        time_token(self.metrics, sequence)
+        self._brownout.token(time_token(self.metrics, sequence))
         room = len(sequence.tokens) < self.max_model_len
         text, ending = progress.output.push(token, sequence.generated, room)
         logprobs: tuple[TokenLogprob, ...] = ()
@@ -466,6 +475,8 @@ class Engine:
 
     def _flush(self) -> None:
         """Send the step's deltas; metrics are booked before, so a caller who asks sees its own."""
+        self._brownout.observe(time.monotonic(), longest_wait(self._scheduler.waiting))
+        self.metrics.brownout(self._brownout.level)
         self._report_load()
         deliver(
             (request.stream, deltas)

@@ -224,6 +224,8 @@ class Runner:
         if not np.isfinite(coverage).all():
             self._trouble.told = "dynamic selection met scores that are not finite"
             hold(outcome.work, Fallback.KERNEL_ERROR)
+        elif floor > 0 and coverage.mean() < floor and outcome.work.sequence.cut is not None:
+            spare(outcome.work)
         elif floor > 0 and coverage.mean() < floor:
             hold(outcome.work, Fallback.LOW_COVERAGE)
         else:
@@ -299,6 +301,11 @@ def hold(item: Work, reason: Fallback) -> None:
     """Send the item's undecided tokens, and `HOLD` more, to the fallback for `reason`."""
     item.sequence.hold_reason = reason
     item.sequence.hold_until = item.stop + HOLD
+
+
+def spare(item: Work) -> None:
+    """Give the item's undecided tokens, and all behind them, their whole budget again."""
+    item.sequence.cut, item.sequence.spared = None, True
 
 
 def body_of(item: Work) -> range:
@@ -378,6 +385,8 @@ def decide(item: Work, note: Callable[[Fallback, Mode, int], None]) -> int:
         reason = sequence.fallback(position)
         if reason is not None:
             sequence.fallbacks[position] = reason
+            if reason is Fallback.OVERLOAD:
+                sequence.cuts[position] = sequence.wanted(position)
             note(reason, sequence.mode(position), 1)
     sequence.decided = max(sequence.decided, item.stop)
     return max(0, min(first, item.stop) - item.start)

@@ -202,6 +202,7 @@ def harness():
         captured=(),
         impl=Impl.TORCH,
         device="cpu",
+        brownout=None,
     ):
         config = config or tiny_config()
         decoder = make_decoder(dtype, seed, config, impl, device)
@@ -227,6 +228,7 @@ def harness():
             max_model_len=min(max_model_len, pages * 64),
             dense_below=dense_below,
             prefill_dense_below=prefill_dense_below,
+            brownout=brownout,
         )
         engine.start()
         started.append(engine)

@@ -11,12 +11,10 @@ import torch
 
 from kernels.cache import LayerCache
 from kernels.page import PAGE
-from kernels.policy import Dense
 from models import graph
 from models.decode_step import Bucket
 from models.graph import CapturedStep, CapturedSteps
 from service.config import ServiceConfig
-from service.engine.batch import dynamic_policy
 from service.engine.buckets import buckets
 from service.engine.build import capture
 from service.engine.replay import Replays
@@ -34,8 +32,7 @@ CONFIG = tiny_config(layers=2, windows=(None, None), dtype="float32")
 DENSE, FIXED, SAMPLED = dynamic(policy="dense"), dynamic(policy="fixed"), dynamic()
 # Reads every key: where a sample is drawn, a sum that rounds otherwise can put a mark elsewhere.
 DYNAMIC = dynamic(coverage=1.0, min_keys=4096, max_keys=4096)
-POLICIES = [Dense(), dynamic_policy(DYNAMIC), dynamic_policy(SAMPLED)]
-CAPTURED = [Bucket(rows, WIDTH, policy) for rows in (1, 3) for policy in POLICIES]
+CAPTURED = [Bucket(rows, WIDTH, chosen) for rows in (1, 3) for chosen in (False, True)]
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +190,7 @@ def test_layers_of_their_own_kind():
     """Sliding windows, and first layers that attend densely."""
     config = tiny_config(layers=2, windows=(None, 100), dtype="float32")
     sparsity = replace(DYNAMIC, dense_layers=1)
-    world, other = both([Bucket(1, WIDTH, dynamic_policy(DYNAMIC), 1)], config=config)
+    world, other = both([Bucket(1, WIDTH, True, 1)], config=config)
     ours, theirs = (one.step(one.sequence(300, sparsity)) for one in (world, other))
     same(ours, theirs, world, other)
     assert world.count("replays") == 1
@@ -212,7 +209,6 @@ def test_short_contexts_are_dense_rows():
 NOT_CAPTURED = {
     "a fixed pattern": ([FIXED], {}),
     "a fixed pattern among others": ([SAMPLED, FIXED], {}),
-    "numbers of its own": ([dynamic(max_keys=150)], {}),
     "plain top-k": ([dynamic(sampled=False)], {}),
     "dense layers of its own": ([replace(DYNAMIC, dense_layers=1)], {}),
     "too many rows": ([DENSE] * 4, {}),
@@ -341,7 +337,7 @@ class Unwilling(CapturedStep):
     """Steps of which some cannot be captured."""
 
     def __init__(self, decoder, caches, bucket, *rest):
-        if bucket.policy != Dense():
+        if bucket.dynamic:
             raise RuntimeError("no kernel image")
         if bucket.batch > 1:
             try:
@@ -367,23 +363,23 @@ def test_steps_that_cannot_be_captured_are_counted_and_the_rest_serves(monkeypat
 
 def test_the_grid_of_steps_holds_whatever_a_service_may_run():
     limits = {"max_seqs": 16, "max_model_len": 131_072, "cache_pages": 5000, "dense_below": 16384}
-    policy = dynamic_policy(SAMPLED)
-    grid = buckets(policy, 2, **limits)
+    grid = buckets(dynamic=True, dense_layers=2, **limits)
     assert len(grid) == len(set(grid)) == 50
     assert max(grid, key=lambda b: (b.batch, b.pages)) == Bucket(16, 2048)
-    assert Bucket(4, 512, policy, 2) in grid and Bucket(4, 256, policy, 2) not in grid
-    assert {b.policy for b in buckets(None, 0, **limits)} == {Dense()}
+    assert Bucket(4, 512, True, 2) in grid and Bucket(4, 256, True, 2) not in grid
+    assert not any(b.dynamic for b in buckets(dynamic=False, dense_layers=2, **limits))
 
 
 def test_steps_that_no_cache_can_hold_are_not_captured():
     limits = {"max_seqs": 12, "max_model_len": 1000 * PAGE, "dense_below": 0}
-    small = {(b.batch, b.pages) for b in buckets(None, 0, cache_pages=1000, **limits)}
+    limits |= {"dynamic": False, "dense_layers": 0}
+    small = {(b.batch, b.pages) for b in buckets(cache_pages=1000, **limits)}
     assert (12, 512) in small and (1, 1000) in small and (4, 1000) in small
     # Nine rows, one of 513 pages: the cache would have to have 521.
-    tight = {(b.batch, b.pages) for b in buckets(None, 0, cache_pages=520, **limits)}
+    tight = {(b.batch, b.pages) for b in buckets(cache_pages=520, **limits)}
     assert (12, 1000) not in tight and (8, 1000) in tight and (12, 512) in tight
     tiny = {"max_seqs": 1, "max_model_len": 70, "cache_pages": 9, "dense_below": 0}
-    assert buckets(None, 0, **tiny) == [Bucket(1, 2)]
+    assert buckets(dynamic=False, dense_layers=0, **tiny) == [Bucket(1, 2)]
 
 
 def engine_pair(harness, policies, lengths, **settings):

@@ -1,0 +1,66 @@
+"""The configuration of `service.engine.brownout`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from service.engine.brownout import Brownout, Targets
+from service.engine.cuts import Levels, halvings_of
+
+
+class BrownoutConfig(BaseModel):
+    """Whether answers may read fewer keys than asked for under overload.
+
+    Those of requests with `allow_brownout` and the dynamic policy only; see
+    [Brownout](operations.md#brownout).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    enabled: bool = Field(default=False, description="budgets are cut under overload")
+    max_wait_s: float = Field(
+        default=2.0, gt=0, description="seconds that a request may wait for its first step"
+    )
+    itl_target_ms: float = Field(
+        default=100.0, gt=0, description="milliseconds between two tokens, mean over a second's"
+    )
+    calm_s: float = Field(
+        default=10.0,
+        ge=1,
+        description="seconds without pressure after which budgets are cut less, level by level",
+    )
+    halvings: int | None = Field(
+        default=None,
+        ge=0,
+        le=16,
+        description="levels that halve budgets, each once more, down to 512 keys; by default as "
+        "many as `sparsity.max_keys` takes to get there",
+    )
+    fixed: bool | None = Field(
+        default=None,
+        description="whether a last level puts the fixed pattern in their place, which sees "
+        "nothing else; by default it does unless decode steps are CUDA graphs: it has none",
+    )
+
+    @model_validator(mode="after")
+    def _there_is_something_to_cut(self) -> BrownoutConfig:
+        if self.enabled and self.halvings == 0 and self.fixed is False:
+            raise ValueError(
+                "halvings is 0 and fixed false, so that nothing is ever cut; change one of them, "
+                "or set enabled to false"
+            )
+        return self
+
+    def controller(self, max_keys: int, *, graphs: bool) -> Brownout:
+        """What decides for one engine.
+
+        Args:
+            max_keys: of requests that name none.
+            graphs: whether decode steps are CUDA graphs.
+        """
+        if not self.enabled:
+            return Brownout()
+        halvings = halvings_of(max_keys) if self.halvings is None else self.halvings
+        fixed = not graphs if self.fixed is None else self.fixed
+        targets = Targets(self.max_wait_s, self.itl_target_ms / 1000, self.calm_s)
+        return Brownout(targets, Levels(halvings, fixed))
