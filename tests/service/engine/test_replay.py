@@ -17,6 +17,7 @@ from models.graph import CapturedStep, CapturedSteps
 from service.config import ServiceConfig
 from service.engine.buckets import buckets
 from service.engine.build import capture
+from service.engine.cuts import Levels, cut_of
 from service.engine.replay import Replays
 from service.engine.runner import Runner
 from service.engine.scheduler import Work
@@ -196,6 +197,35 @@ def test_layers_of_their_own_kind():
     assert world.count("replays") == 1
     assert ours[0].looked.keys[0, 0] == 300 and ours[0].looked.keys[1, 0] <= 100
     assert ours[0].looked.density[0, 0] == 1
+
+
+def test_rows_of_different_budgets_are_one_step():
+    """Each within its own limits: what a row finds does not depend on who is beside it."""
+    world = World([Bucket(3, WIDTH, True)])
+    budgets = DYNAMIC, dynamic(min_keys=690, max_keys=690), SAMPLED
+    together = world.step(*(world.sequence(700, budget) for budget in budgets))
+    assert world.count("replays") == 1
+    keys = [outcome.looked.keys.mean() for outcome in together]
+    assert keys[0] == 700 > keys[1] > keys[2]
+    other = World([Bucket(3, WIDTH, True)])
+    [alone] = other.step(other.sequence(700, SAMPLED))
+    close(together[2].logits, alone.logits)
+    np.testing.assert_array_equal(together[2].looked.keys, alone.looked.keys)
+
+
+@pytest.mark.parametrize(("level", "replays"), [(1, 1), (2, 0)])
+def test_a_cut_row_is_replayed_and_a_fixed_pattern_is_not(level, replays):
+    wide, levels = dynamic(max_keys=4096, min_keys=4096), Levels(1, fixed=True)
+    world, other = World(CAPTURED), World()
+    ours = world.sequence(700, wide)
+    ours.cut = cut_of(wide, 0, level, levels)
+    theirs = other.sequence(700, dynamic(max_keys=2048, min_keys=2048))
+    if level == 2:  # the pattern, for another reason
+        theirs.hold_until, theirs.hold_reason = 701, Fallback.KERNEL_ERROR
+    [mine], [its] = world.step(ours), other.step(theirs)
+    assert ours.fallback(700) is Fallback.OVERLOAD
+    assert world.count("replays") == replays
+    close(world.runner.next_logits(mine).cpu(), other.runner.next_logits(its).cpu())
 
 
 def test_short_contexts_are_dense_rows():
