@@ -328,6 +328,8 @@ BAD_COMPLETIONS = {
     "min_coverage": ({"sparsity": {"min_coverage": -1}}, 400, "sparsity.min_coverage"),
     "unknown pattern": ({"sparsity": {"pattern": "spiral:3"}}, 400, "sparsity.pattern"),
     "pattern of a wrong type": ({"sparsity": {"pattern": 3}}, 400, "sparsity.pattern"),
+    "priority as text": ({"priority": "1"}, 400, "priority"),
+    "priority out of bounds": ({"priority": -101}, 400, "priority"),
     "brownout of a wrong type": (
         {"sparsity": {"allow_brownout": 1}},
         400,

@@ -201,31 +201,28 @@ def test_layers_of_their_own_kind():
 
 def test_rows_of_different_budgets_are_one_step():
     """Each within its own limits: what a row finds does not depend on who is beside it."""
-    world = World([Bucket(3, WIDTH, True)])
-    budgets = DYNAMIC, dynamic(min_keys=690, max_keys=690), SAMPLED
-    together = world.step(*(world.sequence(700, budget) for budget in budgets))
-    assert world.count("replays") == 1
-    keys = [outcome.looked.keys.mean() for outcome in together]
-    assert keys[0] == 700 > keys[1] > keys[2]
-    other = World([Bucket(3, WIDTH, True)])
+    config = tiny_config(layers=1, windows=(None,), dtype="float32")
+    world, other = (World([Bucket(2, WIDTH, True)], config) for _ in range(2))
+    wide = dynamic(min_keys=1380, max_keys=1380)
+    cut, sampled = world.sequence(700, wide), world.sequence(700, SAMPLED)
+    cut.cut = cut_of(wide, 0, 1, Levels(1))
+    ours = world.step(cut, sampled)
     [alone] = other.step(other.sequence(700, SAMPLED))
-    close(together[2].logits, alone.logits)
-    np.testing.assert_array_equal(together[2].looked.keys, alone.looked.keys)
+    assert (world.count("replays"), other.count("replays")) == (1, 1)
+    # Uncut it would read all.
+    assert 700 > ours[0].looked.keys.mean() > ours[1].looked.keys.mean()
+    close(ours[1].logits, alone.logits)
+    np.testing.assert_array_equal(ours[1].looked.keys, alone.looked.keys)
 
 
-@pytest.mark.parametrize(("level", "replays"), [(1, 1), (2, 0)])
-def test_a_cut_row_is_replayed_and_a_fixed_pattern_is_not(level, replays):
-    wide, levels = dynamic(max_keys=4096, min_keys=4096), Levels(1, fixed=True)
-    world, other = World(CAPTURED), World()
-    ours = world.sequence(700, wide)
-    ours.cut = cut_of(wide, 0, level, levels)
-    theirs = other.sequence(700, dynamic(max_keys=2048, min_keys=2048))
-    if level == 2:  # the pattern, for another reason
-        theirs.hold_until, theirs.hold_reason = 701, Fallback.KERNEL_ERROR
-    [mine], [its] = world.step(ours), other.step(theirs)
-    assert ours.fallback(700) is Fallback.OVERLOAD
-    assert world.count("replays") == replays
-    close(world.runner.next_logits(mine).cpu(), other.runner.next_logits(its).cpu())
+def test_a_row_that_is_cut_to_the_pattern_runs_as_ever():
+    world, other = both()
+    mine, its = world.sequence(700, SAMPLED), other.sequence(700, SAMPLED)
+    mine.cut = cut_of(SAMPLED, 0, 1, Levels(fixed=True))
+    its.hold_until, its.hold_reason = 701, Fallback.KERNEL_ERROR
+    assert mine.fallback(699) is Fallback.OVERLOAD
+    same(world.step(mine), other.step(its), world, other)
+    assert world.count("replays") == 0
 
 
 def test_short_contexts_are_dense_rows():

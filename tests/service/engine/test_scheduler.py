@@ -15,8 +15,9 @@ def make(pages=100, max_seqs=4, chunk=256, step=512):
     return Scheduler(PagePool(pages), Limits(max_seqs, 64, chunk, step))
 
 
-def add(scheduler, length, n=1):
-    request = Request("r", tuple(range(1, length + 1)), greedy(8), dynamic(), 0, None, 0.0)
+def add(scheduler, length, n=1, priority=0):
+    prompt = tuple(range(1, length + 1))
+    request = Request("r", prompt, greedy(8), dynamic(), 0, None, 0.0, priority=priority)
     scheduler.add(request, n)
     return request
 
@@ -63,6 +64,78 @@ def test_first_come_first_served():
     assert requests[2].sequences[0].state is State.RUNNING
 
 
+def states(requests):
+    return [request.sequences[0].state.value for request in requests]
+
+
+def test_the_lowest_priority_goes_first_and_within_one_the_first_that_came():
+    scheduler = make(max_seqs=1)
+    requests = [add(scheduler, 70, priority=p) for p in (0, 5, 0, -3, 5, -3)]
+    order = []
+    while scheduler.waiting or scheduler.running:
+        work = scheduler.schedule()
+        order.append(requests.index(work[0].sequence.request))
+        advance(scheduler, work)
+        scheduler.finish(work[0].sequence)
+    assert order == [3, 5, 0, 2, 1, 4]
+
+
+def test_priorities_are_strict_and_do_not_interrupt():
+    """While more urgent requests keep coming others wait, and go on when none is left."""
+    scheduler = make(max_seqs=1)
+    running = add(scheduler, 70, priority=9)
+    advance(scheduler, scheduler.schedule())
+    patient = add(scheduler, 70, priority=1)
+    for _ in range(50):
+        urgent = add(scheduler, 70)
+        advance(scheduler, scheduler.schedule())
+        assert states([running, patient, urgent]) == ["running", "waiting", "waiting"]
+        scheduler.finish(running.sequences[0])
+        running = urgent
+    scheduler.schedule()
+    scheduler.finish(running.sequences[0])
+    scheduler.schedule()
+    assert states([patient]) == ["running"]
+
+
+def test_prompts_are_computed_by_priority():
+    scheduler = make(step=4 + TAIL, chunk=1000)
+    add(scheduler, 1000)
+    advance(scheduler, scheduler.schedule())
+    urgent = add(scheduler, 1000, priority=-1)
+    [item] = scheduler.schedule()
+    assert item.sequence.request is urgent
+
+
+def test_the_newest_of_the_highest_priority_is_put_back_for_pages():
+    scheduler = make(pages=12, max_seqs=5, chunk=64, step=600)
+    first, low, later_low, urgent = requests = [
+        add(scheduler, 64 * 3 - 1, priority=p) for p in (0, 2, 2, -1)
+    ]
+    while not all(r.sequences[0].generated for r in requests):
+        advance(scheduler, scheduler.schedule())
+    assert scheduler.pool.free == 0
+    put_back = []
+    for _ in range(2 * 64 + 2):
+        advance(scheduler, scheduler.schedule())
+        put_back += [r for r in requests if r not in put_back and states([r]) == ["waiting"]]
+    # Each time that the others begin a page.
+    assert put_back[:2] == [later_low, low]
+    assert states([first, urgent]) == ["running", "running"]
+
+
+def test_what_is_put_back_is_the_first_of_its_priority_again():
+    scheduler = make(pages=6, max_seqs=2)
+    old, new = add(scheduler, 190, priority=1), add(scheduler, 190, priority=1)
+    while not new.sequences[0].generated:
+        advance(scheduler, scheduler.schedule())
+    other, urgent = add(scheduler, 70, priority=1), add(scheduler, 70)
+    while states([new]) == ["running"]:
+        advance(scheduler, scheduler.schedule())
+    assert [s.request for s in scheduler.waiting] == [urgent, new, other]
+    assert states([old]) == ["running"]
+
+
 def test_choices_share_the_prompts_whole_pages():
     scheduler = make()
     request = add(scheduler, 200, n=3)
@@ -85,7 +158,12 @@ def test_every_sequence_finishes_and_every_page_comes_back(data):
     scheduler = make(pages, max_seqs, data.draw(st.integers(1, 300)), step)
     longest = pages * 64
     requests = [
-        add(scheduler, data.draw(st.integers(1, longest - 40)), data.draw(st.integers(1, 3)))
+        add(
+            scheduler,
+            data.draw(st.integers(1, longest - 40)),
+            data.draw(st.integers(1, 3)),
+            data.draw(st.integers(-1, 1)),
+        )
         for _ in range(data.draw(st.integers(1, 6)))
     ]
     lives = {s: data.draw(st.integers(1, 40)) for r in requests for s in r.sequences}
