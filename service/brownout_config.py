@@ -36,31 +36,29 @@ class BrownoutConfig(BaseModel):
         description="levels that halve budgets, each once more, down to 512 keys; by default as "
         "many as `sparsity.max_keys` takes to get there",
     )
-    fixed: bool | None = Field(
-        default=None,
-        description="whether a last level puts the fixed pattern in their place, which sees "
-        "nothing else; by default it does unless decode steps are CUDA graphs: it has none",
+    # Off: at most lengths a pattern reads more keys than the smallest budget, it is blind to all
+    # others, and no CUDA graph has it. It pays where a context's codes are what costs.
+    fixed: bool = Field(
+        default=False,
+        description="one more level puts the fixed pattern in their place, which sees nothing else",
     )
 
     @model_validator(mode="after")
     def _there_is_something_to_cut(self) -> BrownoutConfig:
-        if self.enabled and self.halvings == 0 and self.fixed is False:
+        if self.enabled and self.halvings == 0 and not self.fixed:
             raise ValueError(
                 "halvings is 0 and fixed false, so that nothing is ever cut; change one of them, "
                 "or set enabled to false"
             )
         return self
 
-    def controller(self, max_keys: int, *, graphs: bool) -> Brownout:
-        """What decides for one engine.
-
-        Args:
-            max_keys: of requests that name none.
-            graphs: whether decode steps are CUDA graphs.
-        """
+    def levels(self, max_keys: int) -> Levels:
+        """What is cut, where requests that name no number have `max_keys`."""
         if not self.enabled:
-            return Brownout()
-        halvings = halvings_of(max_keys) if self.halvings is None else self.halvings
-        fixed = not graphs if self.fixed is None else self.fixed
+            return Levels()
+        return Levels(halvings_of(max_keys) if self.halvings is None else self.halvings, self.fixed)
+
+    def controller(self, max_keys: int) -> Brownout:
+        """What decides for one engine."""
         targets = Targets(self.max_wait_s, self.itl_target_ms / 1000, self.calm_s)
-        return Brownout(targets, Levels(halvings, fixed))
+        return Brownout(targets, self.levels(max_keys))

@@ -201,6 +201,17 @@ class ServiceConfig(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _there_is_something_to_cut(self) -> ServiceConfig:
+        most = self.sparsity.resolve().max_keys
+        if self.brownout.enabled and self.brownout.levels(most).last == 0:
+            raise ValueError(
+                f"brownout.enabled is true and sparsity.max_keys {most} is small already, so that "
+                "nothing would be cut; say how often requests' own budgets are halved with "
+                "brownout.halvings, or set brownout.fixed, or brownout.enabled to false"
+            )
+        return self
+
     @property
     def most_replicas(self) -> int:
         """Copies of the model that there may be at a time, an update's too."""

@@ -126,9 +126,7 @@ def build_engine(config: ServiceConfig) -> Engine:
             device.type,
             tiles=model.slopes is None and in_tiles(dtype, model.head_dim, decoder.impl),
         ),
-        brownout=config.brownout.controller(
-            config.sparsity.resolve().max_keys, graphs=replays is not None
-        ),
+        brownout=config.brownout.controller(config.sparsity.resolve().max_keys),
     )
 
 

@@ -13,9 +13,9 @@ from service.engine.build import build_engine
 from tests.service.conftest import serving
 
 
-def last_level(max_keys=1024, graphs=False, **settings):
+def last_level(max_keys=1024, **settings):
     """The level that pressure without end leads to."""
-    controller = BrownoutConfig(**settings).controller(max_keys, graphs=graphs)
+    controller = BrownoutConfig(**settings).controller(max_keys)
     controller.observe(0.0, 0.0)
     for second in range(1, 100):
         controller.observe(float(second), 1e6)
@@ -30,15 +30,13 @@ def test_it_is_off_by_default():
 @pytest.mark.parametrize(
     ("settings", "level"),
     [
-        ({}, 2),  # 1024 to 512, and the pattern
-        ({"max_keys": 4096}, 4),
-        ({"max_keys": 300}, 1),
-        ({"graphs": True}, 1),
-        ({"graphs": True, "max_keys": 300}, 0),
-        ({"graphs": True, "fixed": True}, 2),
-        ({"fixed": False}, 1),
-        ({"halvings": 5}, 6),
-        ({"halvings": 0}, 1),
+        ({}, 1),  # 1024 to 512
+        ({"max_keys": 4096}, 3),
+        ({"max_keys": 4097}, 4),
+        ({"fixed": True}, 2),  # and the pattern
+        ({"fixed": True, "max_keys": 300}, 1),
+        ({"halvings": 5}, 5),
+        ({"halvings": 0, "fixed": True}, 1),
     ],
 )
 def test_the_levels_are_as_many_as_there_is_to_cut(settings, level):
@@ -52,7 +50,7 @@ def test_targets_are_in_the_units_that_their_names_say():
         ({"max_wait_s": 3}, 0.0, 3.1, 1),
         ({"max_wait_s": 3}, 0.0, 2.9, 0),
     ):
-        controller = BrownoutConfig(enabled=True, **settings).controller(1024, graphs=False)
+        controller = BrownoutConfig(enabled=True, **settings).controller(1024)
         controller.observe(5.0, 0.0)
         controller.token(gap)
         controller.observe(6.0, wait)
@@ -61,7 +59,9 @@ def test_targets_are_in_the_units_that_their_names_say():
 
 def test_a_stream_says_how_much_of_it_was_cut(service_config):
     # The level is the test's alone to change.
-    patient = BrownoutConfig(enabled=True, max_wait_s=1e9, itl_target_ms=1e9, calm_s=1e9)
+    patient = BrownoutConfig(
+        enabled=True, fixed=True, max_wait_s=1e9, itl_target_ms=1e9, calm_s=1e9
+    )
     config = service_config.model_copy(update={"brownout": patient})
     engine = build_engine(config)
     engine.start()

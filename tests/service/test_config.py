@@ -80,6 +80,10 @@ def test_an_empty_file_changes_nothing(tmp_path):
             {"brownout": {"enabled": True, "halvings": 0, "fixed": False}},
             ["brownout", "halvings is 0", "enabled to false"],
         ),
+        (
+            {"brownout": {"enabled": True}, "sparsity": {"max_keys": 512}},
+            ["brownout.enabled", "sparsity.max_keys 512", "halvings"],
+        ),
         ({"limits": {"priority": -1}}, ["limits.priority"]),
         ({"drain_s": 5}, ["drain_s", "10"]),
         ({"update_surge_percent": 101}, ["update_surge_percent", "100"]),
