@@ -155,7 +155,7 @@ class _Input:
         count = len(rows)
         self._columns[:, :count] = np.array(rows, dtype=np.int64).T
         self._columns[:, count:] = self._padding
-        if self._dynamic:  # of padding they are not read
+        if self._dynamic:  # those of padding have no meaning
             self._limits[:count] = [
                 dynamic_policy(item.sequence.wanted(item.start)).limits for item in work
             ]
