@@ -8,7 +8,8 @@ nothing is left to do it jumps to the next request.
 
 A request is a document of `--tokens` random tokens and `--choices` answers to it, so that much of
 what costs is decoding; the budget is a wide one, `--max-keys`. What one request takes alone is
-measured first, with its whole budget and with the smallest. Then requests come `--overload` times
+measured first, with its whole budget, the default one, the smallest, and the pattern. With
+`--repeats 0` that is all. Then requests come `--overload` times
 as fast as one is done alone, with brownout off and on. All run at once: more load is a larger step,
 and a longer wait for each token. A request is good whose mean time between tokens is within the
 target, `--slo` times what it is alone.
@@ -215,9 +216,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     wide = ServiceConfig(sparsity=budget(options)).sparsity.resolve()
-    whole, least = (
-        alone(options, one) for one in (wide, replace(wide, min_keys=SAMPLE, max_keys=SAMPLE))
-    )
+    default = ServiceConfig().sparsity.resolve()
+    ways = {
+        "whole": wide,
+        "default": default,
+        "least": replace(wide, min_keys=SAMPLE, max_keys=SAMPLE),
+        "pattern": replace(default, policy="fixed", prefill="dynamic"),
+    }
+    single = {name: alone(options, one) for name, one in ways.items()}
+    whole = single["whole"]
     interval = whole.last / options.overload
     target = 1000 * options.slo * statistics.mean(whole.gaps)
     brownout = {
@@ -228,20 +235,13 @@ def main() -> None:
         "command": " ".join(["python", "tests/bench/brownout.py", *sys.argv[1:]]),
         "machine": machine_name(torch.device("cpu")),
         "torch": torch.__version__,
-        "alone_s": {"whole": whole.last, "least": least.last},
-        "gap_alone_ms": {
-            name: 1000 * statistics.mean(one.gaps)
-            for name, one in (("whole", whole), ("least", least))
-        },
+        "alone_s": {name: one.last for name, one in single.items()},
+        "gap_alone_ms": {name: 1000 * statistics.mean(one.gaps) for name, one in single.items()},
         "interval_s": interval,
         "target_ms": target,
         "runs": [],
     }
-    print(
-        f"alone: {whole.last:.1f} s with {options.max_keys} keys, {least.last:.1f} s with "
-        f"{SAMPLE}; one request every {interval:.1f} s, good within {target:.0f} ms a token",
-        flush=True,
-    )
+    print(json.dumps(result, indent=1), flush=True)
     for _ in range(options.repeats):
         for name, settings in (("off", {}), ("on", brownout)):
             run = summary(loaded(options, wide, interval, settings), interval, target)
