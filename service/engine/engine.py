@@ -13,9 +13,9 @@ import torch
 
 from service.engine.admission import check_explain, check_request
 from service.engine.explained import Passages
+from service.engine.holds import decide
 from service.engine.measures import observe, time_end, time_token
 from service.engine.output import Ending, Output
-from service.engine.runner import Runner, decide
 from service.engine.sampler import Ranked, Sampler, rank, rank_in_slices
 from service.engine.scheduler import Limits, Scheduler, Work
 from service.engine.sequence import Fallback, Mode, Request, Sequence, State
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
     from models.config import ModelConfig
     from models.tokenizer import Tokenizer
+    from service.engine.outcome import Outcome
     from service.engine.pages import PagePool
-    from service.engine.runner import Outcome
+    from service.engine.runner import Runner
     from service.engine.types import SparsityReport, TokenLook
     from service.metrics import Metrics
 
