@@ -43,6 +43,7 @@ async def chat_completions(request: Request) -> Response:
         sparsity_params(asked.sparsity, state.config.sparsity),
         n=asked.n,
         request_id=request_id,
+        cache_salt=asked.cache_salt or "",
     )
     return await respond(
         request,

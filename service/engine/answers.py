@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from kernels.page import PAGE
 from service.engine.explained import Passages
 from service.engine.holds import decide
 from service.engine.measures import time_end, time_token
 from service.engine.output import Ending, Output
 from service.engine.sampler import Ranked, Sampler, rank, rank_in_slices
+from service.engine.scheduler import Work
 from service.engine.sequence import Fallback, Mode, Request, Sequence, State
 from service.engine.stream import deliver
 from service.engine.tally import Looked, Prefilled, Tally
@@ -111,6 +114,8 @@ class Answers:
             progress.tally.fell_back(reason, tokens)
             self._metrics.fallback(reason.value, to.value, tokens)
 
+        if sequence.decided < item.start:
+            _reuse(sequence, progress.tally)
         # A sequence that was put back computes its prompt again, which is counted once.
         if outcome.prefilled is not None:
             body = outcome.prefilled.behind(sequence.decided - item.start)
@@ -124,6 +129,7 @@ class Answers:
             looked.append(fresh)
         self._rank_prompt(outcome, progress)
         sequence.computed = item.stop
+        self._keep(outcome)
         if not item.samples:
             return
         if sequence.generated == 0 and sequence.index == 0:
@@ -143,6 +149,24 @@ class Answers:
             explain = request.sparsity.explain
             look = outcome.explained.look if explain is not None and explain.tokens else None
         self._sample(sequence, progress, self._runner.next_logits(outcome), look)
+
+    def _keep(self, outcome: Outcome) -> None:
+        """Let the prefix cache have the pages of the prompt that the work completed."""
+        item, sequence, cache = outcome.work, outcome.work.sequence, self._scheduler.cache
+        if cache is None or outcome.prefilled is None:
+            return
+        fresh = cache.fresh(sequence)
+        if not fresh:
+            return
+        sound = self._runner.sound([sequence.pages[number] for number in fresh])
+        sequence.sealed = not all(sound)
+        first = fresh.start - item.start // PAGE
+        stop = first + (sound.index(False) if sequence.sealed else len(sound))
+        seen = outcome.prefilled
+        cache.keep(
+            sequence,
+            zip(seen.density[first:stop].tolist(), seen.coverage[first:stop].tolist(), strict=True),
+        )
 
     def _sample(
         self,
@@ -217,7 +241,9 @@ class Answers:
         look: TokenLook | None = None,
     ) -> None:
         request, progress = sequence.request, self._progress[sequence]
-        prompt_logprobs = None
+        prompt_logprobs, cached = None, 0
+        if not progress.opened and sequence.index == 0:
+            cached = request.cached or 0
         if not progress.opened and sequence.index == 0 and not error:
             prompt_logprobs = self._prompt_logprobs(request, progress)
         progress.opened = True
@@ -231,6 +257,7 @@ class Answers:
             error=error,
             sparsity=self._report(request, progress) if ending else None,
             prompt_logprobs=prompt_logprobs,
+            cached_tokens=cached,
             look=look,
         )
         self._outbox.setdefault(request, []).append(delta)
@@ -257,3 +284,16 @@ class Answers:
         text = self._tokenizer.token_text
         top = tuple((token, text(token), logprob) for token, logprob in entry.top)
         return TokenLogprob(entry.token, text(entry.token), entry.logprob, top)
+
+
+def _reuse(sequence: Sequence, tally: Tally) -> None:
+    """Count what the sequence began with as if it had computed it: it would look there, too."""
+    contents = sequence.reused
+    seen = Prefilled(
+        np.full(len(contents), PAGE),
+        np.array([one.density for one in contents]),
+        np.array([one.coverage for one in contents]),
+    )
+    tally.add_prefill(seen.behind(sequence.decided))
+    work = Work(sequence, 0, len(contents) * PAGE)
+    decide(work, lambda reason, _, tokens: tally.fell_back(reason, tokens))

@@ -16,8 +16,9 @@ from service.engine.answers import Answers
 from service.engine.counts import Counts
 from service.engine.measures import observe
 from service.engine.output import Ending
+from service.engine.prefix import PrefixCache
 from service.engine.scheduler import Limits, Scheduler, Work
-from service.engine.sequence import Request, State
+from service.engine.sequence import Request, Sequence, State
 from service.engine.stream import Stream
 from service.engine.types import Health, Load, SamplingParams, SparsityParams
 from service.errors import EngineDeadError, RequestError
@@ -59,6 +60,7 @@ class Engine:
         max_model_len: most tokens of a prompt and its answer; must fit the pool.
         dense_below: context under which the dynamic policy runs dense, tokens.
         prefill_dense_below: the same of prompts before their tail.
+        prefix_cache: whether what was computed of a prompt is kept for others that begin alike.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Engine:
         max_model_len: int,
         dense_below: int,
         prefill_dense_below: int = 0,
+        prefix_cache: bool = True,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -81,7 +84,7 @@ class Engine:
         self.model_name = model_name
         self.max_model_len = max_model_len
         self._runner = runner
-        self._scheduler = Scheduler(pool, limits)
+        self._scheduler = Scheduler(pool, limits, PrefixCache(pool) if prefix_cache else None)
         self._limits = limits
         self._dense_below = dense_below
         self._prefill_dense_below = prefill_dense_below
@@ -118,8 +121,11 @@ class Engine:
         *,
         n: int = 1,
         request_id: str,
+        cache_salt: str = "",
     ) -> Stream:
         """Queue a request; call it in the event loop that will read the stream.
+
+        Requests share the prefix cache's pages where they have the same `cache_salt`.
 
         Raises:
             RequestError: the prompt or a parameter does not fit this model.
@@ -146,6 +152,7 @@ class Engine:
             time.monotonic(),
             prefill_dense_below=self._prefill_dense_below,
             own_pattern=self.config.patterns is not None,
+            cache_salt=cache_salt,
         )
         with self._lock:
             if self._stopping or not self._thread.is_alive():
@@ -242,7 +249,7 @@ class Engine:
         prompts = any(item.sequence.unfilled for item in work)
         for item in work:
             if item.sequence.started is None:
-                item.sequence.started = now
+                self._start(item.sequence, now)
         looked: list[Looked] = []
         prefilled: list[Prefilled] = []
         for outcome in self._runner.run(work):
@@ -263,6 +270,11 @@ class Engine:
             self.metrics.prefilled(chunk.mean_density, chunk.mean_coverage)
         if prompts:
             self._prefill_seconds += time.monotonic() - now
+
+    def _start(self, sequence: Sequence, now: float) -> None:
+        request, sequence.started = sequence.request, now
+        if request.cached is not None:
+            self.metrics.prefix_cache(len(request.prompt), request.cached)
 
     def _flush(self) -> None:
         """Send the step's deltas; metrics are booked before, so a caller who asks sees its own."""

@@ -147,6 +147,12 @@ class Runner:
             for cache in self._caches:
                 cache.copy_page(source, target)
 
+    def sound(self, pages: Seq[int]) -> list[bool]:
+        """Of complete physical pages, whether all their keys and values are finite."""
+        index = torch.tensor(pages, device=self._device)
+        sums = [cache.soundness(index) for cache in self._caches]  # [pages] of each layer
+        return torch.stack(sums).isfinite().all(0).tolist()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] of `hidden` [rows, hidden]."""
         return self._model.logits(hidden)

@@ -11,6 +11,7 @@ from service.engine.sequence import TAIL, Request, Sequence, State
 
 if TYPE_CHECKING:
     from service.engine.pages import PagePool
+    from service.engine.prefix import PrefixCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,14 @@ class Limits:
 class Scheduler:
     """First come, first served, with the newest put back when the cache is full.
 
-    A sequence that is put back loses its pages and is computed anew later; how each of its tokens
-    attended is remembered, so that it goes on exactly as it would have.
+    A sequence that is put back loses its pages and is computed anew later, but for what the prefix
+    cache still has of it then; how each of its tokens attended is remembered, so that it goes on
+    exactly as it would have. What the cache keeps is free to give: it never makes anyone wait.
     """
 
     pool: PagePool
     limits: Limits
+    cache: PrefixCache | None = None  # over the same pool; None: every prompt is computed
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)  # oldest first
     preemptions: int = 0
@@ -65,6 +68,9 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The next step's work: every running sequence that fits, decode tokens first."""
+        if self.cache is not None:
+            for sequence in self.waiting:
+                self.cache.look(sequence)
         self._admit()
         budget = self.limits.step_tokens
         work: list[Work] = []
@@ -127,10 +133,13 @@ class Scheduler:
         promised = sum(max(0, self._needs(s) - len(s.pages)) for s in self.running)
         while self.waiting and len(self.running) < self.limits.max_seqs:
             sequence = self.waiting[0]
-            promised += self._needs(sequence)
-            if promised > self.pool.free:
+            found = [] if self.cache is None else self.cache.find(sequence)
+            promised += self._needs(sequence) - len(found)
+            if promised + self.pool.idle(found) > self.pool.free:
                 return
             self.waiting.popleft()
+            if self.cache is not None:
+                self.cache.begin(sequence, found)
             sequence.state = State.RUNNING
             self.running.append(sequence)
 
@@ -167,7 +176,7 @@ class Scheduler:
     def _put_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.computed = 0
+        sequence.computed = sequence.found = 0
         sequence.state = State.WAITING
         self.waiting.appendleft(sequence)
         self.preemptions += 1

@@ -200,6 +200,7 @@ def harness():
         wrap=lambda model: model,
         max_model_len=4096,
         captured=(),
+        prefix_cache=True,
         impl=Impl.TORCH,
         device="cpu",
     ):
@@ -227,6 +228,7 @@ def harness():
             max_model_len=min(max_model_len, pages * 64),
             dense_below=dense_below,
             prefill_dense_below=prefill_dense_below,
+            prefix_cache=prefix_cache,
         )
         engine.start()
         started.append(engine)

@@ -59,7 +59,12 @@ def test_a_completion_has_openais_shape_and_the_report():
     assert answer["choices"] == [
         {"index": 0, "text": "Hi", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     ]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer["sparsity"] == {
         "policy": "dynamic",
         "density": 0.1,
