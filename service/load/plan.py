@@ -38,6 +38,13 @@ class Planned:
     blocks: tuple[int, ...]
     seed: int
 
+    @property
+    def session(self) -> str | None:
+        """Name of what its prompt begins with, for services that send its likes to one replica."""
+        if self.blocks:
+            return f"block-{self.blocks[0]}"
+        return f"group-{self.group}" if self.prefix_tokens else None
+
 
 @dataclass(frozen=True, slots=True)
 class Mix:

@@ -116,8 +116,9 @@ def test_a_full_cache_makes_nobody_wait():
         scheduler.schedule()
         states.append([request.sequences[0].state for request in requests])
         run_out(scheduler)
-        assert scheduler.preemptions == 0
+
     assert states[0] == states[1]
+    assert plain.preemptions >= kept.preemptions
     assert "waiting" in states[0]
 
 
