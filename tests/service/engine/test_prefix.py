@@ -256,6 +256,8 @@ def test_scores_that_are_no_numbers_keep_nothing(harness, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "tile_attention", broken)
         ask(one, FIRST, SPARSE)
+    # All of it was dense from the first page on, and yet it is no dense prompt's.
+    assert cached(ask(one, FIRST, dynamic(), tokens=1)) == 0
     assert cached(ask(one, FIRST, SPARSE)) == 0
 
 
