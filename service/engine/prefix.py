@@ -68,7 +68,7 @@ class PrefixCache:
         # What a page that is yet to be computed falls back to is not known: its key may change.
         del sequence.keys[len(pages) :]
         request = sequence.request
-        if request.cached is None and request.sampling.prompt_logprobs is None:
+        if sequence.started is None and request.sampling.prompt_logprobs is None:
             request.cached = sequence.computed
 
     def fresh(self, sequence: Sequence) -> range:

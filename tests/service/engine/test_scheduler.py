@@ -158,6 +158,28 @@ def test_what_waits_knows_what_it_will_find():
     assert second.sequences[0].unfilled == 360
 
 
+def test_what_was_found_counts_as_of_the_start():
+    scheduler = make(pages=24, cache=True)
+    add(scheduler, 1000)
+    run_out(scheduler)
+    request = add(scheduler, 1000)
+    [sequence] = request.sequences
+    scheduler.schedule()
+    assert request.cached == sequence.computed == 832
+    scheduler._put_back(sequence)  # before its first step has run
+    other = scheduler.pool.take(14)  # somebody needs what it found, but for ten pages
+    scheduler.schedule()
+    assert request.cached is not None and sequence.state is State.WAITING
+    scheduler.pool.release(other)
+    scheduler.schedule()
+    assert request.cached == sequence.computed == 640
+    sequence.started = 0.0
+    scheduler._put_back(sequence)
+    scheduler.pool.release(scheduler.pool.take(24))
+    scheduler.schedule()
+    assert (request.cached, sequence.computed) == (640, 0)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_sequence_finishes_and_every_page_comes_back(data):
