@@ -158,6 +158,18 @@ def test_what_waits_knows_what_it_will_find():
     assert second.sequences[0].unfilled == 360
 
 
+def test_what_is_found_takes_room_where_nobody_held_it():
+    scheduler = make(pages=20, cache=True)
+    add(scheduler, 1000)
+    run_out(scheduler)
+    held = scheduler.pool.take(7)
+    request = add(scheduler, 1000)  # finds 13 pages, all that are free, and needs three more
+    assert scheduler.schedule() == []
+    assert request.sequences[0].state is State.WAITING and scheduler.preemptions == 0
+    scheduler.pool.release(held)
+    assert [item.start for item in scheduler.schedule()] == [832]
+
+
 def test_what_was_found_counts_as_of_the_start():
     scheduler = make(pages=24, cache=True)
     add(scheduler, 1000)
