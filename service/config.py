@@ -128,6 +128,11 @@ class ServiceConfig(BaseSettings):
     max_step_tokens: int = Field(
         default=2048, ge=1, description="tokens of all sequences a step; a core, too"
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="keep what was computed of a prompt, while there is room, for requests that "
+        "begin alike",
+    )
     cuda_graphs: bool = Field(
         default=True, description="on a GPU, capture decode steps at the start and replay them"
     )

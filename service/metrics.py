@@ -62,7 +62,7 @@ class Metrics:
         self._brownout = self._gauge(
             "brownout_level", "How far budgets are cut under overload; 0 is not."
         )
-        self._queued_tokens = self._gauge("queued_tokens", "Prompt tokens not yet prefilled.")
+        self._queued_tokens = self._gauge("queued_tokens", "Prompt tokens yet to be prefilled.")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.")
         self._preemptions = self._counter(
             "num_preemptions", "Requests put back in the queue because the KV cache was full."
@@ -138,9 +138,12 @@ class Metrics:
         self._graphs_failed = self._counter(
             "cuda_graph_failures", "Sizes of decode steps that run without a graph.", "phase"
         )
-        # Zero until there is a prefix cache; dashboards know the names already.
-        self._counter("prefix_cache_queries", "Prompt tokens looked up.").labels(model_name)
-        self._counter("prefix_cache_hits", "Prompt tokens found.").labels(model_name)
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        ).labels(model_name)
+        self._prefix_hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens found there, which are not computed."
+        ).labels(model_name)
         for finished_reason in FINISHED_REASONS:
             self._success.labels(model_name, finished_reason)
         for reason, to in FALLBACKS:
@@ -176,6 +179,11 @@ class Metrics:
     def prompt_tokens(self, n: int) -> None:
         """`n` more prompt tokens processed."""
         self._prompt_tokens.inc(n)
+
+    def prefix_cache(self, queries: int, hits: int) -> None:
+        """A prompt of `queries` tokens was looked up, and `hits` of them were found."""
+        self._prefix_queries.inc(queries)
+        self._prefix_hits.inc(hits)
 
     def generation_tokens(self, n: int) -> None:
         """`n` more tokens generated."""

@@ -44,6 +44,7 @@ async def chat_completions(request: Request) -> Response:
         n=asked.n,
         priority=asked.priority,
         request_id=request_id,
+        cache_salt=asked.cache_salt or "",
     )
     return await respond(
         request,

@@ -53,6 +53,7 @@ async def completions(request: Request) -> Response:
         n=asked.n,
         priority=asked.priority,
         request_id=request_id,
+        cache_salt=asked.cache_salt or "",
     )
     return await respond(
         request,

@@ -123,6 +123,9 @@ class GenerationRequest(Body):
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] = {}
     priority: int = 0  # lower is earlier
+    # vLLM's: prompts of other salts neither find what this one leaves in the prefix cache nor tell,
+    # by the time they take, what it was.
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     sparsity: SparsityRequest = SparsityRequest()
 
     @field_validator("priority")

@@ -126,6 +126,7 @@ def build_engine(config: ServiceConfig) -> Engine:
             device.type,
             tiles=model.slopes is None and in_tiles(dtype, model.head_dim, decoder.impl),
         ),
+        prefix_cache=config.prefix_cache,
         brownout=config.brownout.controller(config.sparsity.resolve().max_keys),
     )
 

@@ -13,7 +13,7 @@ from kernels.page import PAGE
 from models.decode_step import DecodeStep
 from service.engine import looked
 from service.engine.batch import dynamic_policy
-from service.engine.runner import Outcome
+from service.engine.outcome import Outcome
 from service.engine.sequence import Mode
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from service.engine.sequence import TAIL, Request, Sequence, State
 
 if TYPE_CHECKING:
     from service.engine.pages import PagePool
+    from service.engine.prefix import PrefixCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,15 @@ class Scheduler:
     """The lowest priority first, and first come, first served within one; strictly.
 
     When the cache is full the newest of the highest priority is put back; what runs is never put
-    back for what waits. A sequence that is put back loses its pages and is computed anew later; how
-    each of its tokens attended is remembered, so that it goes on exactly as it would have.
+    back for what waits. A sequence that is put back loses its pages and is computed anew later, but
+    for what the prefix cache still has of it then; how each of its tokens attended is remembered,
+    so that it goes on exactly as it would have. What the prefix cache keeps is free to give: it
+    never makes anyone wait.
     """
 
     pool: PagePool
     limits: Limits
+    cache: PrefixCache | None = None  # over the same pool; None: every prompt is computed
     waiting: list[Sequence] = field(default_factory=list)  # the next one first
     running: list[Sequence] = field(default_factory=list)  # oldest first
     preemptions: int = 0
@@ -66,6 +70,9 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The next step's work: every running sequence that fits, decode tokens first."""
+        if self.cache is not None:
+            for sequence in self.waiting:
+                self.cache.look(sequence)
         self._admit()
         budget = self.limits.step_tokens
         work: list[Work] = []
@@ -130,10 +137,13 @@ class Scheduler:
         promised = sum(max(0, self._needs(s) - len(s.pages)) for s in self.running)
         while self.waiting and len(self.running) < self.limits.max_seqs:
             sequence = self.waiting[0]
-            promised += self._needs(sequence)
-            if promised > self.pool.free:
+            found = [] if self.cache is None else self.cache.find(sequence)
+            promised += self._needs(sequence) - len(found)
+            if promised + self.pool.idle(found) > self.pool.free:
                 return
             self.waiting.pop(0)
+            if self.cache is not None:
+                self.cache.begin(sequence, found)
             sequence.state = State.RUNNING
             self.running.append(sequence)
 
@@ -170,7 +180,7 @@ class Scheduler:
     def _put_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.computed = 0
+        sequence.computed = sequence.found = 0
         sequence.state = State.WAITING
         insort_left(self.waiting, sequence, key=_priority)
         self.preemptions += 1

@@ -11,6 +11,7 @@ from kernels.page import PAGE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from service.engine.pages import Content
     from service.engine.stream import Stream
     from service.engine.types import SamplingParams, SparsityParams
 
@@ -70,6 +71,9 @@ class Request:
     prefill_dense_below: int = 0  # as `dense_below`, of the prompt before its tail
     own_pattern: bool = False  # the model's heads see by patterns: nothing is left to select
     priority: int = 0  # lower is earlier
+    cache_salt: str = ""  # the prefix cache's pages are shared among requests of the same one
+    # Prompt tokens that it found there when it started; None: not started, or it did not look.
+    cached: int | None = None
 
     @property
     def tail_start(self) -> int:
@@ -99,6 +103,11 @@ class Sequence:
     cut: SparsityParams | None = None
     cuts: dict[int, SparsityParams] = field(default_factory=dict)
     spared: bool = False  # it missed its floor of coverage under a cut, and is cut no more
+    # Of the prefix cache, the engine's thread alone fills them in (`service.engine.prefix`).
+    keys: list[bytes] = field(default_factory=list)  # of its first pages, as far as asked for
+    found: int = 0  # while it waits: so many first pages are there to begin with
+    reused: list[Content] = field(default_factory=list)  # of the pages that it began with
+    sealed: bool = False  # its next page is not fit to be kept, nor is any behind it
     started: float | None = None  # first step, seconds, monotonic
     first_token: float | None = None  # first token, seconds, monotonic
     last_token: float | None = None  # newest token, seconds, monotonic
@@ -115,10 +124,13 @@ class Sequence:
 
     @property
     def unfilled(self) -> int:
-        """Known tokens to compute before the next can be sampled; a decode step's one is none."""
+        """Known tokens to compute before the next can be sampled; a decode step's one is none.
+
+        What waits need not compute again what the prefix cache has.
+        """
         if self.state not in (State.WAITING, State.RUNNING):
             return 0
-        left = len(self.tokens) - self.computed
+        left = len(self.tokens) - max(self.computed, self.found * PAGE)
         return left if left > 1 or self.generated == 0 else 0
 
     def mode(self, position: int) -> Mode:

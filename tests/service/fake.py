@@ -96,7 +96,7 @@ class FakeEngine:
     def check_room(self, choices):
         assert choices > 0
 
-    def submit(self, prompt, sampling, sparsity, *, n=1, priority=0, request_id):
+    def submit(self, prompt, sampling, sparsity, *, n=1, priority=0, request_id, cache_salt=""):
         script = self.scripts.pop(0)
         if isinstance(script, BaseException):
             raise script
@@ -108,6 +108,7 @@ class FakeEngine:
                 n=n,
                 priority=priority,
                 id=request_id,
+                cache_salt=cache_salt,
             )
         )
         self.streams.append(FakeStream(script))

@@ -60,7 +60,12 @@ def test_a_completion_has_openais_shape_and_the_report():
     assert answer["choices"] == [
         {"index": 0, "text": "Hi", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     ]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer["sparsity"] == {
         "policy": "dynamic",
         "density": 0.1,
@@ -97,6 +102,28 @@ def test_continuous_usage_counts_up():
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events(complete(FakeEngine(HELLO), stream=True, stream_options=options))
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("send", [complete, chat])
+def test_usage_tells_what_of_the_prompt_was_cached(send, stream):
+    script = [delta("H", cached_tokens=2), delta("i", finish="stop")]
+    options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    response = send(FakeEngine(script), stream=stream, **(options if stream else {}))
+    told = events(response) if stream else [response.json()]
+    assert {chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in told} == {2}
+
+
+@pytest.mark.parametrize("send", [complete, chat])
+def test_a_salt_reaches_the_engine(send):
+    engine = FakeEngine(HELLO, HELLO, HELLO)
+    for salt in ({}, {"cache_salt": None}, {"cache_salt": "tenant"}):
+        assert send(engine, **salt).status_code == 200
+    assert [one.cache_salt for one in engine.submitted] == ["", "", "tenant"]
+    for salt in ("", "x" * 257, 5, ["x"]):
+        refused = send(engine, cache_salt=salt)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "cache_salt"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -37,7 +37,7 @@ def little_work(monkeypatch):
     monkeypatch.setattr("kernels.gpu.launch.PROGRAMS", 2)
     monkeypatch.setattr("kernels.gpu.decode.SAMPLE", 8)
     monkeypatch.setattr("service.engine.sequence.TAIL", TAIL)
-    monkeypatch.setattr("service.engine.runner.HOLD", HOLD)
+    monkeypatch.setattr("service.engine.holds.HOLD", HOLD)
 
 
 @pytest.fixture

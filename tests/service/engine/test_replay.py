@@ -444,3 +444,22 @@ def test_answers_are_the_same_with_captured_steps(harness):
         assert mine[-1].sparsity.fallbacks == its[-1].sparsity.fallbacks
         assert mine[-1].sparsity.density == pytest.approx(its[-1].sparsity.density, abs=1e-6)
         assert mine[-1].sparsity.coverage == pytest.approx(its[-1].sparsity.coverage, abs=1e-4)
+
+
+def test_captured_steps_go_on_from_the_pages_of_the_prefix_cache(harness, monkeypatch):
+    monkeypatch.setattr("service.engine.sequence.TAIL", 2)
+    settings = {"dtype": torch.float32, "config": CONFIG, "device": DEVICE.type}
+    one, off = harness(captured=CAPTURED[:1], **settings), harness(prefix_cache=False, **settings)
+    prompts = [prompt_of(200, 1), [*prompt_of(200, 1)[:130], *prompt_of(9, 2)], prompt_of(200, 1)]
+    cached = []
+    for prompt in prompts:
+        asked = prompt, greedy(3, logprobs=2), DENSE
+        [mine], [its] = one.run(one.generate(*asked)), off.run(off.generate(*asked))
+        assert [d.token_ids for d in mine] == [d.token_ids for d in its]
+        ours, theirs = ([e.logprob for d in each for e in d.logprobs] for each in (mine, its))
+        assert ours == pytest.approx(theirs, abs=1e-3)
+        assert mine[-1].sparsity.density == pytest.approx(its[-1].sparsity.density, abs=1e-6)
+        cached.append(mine[0].cached_tokens)
+    assert cached == [0, 128, 192]
+    replays = "saccade_cuda_graph_replays_total"
+    assert one.engine.metrics.registry.get_sample_value(replays, {"model_name": "tiny"}) == 6
