@@ -19,7 +19,7 @@ class BrownoutConfig(BaseModel):
 
     enabled: bool = Field(default=False, description="budgets are cut under overload")
     max_wait_s: float = Field(
-        default=2.0, gt=0, description="seconds that a request may wait for its first step"
+        default=2.0, gt=0, description="seconds that a request may wait in the queue"
     )
     itl_target_ms: float = Field(
         default=100.0, gt=0, description="milliseconds between two tokens, mean over a second's"

@@ -34,7 +34,7 @@ MOST = 16
 class Targets:
     """What users should feel at the most, all in seconds."""
 
-    wait: float  # from a request's arrival to its first step
+    wait: float  # of a request in the queue, from its arrival on
     gap: float  # between two tokens of a sequence, mean over a window's tokens
     calm: float = 10.0  # without pressure, until the level falls by one
 
@@ -89,7 +89,7 @@ class Brownout:
 
         Args:
             now: seconds, of any clock that goes forward.
-            waited: seconds that the request has waited which waits the longest; 0: none waits.
+            waited: seconds that the request in the queue has waited which has the longest; 0: none.
         """
         if self._begun is None:
             self._begun = self._idle = self._strained = now

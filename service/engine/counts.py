@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from service.engine.sequence import State
 from service.engine.types import Load
 from service.errors import OverloadedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from service.engine.scheduler import Scheduler
+    from service.engine.sequence import Request
 
 
 class Counts:
@@ -61,7 +69,19 @@ class Counts:
             self._arriving_tokens -= tokens
             self._waiting += choices
 
-    def update(self, load: Load, waiting: int, running: int) -> None:
-        """What there is after a step: sequences that the scheduler has."""
+    def update(
+        self, requests: Iterable[Request], scheduler: Scheduler, prefill_seconds: float
+    ) -> None:
+        """What there is after a step: requests that have not ended, and where they are."""
+        sequences = [sequence for request in requests for sequence in request.sequences]
+        waiting = len(scheduler.waiting) + sum(one.state is State.FORKING for one in sequences)
+        unfilled = [sequence.unfilled for sequence in sequences if sequence.unfilled]
+        load = Load(
+            queued_tokens=sum(unfilled),
+            queued_prompts=len(unfilled),
+            kv_usage=scheduler.pool.usage,
+            slots=len(scheduler.running) / scheduler.limits.max_seqs,
+            prefill_seconds=prefill_seconds,
+        )
         with self._lock:
-            self._load, self._waiting, self._running = load, waiting, running
+            self._load, self._waiting, self._running = load, waiting, len(scheduler.running)

@@ -295,22 +295,8 @@ class Engine:
 
     def _report_load(self) -> None:
         scheduler = self._scheduler
-        sequences = [
-            sequence
-            for request in self._answers.requests.values()
-            for sequence in request.sequences
-        ]
-        waiting = len(scheduler.waiting) + sum(one.state is State.FORKING for one in sequences)
-        unfilled = [sequence.unfilled for sequence in sequences if sequence.unfilled]
-        load = Load(
-            queued_tokens=sum(unfilled),
-            queued_prompts=len(unfilled),
-            kv_usage=scheduler.pool.usage,
-            slots=len(scheduler.running) / self._limits.max_seqs,
-            prefill_seconds=self._prefill_seconds,
-        )
-        self._counts.update(load, waiting, len(scheduler.running))
-        self.metrics.queued(load.queued_tokens)
+        self._counts.update(self._answers.requests.values(), scheduler, self._prefill_seconds)
+        self.metrics.queued(self._counts.load.queued_tokens)
         self.metrics.preempted(scheduler.preemptions - self._preemptions)
         self._preemptions = scheduler.preemptions
         self.metrics.set_load(len(scheduler.running), self._counts.waiting, scheduler.pool.usage)

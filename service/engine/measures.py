@@ -47,8 +47,14 @@ def observe(metrics: Metrics, looked: Seq[Looked]) -> None:
 
 
 def longest_wait(waiting: Seq[Sequence]) -> float:
-    """Seconds since the first of those came that no step has computed yet; 0: there are none."""
-    arrived = [one.request.arrived for one in waiting if one.started is None]
+    """Seconds since the first of those in the queue came that have not run; 0: there are none.
+
+    Those of a priority above 0 do not count: they wait for others by their own will, and a backlog
+    of them would be at the cost of all.
+    """
+    arrived = [
+        one.request.arrived for one in waiting if one.started is None and one.request.priority <= 0
+    ]
     return time.monotonic() - min(arrived) if arrived else 0.0
 
 

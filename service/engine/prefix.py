@@ -62,7 +62,7 @@ class PrefixCache:
     def begin(self, sequence: Sequence, pages: list[int]) -> None:
         """Let a waiting sequence begin with the pages that were found for it."""
         self._pool.share(pages)
-        sequence.pages = list(pages)
+        sequence.pages, sequence.found = list(pages), len(pages)
         sequence.reused = [self._pool.content(page) for page in pages]
         sequence.computed = len(pages) * PAGE
         # What a page that is yet to be computed falls back to is not known: its key may change.

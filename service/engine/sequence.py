@@ -105,7 +105,7 @@ class Sequence:
     spared: bool = False  # it missed its floor of coverage under a cut, and is cut no more
     # Of the prefix cache, the engine's thread alone fills them in (`service.engine.prefix`).
     keys: list[bytes] = field(default_factory=list)  # of its first pages, as far as asked for
-    found: int = 0  # while it waits: so many first pages are there to begin with
+    found: int = 0  # so many first pages are there to begin with, or were when it began
     reused: list[Content] = field(default_factory=list)  # of the pages that it began with
     sealed: bool = False  # its next page is not fit to be kept, nor is any behind it
     started: float | None = None  # first step, seconds, monotonic
