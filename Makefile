@@ -81,6 +81,7 @@ soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/two_nodes.py
 	$(PYTHON) tests/bench/scaling.py
 	$(PYTHON) tests/bench/streams.py
+	$(PYTHON) tests/bench/prefix.py
 	$(MAKE) --no-print-directory browser
 
 browser: $(DEV_STAMP)

@@ -138,6 +138,18 @@ class LayerCache:
         scale.masked_fill_(scale.isinf(), torch.nan)
         self.codes[:, pages], self.scale[:, pages] = codes, scale
 
+    def soundness(self, pages: Tensor) -> Tensor:
+        """Sums that are finite where all keys and values of complete pages are.
+
+        Args:
+            pages: int64 [pages], physical pages, coded.
+
+        Returns:
+            float32 [pages].
+        """
+        values = self.value_mean[:, pages].float().sum((0, 2))  # [pages]
+        return values + self.spread[:, pages].sum(0)
+
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page, for a sequence that goes its own way in a page it shared."""
         for part in self.parts:

@@ -11,6 +11,9 @@ from kernels.page import PAGE
 if TYPE_CHECKING:
     from kernels.patterns.pattern import Pattern
 
+MOST_KEYS = 2**24
+"""Largest budget that float32 holds exactly; no context is that long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Dense:
@@ -66,6 +69,15 @@ class Dynamic:
             raise KernelError(
                 f"min_keys must lie in 0 to max_keys ({self.max_keys}), not {self.min_keys}"
             )
+
+    @property
+    def limits(self) -> tuple[float, float, float, float]:
+        """Coverage, worth, fewest and most keys: what kernels read of a row's policy as numbers.
+
+        All else decides which kernels are launched, and is the same for all rows of a launch.
+        """
+        fewest, most = min(self.min_keys, MOST_KEYS), min(self.max_keys, MOST_KEYS)
+        return self.coverage, self.worth, float(fewest), float(most)
 
 
 @dataclass(frozen=True, slots=True)

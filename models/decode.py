@@ -21,6 +21,9 @@ from kernels.policy import Dynamic
 from kernels.timing import Phases
 from models.decode_step import Decoded
 
+CHOICE = Dynamic()
+"""What a step fixes of its rows' policies: all but the limits, which are each row's own."""
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -57,7 +60,8 @@ def decode(
     hidden: Tensor = body.embed_tokens(step.token_ids)  # [batch, hidden_size]
     rows = {window: step.rows.within(window) for window in set(decoder.config.windows)}
     assert decoder.rotary is not None and decoder.fused
-    attention = _Attention(decoder.rotary.angles(step.positions), step.slots, rows, bucket)
+    angles = decoder.rotary.angles(step.positions)
+    attention = _Attention(angles, step.slots, step.limits, rows, bucket)
     for module, cache in zip(body.layers, caches, strict=True):
         layer = cast("DecoderLayer", module)
         norm = layer.input_layernorm
@@ -84,6 +88,7 @@ class _Attention:
 
     angles: tuple[Tensor, Tensor]  # [batch, 1, head_dim / 2]
     slots: Tensor  # int64 [batch]
+    limits: Tensor  # float32 [batch, 4]
     rows: Mapping[int | None, Rows]  # by sliding window
     bucket: Bucket
     keys: list[Tensor] = field(default_factory=list)  # int32 [batch, kv_heads] of each layer
@@ -94,15 +99,14 @@ class _Attention:
         query = self._project(module, normed, cache)
         attention = cast("LayerAttention", module.attend)
         rows, scale = self.rows[attention.window], attention.scale
-        policy = self.bucket.policy
-        if isinstance(policy, Dynamic) and attention.layer >= self.bucket.dense_layers:
-            found = attend(query, cache, rows, policy, scale, Phases())
+        if self.bucket.dynamic and attention.layer >= self.bucket.dense_layers:
+            found = attend(query, cache, rows, CHOICE, scale, Phases(), self.limits)
             output = found.output
             self.keys.append(found.keys)
             self.coverage.append(found.coverage)
         else:
             output, lse = dense_decode(query, cache, rows, scale)
-            if isinstance(policy, Dynamic):
+            if self.bucket.dynamic:
                 self.keys.append(rows.visible.int()[:, None].expand(-1, cache.kv_heads))
                 self.coverage.append(torch.ones_like(lse).where(lse.isfinite(), torch.nan))
         return linear(output.flatten(1), module.o_proj.weight, module.o_proj.bias)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.cache import Rows
-from kernels.policy import Dense, Dynamic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +15,11 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
 
 COLUMNS = 5
-"""Numbers of a row besides its block table."""
+"""Integers of a row besides its block table."""
+LIMITS = 4
+"""Numbers that say how a row chooses its keys: `kernels.policy.Dynamic.limits`."""
+_BESIDE = LIMITS // 2
+"""Integers that take as much memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Bucket:
 
     batch: int  # rows
     pages: int  # width of the block tables
-    policy: Dense | Dynamic = Dense()  # noqa: RUF009  frozen
+    dynamic: bool = False  # whether rows choose their keys by content, each within its own limits
     dense_layers: int = 0  # the model's first layers, which attend densely nevertheless
 
 
@@ -33,11 +36,13 @@ class Bucket:
 class DecodeStep:
     """A step's input, one piece of memory.
 
-    A row of padding has length 0, slot -1 and table 0: it writes no key, and what is computed for
-    it has no meaning.
+    A row of padding has length 0, slot -1, table 0 and limits 0: it writes no key, and what is
+    computed for it has no meaning.
     """
 
-    packed: Tensor  # int64 [batch * (5 + pages)]  everything below
+    packed: Tensor  # int64 [batch * (2 + 5 + pages)]  everything below
+    limits: Tensor  # float32 [batch, 4]  of each row's policy; read where the bucket is dynamic
+    columns: Tensor  # int64 [5, batch]  the next three, and the rows' lengths and starts
     token_ids: Tensor  # int64 [batch]
     positions: Tensor  # int64 [batch]
     slots: Tensor  # int64 [batch]  where each row's key goes: physical page * 64 + offset
@@ -50,15 +55,24 @@ class DecodeStep:
         """A step of nothing but padding; pinned memory is copied to a GPU without a wait."""
         batch, pages = bucket.batch, bucket.pages
         packed = torch.zeros(
-            batch * (COLUMNS + pages), dtype=torch.int64, device=device, pin_memory=pinned
+            batch * (_BESIDE + COLUMNS + pages), dtype=torch.int64, device=device, pin_memory=pinned
         )
-        columns = packed[: COLUMNS * batch].view(COLUMNS, batch)
+        sizes = [batch * numbers for numbers in (_BESIDE, COLUMNS, pages)]
+        numbers, integers, tables = torch.split(packed, sizes)
+        limits, columns = numbers.view(torch.float32).view(batch, LIMITS), integers.view(-1, batch)
         token_ids, positions, slots, lengths, starts = columns.unbind(0)
         slots.fill_(-1)
-        tables = packed[COLUMNS * batch :].view(batch, pages)
-        return DecodeStep(packed, token_ids, positions, slots, Rows(tables, lengths, starts))
+        rows = Rows(tables.view(batch, pages), lengths, starts)
+        return DecodeStep(packed, limits, columns, token_ids, positions, slots, rows)
 
-    def fill(self, token_ids: Tensor, positions: Tensor, slots: Tensor, rows: Rows) -> None:
+    def fill(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        rows: Rows,
+        limits: Tensor | None = None,
+    ) -> None:
         """Take over a step of as many rows or fewer; the rest becomes padding.
 
         Args:
@@ -66,6 +80,7 @@ class DecodeStep:
             positions: int64 [rows].
             slots: int64 [rows].
             rows: one a sequence, with block tables as wide or narrower.
+            limits: float32 [rows or 1, 4], where the step is dynamic.
         """
         count, pages = rows.block_tables.shape
         self.packed.zero_()
@@ -76,6 +91,8 @@ class DecodeStep:
         self.rows.lengths[:count] = rows.lengths
         self.rows.starts[:count] = rows.starts
         self.rows.block_tables[:count, :pages] = rows.block_tables
+        if limits is not None:
+            self.limits[:count] = limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +119,7 @@ class Decoded:
         packed = packed[: Decoded.size(bucket, config)]
         parts = torch.split(packed, [batch * numbers for numbers in _numbers(bucket, config)])
         logits, finite, keys, coverage = parts
-        dynamic = isinstance(bucket.policy, Dynamic)
+        dynamic = bucket.dynamic
         return Decoded(
             hidden,
             packed,
@@ -115,5 +132,5 @@ class Decoded:
 
 def _numbers(bucket: Bucket, config: ModelConfig) -> list[int]:
     """Numbers of a row in each part of `Decoded.packed`."""
-    layers = config.layers if isinstance(bucket.policy, Dynamic) else 0
+    layers = config.layers if bucket.dynamic else 0
     return [config.vocab_size, 1, layers * config.kv_heads, layers * config.heads]

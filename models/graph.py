@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from kernels.policy import Dynamic
 from models.decode_step import Decoded, DecodeStep
 from models.errors import ModelError
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
     from kernels.cache import LayerCache
-    from kernels.policy import Dense
     from models.decode_step import Bucket
     from models.decoder import Decoder
 
@@ -89,11 +87,6 @@ class CapturedStep:
                 self._result = self._run()
         finally:
             torch.cuda.set_stream(stream)  # a capture that fails leaves the thread in its own
-        if isinstance(self.bucket.policy, Dynamic):
-            from kernels.gpu.decode import limits_of  # a CPU has no Triton
-
-            # The graph reads them where they lie.
-            self._limits = limits_of(self.bucket.policy, self._device)
         self._graph = graph
 
     def _run(self) -> Decoded:
@@ -106,7 +99,7 @@ class CapturedSteps:
     """The steps of several buckets, in one memory pool.
 
     A step that cannot be captured is left out. Where memory was short the smaller ones are tried
-    all the same; any other failure the next step of the same policy would only repeat.
+    all the same; any other failure the next step of the same kind would only repeat.
 
     Args:
         decoder: in bfloat16, float16 or float32; weights may change in place, not move.
@@ -114,8 +107,7 @@ class CapturedSteps:
         buckets: what to capture, at least one.
 
     Raises:
-        ModelError: the decoder's dtype is another, its layers are not like Llama's, or a policy is
-            plain top-k.
+        ModelError: the decoder's dtype is another, or its layers are not like Llama's.
     """
 
     def __init__(
@@ -131,15 +123,13 @@ class CapturedSteps:
             raise ModelError(f"Decode steps of {decoder.config.architecture} are not captured.")
         # The largest first: the others then fit into the memory that it took.
         order = sorted(buckets, key=lambda bucket: bucket.batch * bucket.pages, reverse=True)
-        if any(isinstance(one.policy, Dynamic) and not one.policy.sampled for one in order):
-            raise ModelError("Decode steps are captured for samples, not for plain top-k.")
         self.failed = 0  # buckets that could not be captured
         self._steps: list[CapturedStep] = []
         gpu = kv.device.type == "cuda"
         pool = torch.cuda.graph_pool_handle() if gpu else None
         packed, broken = None, set()
         for bucket in tqdm(order, unit="step", desc="Capturing decode steps", disable=not gpu):
-            if bucket.policy in broken:
+            if bucket.dynamic in broken:
                 self.failed += 1
                 continue
             try:
@@ -149,16 +139,16 @@ class CapturedSteps:
                 _log.warning("%s is not captured", bucket, exc_info=error)
                 self.failed += 1
                 if not _short_of_memory(error):
-                    broken.add(bucket.policy)
+                    broken.add(bucket.dynamic)
 
     def find(
-        self, rows: int, pages: int, policy: Dense | Dynamic, dense_layers: int = 0
+        self, rows: int, pages: int, *, dynamic: bool, dense_layers: int = 0
     ) -> CapturedStep | None:
         """The smallest step that holds `rows` rows of `pages` pages; None where none does."""
         fitting = [
             step
             for step in self._steps
-            if (step.bucket.policy, step.bucket.dense_layers) == (policy, dense_layers)
+            if (step.bucket.dynamic, step.bucket.dense_layers) == (dynamic, dense_layers)
             and step.bucket.batch >= rows
             and step.bucket.pages >= pages
         ]

@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from kernels.errors import KernelError
 from kernels.patterns.pattern import Pattern
 from service.autoscaling_config import AutoscalingConfig
+from service.brownout_config import BrownoutConfig
 from service.errors import ConfigError
 from service.sparsity import SparsityConfig
 
@@ -48,6 +49,11 @@ class LimitsConfig(BaseModel):
         default=1_000_000, ge=0, description="prompt tokens x (rivals + 1) x n of an echo"
     )
     logit_bias: int = Field(default=1024, ge=0, description="entries of logit_bias")
+    priority: int = Field(
+        default=100,
+        ge=0,
+        description="how far a request's priority may be from 0, either way; 0: all wait alike",
+    )
     messages: int = Field(default=4096, ge=1, description="messages of a chat")
 
 
@@ -122,6 +128,11 @@ class ServiceConfig(BaseSettings):
     max_step_tokens: int = Field(
         default=2048, ge=1, description="tokens of all sequences a step; a core, too"
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="keep what was computed of a prompt, while there is room, for requests that "
+        "begin alike",
+    )
     cuda_graphs: bool = Field(
         default=True, description="on a GPU, capture decode steps at the start and replay them"
     )
@@ -154,6 +165,7 @@ class ServiceConfig(BaseSettings):
     )
     autoscaling: AutoscalingConfig = AutoscalingConfig()
     sparsity: SparsityConfig = SparsityConfig()
+    brownout: BrownoutConfig = BrownoutConfig()
     limits: LimitsConfig = LimitsConfig()
     encoder: EncoderServing = EncoderServing()
 
@@ -191,6 +203,17 @@ class ServiceConfig(BaseSettings):
             raise ValueError(
                 f"replicas is the fixed number {self.replicas} and autoscaling.max_replicas asks "
                 "for a changing one; remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_cut(self) -> ServiceConfig:
+        most = self.sparsity.resolve().max_keys
+        if self.brownout.enabled and self.brownout.levels(most).last == 0:
+            raise ValueError(
+                f"brownout.enabled is true and sparsity.max_keys {most} is small already, so that "
+                "nothing would be cut; say how often requests' own budgets are halved with "
+                "brownout.halvings, or set brownout.fixed, or brownout.enabled to false"
             )
         return self
 

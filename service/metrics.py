@@ -24,6 +24,7 @@ FALLBACKS = (
     ("low_coverage", "dense"),
     ("kernel_error", "fixed"),
     ("kernel_error", "dense"),
+    ("overload", "dynamic"),
     ("overload", "fixed"),
     ("own_pattern", "dense"),
     ("requested", "dense"),
@@ -58,7 +59,10 @@ class Metrics:
         self._model_name = model_name
         self._running = self._gauge("num_requests_running", "Requests in the running batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting to be scheduled.")
-        self._queued_tokens = self._gauge("queued_tokens", "Prompt tokens not yet prefilled.")
+        self._brownout = self._gauge(
+            "brownout_level", "How far budgets are cut under overload; 0 is not."
+        )
+        self._queued_tokens = self._gauge("queued_tokens", "Prompt tokens yet to be prefilled.")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.")
         self._preemptions = self._counter(
             "num_preemptions", "Requests put back in the queue because the KV cache was full."
@@ -134,10 +138,12 @@ class Metrics:
         self._graphs_failed = self._counter(
             "cuda_graph_failures", "Sizes of decode steps that run without a graph.", "phase"
         )
-        # Zero until there is a prefix cache and a brownout; dashboards know the names already.
-        self._counter("prefix_cache_queries", "Prompt tokens looked up.").labels(model_name)
-        self._counter("prefix_cache_hits", "Prompt tokens found.").labels(model_name)
-        self._gauge("brownout_level", "How far budgets are cut under overload; 0 is not.")
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        ).labels(model_name)
+        self._prefix_hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens found there, which are not computed."
+        ).labels(model_name)
         for finished_reason in FINISHED_REASONS:
             self._success.labels(model_name, finished_reason)
         for reason, to in FALLBACKS:
@@ -162,6 +168,10 @@ class Metrics:
         """So many prompt tokens of waiting and running requests are not yet prefilled."""
         self._queued_tokens.set(tokens)
 
+    def brownout(self, level: int) -> None:
+        """How far budgets are cut from now on."""
+        self._brownout.set(level)
+
     def preempted(self, requests: int) -> None:
         """`requests` running requests went back to the queue."""
         self._preemptions.inc(requests)
@@ -169,6 +179,11 @@ class Metrics:
     def prompt_tokens(self, n: int) -> None:
         """`n` more prompt tokens processed."""
         self._prompt_tokens.inc(n)
+
+    def prefix_cache(self, queries: int, hits: int) -> None:
+        """A prompt of `queries` tokens was looked up, and `hits` of them were found."""
+        self._prefix_queries.inc(queries)
+        self._prefix_hits.inc(hits)
 
     def generation_tokens(self, n: int) -> None:
         """`n` more tokens generated."""
@@ -229,7 +244,7 @@ class Metrics:
         self._graphs_failed.labels(self._model_name, phase).inc(n)
 
     def fallback(self, reason: str, to: str, tokens: int) -> None:
-        """`tokens` tokens were attended through `to` ("dense", "fixed") because of `reason`."""
+        """`tokens` tokens attended through `to` because of `reason`; see `FALLBACKS`."""
         self._fallback.labels(self._model_name, reason, to).inc(tokens)
 
     def render(self) -> bytes:

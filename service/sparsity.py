@@ -84,7 +84,10 @@ class SparsityConfig(BaseModel):
         f"{GPU_PREFILL_DENSE_BELOW} on a GPU, {CPU_PREFILL_DENSE_BELOW} on a CPU, or "
         f"{TILES_PREFILL_DENSE_BELOW} on one with AMX in bfloat16",
     )
-    allow_brownout: bool = Field(default=True, description="for a later version; not used yet")
+    allow_brownout: bool = Field(
+        default=True,
+        description="under overload the budget may be cut, where the service's `brownout` is on",
+    )
     dense_below: int | None = Field(
         default=None,
         ge=0,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK = {"kernels": 0, "models": 1, "service": 2}
 SOURCES = [path for top in RANK for path in sorted((ROOT / top).rglob("*.py"))]
 # Pure Python by design: a scheduler can be read and tested without a tensor.
-TORCH_FREE = ["sequence", "pages", "scheduler", "types", "stream"]
+TORCH_FREE = ["sequence", "pages", "prefix", "scheduler", "types", "stream"]
 
 
 def imported(path):

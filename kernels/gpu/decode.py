@@ -53,30 +53,43 @@ def choose(
 
 
 def look_over(
-    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float
+    query: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    policy: Dynamic,
+    scale: float,
+    limits: Tensor | None = None,
 ) -> tuple[Layout, Scratch]:
     """All that comes before the scan: the query as the codes need it, the norm, the marks."""
     layout = Layout.of(query, cache, rows)
     scratch = Scratch.of(layout, query.device)
     prepare(query, cache, rows, policy.sinks, scale, layout, scratch)
     probe(
-        query, cache, rows, policy.sinks, scale, limits_of(policy, query.device), layout, scratch,
+        query, cache, rows, policy.sinks, scale,
+        limits_of(policy, query.device) if limits is None else limits, layout, scratch,
         fewest=SAMPLE if policy.sampled else 0,
     )  # fmt: skip
     return layout, scratch
 
 
 def attend(
-    query: Tensor, cache: LayerCache, rows: Rows, policy: Dynamic, scale: float, phases: Phases
+    query: Tensor,
+    cache: LayerCache,
+    rows: Rows,
+    policy: Dynamic,
+    scale: float,
+    phases: Phases,
+    limits: Tensor | None = None,
 ) -> Attended:
     """Select by content, and attend to what is selected; see `kernels.dynamic.attend`.
 
     Where few programs scan the codes, they read the keys they meet as well, and the time of
-    selecting has that of attending in it.
+    selecting has that of attending in it. `limits`, float32 [rows, 4], are `Dynamic.limits` of each
+    row; by default they are the policy's.
     """
     query = query.contiguous()
     with phases.time("score", query.device):
-        layout, scratch = look_over(query, cache, rows, policy, scale)
+        layout, scratch = look_over(query, cache, rows, policy, scale, limits)
     at_once = layout.parts == 1 and layout.lines * layout.spans <= AT_ONCE
     parts = Look.of(query, scale, layout)
     # Where scores depend on distance.
@@ -92,9 +105,8 @@ def attend(
 
 @lru_cache
 def limits_of(policy: Dynamic, device: torch.device) -> Tensor:
-    """A policy as `probe` reads it; who captures a launch in a graph has to hold it."""
-    numbers = [policy.coverage, policy.worth, float(policy.min_keys), float(policy.max_keys)]
-    return torch.tensor([numbers], device=device)
+    """A policy's limits as `probe` reads them: float32 [1, 4]."""
+    return torch.tensor([policy.limits], device=device)
 
 
 def _united(rows: Rows, sinks: int, layout: Layout, scratch: Scratch, parts: Look) -> Attended:

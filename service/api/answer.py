@@ -108,7 +108,7 @@ async def _whole(generation: Generation, shape: Shape, head: Json, usage: Usage)
         async for batch in batches:
             for delta in batch:
                 by_choice[delta.index].append(delta)
-                usage.completion_tokens += len(delta.token_ids)
+                usage.add(delta)
                 reports.add(delta)
 
     def written() -> JSONResponse:
@@ -145,7 +145,7 @@ async def _chunks(
     while batch is not None:
         chunks = []
         for delta in batch:
-            usage.completion_tokens += len(delta.token_ids)
+            usage.add(delta)
             reports.add(delta)
             if delta.index not in opened:
                 opened.add(delta.index)

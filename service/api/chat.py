@@ -42,7 +42,9 @@ async def chat_completions(request: Request) -> Response:
         sampling_params(asked, engine.config.generation, max_tokens, logprobs),
         sparsity_params(asked.sparsity, state.config.sparsity),
         n=asked.n,
+        priority=asked.priority,
         request_id=request_id,
+        cache_salt=asked.cache_salt or "",
     )
     return await respond(
         request,

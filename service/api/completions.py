@@ -51,7 +51,9 @@ async def completions(request: Request) -> Response:
         ),
         sparsity_params(asked.sparsity, state.config.sparsity),
         n=asked.n,
+        priority=asked.priority,
         request_id=request_id,
+        cache_salt=asked.cache_salt or "",
     )
     return await respond(
         request,

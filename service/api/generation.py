@@ -45,7 +45,9 @@ class Generation:
         sparsity: SparsityParams,
         *,
         n: int,
+        priority: int,
         request_id: str,
+        cache_salt: str = "",
     ) -> None:
         self.choices = len(prompts) * n
         self._n = n
@@ -56,7 +58,13 @@ class Generation:
             for number, prompt in enumerate(prompts):
                 self._streams.append(
                     engine.submit(
-                        prompt, sampling, sparsity, n=n, request_id=f"{request_id}-{number}"
+                        prompt,
+                        sampling,
+                        sparsity,
+                        n=n,
+                        priority=priority,
+                        request_id=f"{request_id}-{number}",
+                        cache_salt=cache_salt,
                     )
                 )
         except BaseException:
@@ -130,13 +138,20 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts', found in the prefix cache
 
-    def as_json(self) -> dict[str, int]:
+    def add(self, delta: Delta) -> None:
+        """Count a delta."""
+        self.completion_tokens += len(delta.token_ids)
+        self.cached_tokens += delta.cached_tokens
+
+    def as_json(self) -> dict[str, object]:
         """OpenAI's `usage`."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

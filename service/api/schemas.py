@@ -122,7 +122,18 @@ class GenerationRequest(Body):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] = {}
+    priority: int = 0  # lower is earlier
+    # vLLM's: prompts of other salts neither find what this one leaves in the prefix cache nor tell,
+    # by the time they take, what it was.
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     sparsity: SparsityRequest = SparsityRequest()
+
+    @field_validator("priority")
+    @classmethod
+    def _priority_is_bounded(cls, priority: int, info: ValidationInfo) -> int:
+        if abs(priority) > (most := _bounds(info).limits.priority):
+            raise ValueError(f"must lie in {-most} to {most}")
+        return priority
 
     @field_validator("n")
     @classmethod

@@ -14,7 +14,7 @@ from kernels.cache import LayerCache, Rows
 from kernels.codes import words
 from kernels.fingerprint import fingerprint
 from kernels.page import PAGE
-from kernels.policy import Dense, Dynamic
+from kernels.policy import Dynamic
 from models.decode_step import Bucket, DecodeStep
 from models.graph import CapturedStep
 from models.loader import dummy
@@ -189,11 +189,11 @@ def _measure(
 ) -> list[Record]:
     """One cell: dense and dynamic turn by turn, so that the machine's mood hits both alike."""
     ways = [
-        CapturedStep(decoder, caches, Bucket(cell.batch, cell.pages, policy))
-        for policy in (Dense(), options.policy)
+        CapturedStep(decoder, caches, Bucket(cell.batch, cell.pages, chosen))
+        for chosen in (False, True)
     ]
     device = caches[0].kv.device
-    step = _step(cell, decoder.config.vocab_size, caches[0].kv.shape[1], device)
+    step = _step(cell, options.policy, decoder.config.vocab_size, caches[0].kv.shape[1], device)
     keys = [_keys(way, step, cell) for way in ways]
     turns = []
     for _ in range(options.repeats):
@@ -231,7 +231,9 @@ def _record(
     )
 
 
-def _step(cell: Cell, vocab_size: int, cache_pages: int, device: torch.device) -> DecodeStep:
+def _step(
+    cell: Cell, policy: Dynamic, vocab_size: int, cache_pages: int, device: torch.device
+) -> DecodeStep:
     """Random tokens behind `context` keys, in pages that lie scattered over the whole cache."""
     generator = torch.Generator().manual_seed(2)
     pages = torch.randperm(cache_pages, generator=generator)[: cell.batch * cell.pages]
@@ -244,6 +246,7 @@ def _step(cell: Cell, vocab_size: int, cache_pages: int, device: torch.device) -
         position,
         tables[:, -1] * PAGE + position % PAGE,
         Rows(tables, position + 1, torch.zeros_like(position)),
+        torch.tensor([policy.limits]),
     )
     return step
 

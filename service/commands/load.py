@@ -19,7 +19,7 @@ from service.errors import ConfigError
 from service.load.choice import base_url, check_endpoint, json_fields, numbers, prompts_for
 from service.load.lengths import FORMS, parse_lengths
 from service.load.objectives import MEASURES, parse_objective
-from service.load.plan import Mix, Planned, closed_plan, open_plan, traced_plan
+from service.load.plan import Mix, Planned, anew, closed_plan, open_plan, traced_plan
 from service.load.report import page
 from service.load.run import Loop, run
 from service.load.summary import Summary, summarise, table
@@ -110,10 +110,12 @@ def load(
     target = Target(base, kind, name, api_key, ignore_eos, asked, more)
     before = closed_plan(mix, warmup, seed + 1)
     runs: list[tuple[Summary, Sequence[Outcome]]] = []
-    for which, plan in plans:
+    for number, (which, plan) in enumerate(plans):
         loop = Loop(which.get("users"), timeout, duration)
         title = " ".join(str(part) for part in which.values())
-        outcomes = asyncio.run(run(plan, target, prompts, loop, name=title, warmup=before))
+        outcomes = asyncio.run(
+            run(anew(plan, number, mix), target, prompts, loop, name=title, warmup=before)
+        )
         before = []
         runs.append((summarise(outcomes, objectives, **which), outcomes))
     records = [record for record, _ in runs]

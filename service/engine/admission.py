@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from kernels.errors import SaccadeError
 from kernels.patterns.pattern import Pattern
-from service.engine.batch import policy_of
-from service.engine.sequence import Mode, Request, Sequence
+from service.engine.batch import dynamic_policy
 from service.errors import RequestError
 
 if TYPE_CHECKING:
@@ -52,9 +51,8 @@ def check_request(
         Pattern.parse_causal(sparsity.pattern)
     except SaccadeError as error:
         raise RequestError(str(error), param="sparsity.pattern") from error
-    probe = Sequence(Request("", (0,), sampling, sparsity, 0, None, 0.0), 0, [0])
     try:
-        policy_of(probe, Mode.DYNAMIC)
+        dynamic_policy(sparsity)
     except SaccadeError as error:
         field_name = str(error).split(" ", 1)[0]
         raise RequestError(str(error), param=f"sparsity.{field_name}") from error

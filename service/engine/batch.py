@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from service.engine.types import SparsityParams
 
 
-def policy_of(sequence: Sequence, mode: Mode) -> Dynamic | Fixed:
-    """The kernel's policy for tokens of `sequence` in a sparse mode."""
+def policy_of(sequence: Sequence, position: int) -> Dynamic | Fixed:
+    """The kernel's policy for the token at `position`, whose mode is a sparse one."""
+    if sequence.mode(position) is Mode.DYNAMIC:
+        return dynamic_policy(sequence.wanted(position))
     wanted = sequence.request.sparsity
-    if mode is Mode.DYNAMIC:
-        return dynamic_policy(wanted)
-    # A fallback is not judged: that takes the same kernels as the selection that failed.
+    # A fallback is not judged: that takes the same kernels as the selection that failed, or as the
+    # one that is saved.
     return Fixed(Pattern.parse(wanted.pattern), judged=wanted.policy == "fixed")
 
 
@@ -51,7 +52,7 @@ def dynamic_policy(wanted: SparsityParams) -> Dynamic:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Consecutive tokens of one sequence in one mode."""
+    """Consecutive tokens of one sequence in one mode, under one policy."""
 
     sequence: Sequence
     mode: Mode
@@ -90,7 +91,7 @@ def build_step(work: Iterable[Work], device: torch.device) -> StepInput:
                 segment = Segment.of(sequence.pages, span.start, count, device)
                 dense.append(DenseGroup(segment, span.first))
             else:
-                policy = policy_of(sequence, span.mode)
+                policy = policy_of(sequence, span.start)
                 sparse[policy, sequence.request.sparsity.dense_layers, count].append(span)
         # Page by page: token by token would take a large part of a long prompt's step.
         first, last = item.start // PAGE, -(-item.stop // PAGE)
@@ -124,13 +125,13 @@ def _spans(item: Work, first: int) -> list[_Span]:
     # A prompt's tokens before its tail attend alike page by page: no need to ask for each.
     asked = [*range(item.start, tail, PAGE), *range(tail, item.stop)]
     spans: list[_Span] = []
-    start, mode = item.start, sequence.mode(item.start)
+    start, mode, wanted = item.start, sequence.mode(item.start), sequence.wanted(item.start)
     for here in asked[1:]:
-        current = sequence.mode(here)
+        current, budget = sequence.mode(here), sequence.wanted(here)
         # Behind the tail's start tokens attend as rows, before it as tiles.
-        if current is not mode or here == tail:
+        if current is not mode or budget is not wanted or here == tail:
             spans.append(_Span(sequence, mode, start, here, first + start - item.start))
-            start, mode = here, current
+            start, mode, wanted = here, current, budget
     spans.append(_Span(sequence, mode, start, item.stop, first + start - item.start))
     return spans
 

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
-from typing import TYPE_CHECKING
 
 from kernels.page import PAGE
 from models.decode_step import Bucket
-
-if TYPE_CHECKING:
-    from kernels.policy import Dynamic
 
 FEWEST_PAGES = 32
 """Width of the narrowest block table: under so many pages a step's time is that of its weights."""
 
 
 def buckets(
-    dynamic: Dynamic | None,
-    dense_layers: int,
     *,
+    dynamic: bool,
+    dense_layers: int,
     max_seqs: int,
     max_model_len: int,
     cache_pages: int,
     dense_below: int,
 ) -> list[Bucket]:
-    """A grid of rows and widths, for dense rows and for those of the service's own policy.
+    """A grid of rows and widths, for dense rows and for those that choose their keys by content.
+
+    Budgets are no sizes: each row brings its own.
 
     Sizes double, so that at most half of a step's rows are padding, which read nothing but weights
     that are read anyway, and at most half of the programs over the longest row's keys find none.
@@ -34,9 +32,8 @@ def buckets(
     compile its kernels, seconds.
 
     Args:
-        dynamic: the policy of requests that name no numbers of their own; None where it cannot be
-            captured.
-        dense_layers: its first layers that attend densely.
+        dynamic: whether there are rows that choose.
+        dense_layers: of the model's layers, the first ones that attend densely nevertheless.
         max_seqs: sequences that run at once.
         max_model_len: most tokens of a sequence.
         cache_pages: pages of the cache, which sequences share.
@@ -50,7 +47,7 @@ def buckets(
         if fewer + narrower >= cache_pages:
             continue
         found.append(Bucket(batch, width))
-        if dynamic is not None and width * PAGE > dense_below:
+        if dynamic and width * PAGE > dense_below:
             found.append(Bucket(batch, width, dynamic, dense_layers))
     return found
 

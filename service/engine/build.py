@@ -18,7 +18,6 @@ from models.graph import CapturedSteps
 from models.loader import load
 from models.tokenizer import Tokenizer
 from models.wave import in_waves, parts_of
-from service.engine.batch import dynamic_policy
 from service.engine.buckets import buckets
 from service.engine.engine import Engine
 from service.engine.pages import PagePool
@@ -127,6 +126,8 @@ def build_engine(config: ServiceConfig) -> Engine:
             device.type,
             tiles=model.slopes is None and in_tiles(dtype, model.head_dim, decoder.impl),
         ),
+        prefix_cache=config.prefix_cache,
+        brownout=config.brownout.controller(config.sparsity.resolve().max_keys),
     )
 
 
@@ -140,8 +141,8 @@ def capture(
     """Capture the decode steps that the service will mostly run, as far as that goes."""
     sparsity, kv, model = config.sparsity.resolve(), caches[0].kv, decoder.config
     wanted = buckets(
-        dynamic_policy(sparsity) if sparsity.sampled else None,
-        sparsity.dense_layers,
+        dynamic=sparsity.sampled,
+        dense_layers=sparsity.dense_layers,
         max_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         cache_pages=kv.shape[1],

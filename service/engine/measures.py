@@ -46,16 +46,34 @@ def observe(metrics: Metrics, looked: Seq[Looked]) -> None:
             metrics.audited(name, float(np.concatenate(errors).mean()))
 
 
-def time_token(metrics: Metrics, sequence: Sequence) -> None:
-    """A token's time since the one before, or since the request came."""
-    now = time.monotonic()
+def longest_wait(waiting: Seq[Sequence]) -> float:
+    """Seconds since the first of those in the queue came that have not run; 0: there are none.
+
+    Those of a priority above 0 do not count: they wait for others by their own will, and a backlog
+    of them would be at the cost of all.
+    """
+    arrived = [
+        one.request.arrived for one in waiting if one.started is None and one.request.priority <= 0
+    ]
+    return time.monotonic() - min(arrived) if arrived else 0.0
+
+
+def time_token(metrics: Metrics, sequence: Sequence) -> float | None:
+    """A token's time since the one before, or since the request came.
+
+    Returns:
+        Seconds since the one before; None: it is the first.
+    """
+    now, gap = time.monotonic(), None
     if sequence.last_token is None:
         sequence.first_token = now
         if sequence.index == 0:
             metrics.first_token(now - sequence.request.arrived)
     else:
-        metrics.inter_token(now - sequence.last_token)
+        gap = now - sequence.last_token
+        metrics.inter_token(gap)
     sequence.last_token = now
+    return gap
 
 
 def time_end(metrics: Metrics, sequence: Sequence, ending: Ending) -> None:

@@ -10,17 +10,15 @@ import numpy as np
 import torch
 
 from kernels.page import PAGE
-from kernels.policy import Dense
-from models.decode_step import COLUMNS, DecodeStep
+from models.decode_step import DecodeStep
 from service.engine import looked
 from service.engine.batch import dynamic_policy
-from service.engine.runner import Outcome
+from service.engine.outcome import Outcome
 from service.engine.sequence import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from kernels.policy import Dynamic
     from models.decode_step import Bucket
     from models.graph import CapturedStep, CapturedSteps
     from service.engine.scheduler import Work
@@ -54,7 +52,7 @@ class Replays:
         self._inputs: dict[Bucket, _Input] = {}
 
     def run(self, work: Seq[Work]) -> list[Outcome] | None:
-        """Compute `work`, if it is one token each of sequences whose policies are captured.
+        """Compute `work`, if it is one token each of sequences whose kinds are captured.
 
         Dense rows and dynamic ones are a step each: both read the weights, which still takes less
         than launching the kernels one by one.
@@ -77,16 +75,16 @@ class Replays:
 
     def _groups(self, work: Seq[Work]) -> list[tuple[CapturedStep, list[int]]] | None:
         """The steps that hold all of `work`, and the places of each one's rows."""
-        places: dict[tuple[Dense | Dynamic, int], list[int]] = defaultdict(list)
+        places: dict[tuple[bool, int], list[int]] = defaultdict(list)
         for place, item in enumerate(work):
             way = _way(item)
             if way is None:
                 return None
             places[way].append(place)
         groups = []
-        for (policy, dense_layers), rows in places.items():
+        for (dynamic, dense_layers), rows in places.items():
             pages = max(-(-work[place].stop // PAGE) for place in rows)
-            step = self._steps.find(len(rows), pages, policy, dense_layers)
+            step = self._steps.find(len(rows), pages, dynamic=dynamic, dense_layers=dense_layers)
             if step is None:
                 return None
             groups.append((step, rows))
@@ -120,14 +118,17 @@ class Replays:
         return [outcomes[place] for place in range(len(work))]
 
 
-def _way(item: Work) -> tuple[Dense | Dynamic, int] | None:
-    """How a decode row attends, and its dense layers; None for other work and fixed patterns."""
+def _way(item: Work) -> tuple[bool, int] | None:
+    """Whether a decode row chooses its keys, and its dense layers; None for what is not captured.
+
+    That is other work, fixed patterns and plain top-k.
+    """
     sequence = item.sequence
     mode = sequence.mode(item.start) if item.count == 1 and item.samples else None
     if mode is Mode.DENSE:
-        return Dense(), 0
+        return False, 0
     sparsity = sequence.request.sparsity
-    return (dynamic_policy(sparsity), sparsity.dense_layers) if mode is Mode.DYNAMIC else None
+    return (True, sparsity.dense_layers) if mode is Mode.DYNAMIC and sparsity.sampled else None
 
 
 class _Input:
@@ -136,8 +137,8 @@ class _Input:
     def __init__(self, bucket: Bucket, device: torch.device) -> None:
         # Pinned: the device copies it without a wait, and has done so when a step's result is in.
         self._step = DecodeStep.padding(bucket, pinned=device.type == "cuda")
-        columns = self._step.packed[: COLUMNS * bucket.batch]
-        self._columns = columns.view(COLUMNS, bucket.batch).numpy()
+        self._dynamic = bucket.dynamic
+        self._limits, self._columns = self._step.limits.numpy(), self._step.columns.numpy()
         self._padding = self._columns[:, :1].copy()
         self._tables = self._step.rows.block_tables.numpy()
         # Of each row: the sequence's list of pages, and how many of them its table has.
@@ -154,6 +155,10 @@ class _Input:
         count = len(rows)
         self._columns[:, :count] = np.array(rows, dtype=np.int64).T
         self._columns[:, count:] = self._padding
+        if self._dynamic:  # those of padding have no meaning
+            self._limits[:count] = [
+                dynamic_policy(item.sequence.wanted(item.start)).limits for item in work
+            ]
         return self._step
 
     def _put(self, row: int, pages: list[int], end: int) -> None:

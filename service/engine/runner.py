@@ -1,32 +1,40 @@
 """Runs the model on a step's work and decides, before anything is emitted, what must run again.
 
 Tokens whose coverage is too low, or whose kernel failed, run once more under their fallback; a
-request that breaks the model alone fails alone. What falls back is kept in the sequence, which
-`decide` counts it from.
+request that breaks the model alone fails alone. `holds` says what falls back.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from kernels.errors import PatternError
-from kernels.page import PAGE
 from kernels.timing import Phases
 from models.attention import Recorder
 from service.engine import explained, looked
 from service.engine.batch import build_step
 from service.engine.device import check_alive
+from service.engine.holds import (
+    body_of,
+    dynamic_rows,
+    held_by_error,
+    hold,
+    hold_prompt,
+    is_sparse,
+    prefills_sparsely,
+    prompt_held_by_error,
+    spare,
+)
+from service.engine.outcome import Outcome, checked
 from service.engine.sequence import Fallback, Mode, pages_of
 from service.engine.trouble import Trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
     from torch import Tensor
@@ -34,18 +42,12 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache
     from models.explain import Wanted
     from models.step import StepInput
-    from service.engine.explained import Explained
     from service.engine.replay import Replays
     from service.engine.scheduler import Work
-    from service.engine.tally import Looked, Prefilled
     from service.metrics import Metrics
 
 AUDIT_EVERY = 256
 """Of so many steps with sparse rows one is audited: it also reads every key, and is timed."""
-HOLD = 32
-"""Tokens that stay on a fallback before the dynamic policy is tried again."""
-PROMPT_HOLD = 32 * PAGE
-"""The same of a prompt before its tail: each time it is tried costs a step more."""
 
 _log = logging.getLogger("saccade.engine")
 
@@ -58,22 +60,6 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] of `hidden` [rows, hidden], float32 or float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one piece of work."""
-
-    work: Work
-    # [count, hidden] behind the final norm; None when it failed, or when a graph was replayed.
-    hidden: Tensor | None
-    looked: Looked | None
-    error: str | None = None
-    prefilled: Prefilled | None = None  # of its tokens before the prompt's tail, if any
-    # Of a replayed row, on the host.
-    logits: Tensor | None = None  # float32 [vocab]
-    finite: bool | None = None  # whether the hidden state is
-    explained: Explained | None = None  # what its last token attended to, where asked for
 
 
 class Runner:
@@ -128,12 +114,12 @@ class Runner:
         outcomes = self._run(work)
         sound = [outcome.work for outcome in outcomes if outcome.error is None]
         self._trouble.note(
-            failed=any(_held_by_error(item) for item in work),
+            failed=any(held_by_error(item) for item in work),
             ran=any(dynamic_rows(item) for item in sound),
         )
         # What fails under its fallback, too, tells of itself: a dense prompt has no other.
         self._prefill_trouble.note(
-            failed=any(_prompt_held_by_error(item) for item in sound),
+            failed=any(prompt_held_by_error(item) for item in sound),
             ran=any(prefills_sparsely(item) for item in sound),
         )
         return outcomes
@@ -162,6 +148,12 @@ class Runner:
             for cache in self._caches:
                 cache.copy_page(source, target)
 
+    def sound(self, pages: Seq[int]) -> list[bool]:
+        """Of complete physical pages, whether all their keys and values are finite."""
+        index = torch.tensor(pages, device=self._device)
+        sums = [cache.soundness(index) for cache in self._caches]  # [pages] of each layer
+        return torch.stack(sums).isfinite().all(0).tolist()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocab] of `hidden` [rows, hidden]."""
         return self._model.logits(hidden)
@@ -188,7 +180,7 @@ class Runner:
             for place, outcome in zip(again, redone, strict=True):
                 outcomes[place] = outcome
             judged = again
-        return _finite(outcomes)
+        return checked(outcomes)
 
     def _rescue(self, item: Work, error: Exception) -> Outcome:
         """One item alone failed: once more without what is sparse in it, else give up."""
@@ -206,7 +198,7 @@ class Runner:
             self._trouble.told = f"dynamic selection failed: {type(error).__name__}"
             hold(item, Fallback.KERNEL_ERROR)
             try:
-                return _finite(self._forward([item]))[0]
+                return checked(self._forward([item]))[0]
             except Exception as second:  # noqa: BLE001  the request's own boundary, as above
                 self.check_device(second)
                 failure = second
@@ -224,6 +216,8 @@ class Runner:
         if not np.isfinite(coverage).all():
             self._trouble.told = "dynamic selection met scores that are not finite"
             hold(outcome.work, Fallback.KERNEL_ERROR)
+        elif floor > 0 and coverage.mean() < floor and outcome.work.sequence.cut is not None:
+            spare(outcome.work)
         elif floor > 0 and coverage.mean() < floor:
             hold(outcome.work, Fallback.LOW_COVERAGE)
         else:
@@ -255,7 +249,7 @@ class Runner:
     def _forward(self, work: Seq[Work]) -> list[Outcome]:
         if self._device.type == "cuda":  # of this thread: where Triton launches
             torch.cuda.set_device(self._device)
-        sparse = any(_is_sparse(item) for item in work)
+        sparse = any(is_sparse(item) for item in work)
         self._sparse_steps += sparse
         due = (self._sparse_steps - 1) % self._audit_every == 0
         audit = sparse and (due if self._audit is None else self._audit)
@@ -295,116 +289,9 @@ class Runner:
         return found
 
 
-def hold(item: Work, reason: Fallback) -> None:
-    """Send the item's undecided tokens, and `HOLD` more, to the fallback for `reason`."""
-    item.sequence.hold_reason = reason
-    item.sequence.hold_until = item.stop + HOLD
-
-
-def body_of(item: Work) -> range:
-    """Positions of the item's tokens that are of the prompt before its tail."""
-    return range(item.start, max(item.start, min(item.stop, item.sequence.request.tail_start)))
-
-
-def prefills_sparsely(item: Work) -> bool:
-    """Whether some of these do not attend densely."""
-    mode = item.sequence.mode
-    return any(mode(page.start) is not Mode.DENSE for page in pages_of(body_of(item)))
-
-
-def hold_prompt(item: Work, start: int, reason: Fallback) -> int:
-    """Have a prompt attend densely from the page of `start` on, also when it is computed again.
-
-    Up to its tail where something failed, that would fail at every try; else for `PROMPT_HOLD`.
-
-    Returns:
-        Up to which position.
-    """
-    sequence, stop = item.sequence, item.sequence.request.tail_start
-    if reason is not Fallback.KERNEL_ERROR:
-        stop = min(stop, start + PROMPT_HOLD)
-    for page in range(start // PAGE * PAGE, stop, PAGE):
-        sequence.fallbacks.setdefault(page, reason)
-    return stop
-
-
 def _is_explained(item: Work) -> bool:
     """Whether the answer tells what the item's last token attended to."""
     return item.samples and item.sequence.request.sparsity.explain is not None
-
-
-def _is_sparse(item: Work) -> bool:
-    """Whether some of the item's tokens attend to selected keys."""
-    sequence = item.sequence
-    first = max(item.start, sequence.request.tail_start)
-    return any(sequence.mode(at) is not Mode.DENSE for at in range(first, item.stop))
-
-
-def _held_by_error(item: Work) -> bool:
-    sequence = item.sequence
-    return sequence.hold_reason is Fallback.KERNEL_ERROR and item.start < sequence.hold_until
-
-
-def _prompt_held_by_error(item: Work) -> bool:
-    fallback = item.sequence.fallback
-    return any(fallback(page.start) is Fallback.KERNEL_ERROR for page in pages_of(body_of(item)))
-
-
-def dynamic_rows(item: Work) -> list[int]:
-    """Places within the item of the undecided tokens that attend dynamically."""
-    sequence = item.sequence
-    first = max(item.start, sequence.request.tail_start, sequence.decided)
-    return [
-        position - item.start
-        for position in range(first, item.stop)
-        if sequence.mode(position) is Mode.DYNAMIC
-    ]
-
-
-def decide(item: Work, note: Callable[[Fallback, Mode, int], None]) -> int:
-    """Fix how the item's tokens attended, for good; `note` hears why how many went where.
-
-    Returns:
-        How many of the item's first tokens had been decided before or are not under the policy.
-    """
-    sequence = item.sequence
-    fresh = max(item.start, sequence.decided)
-    for page in pages_of(range(fresh, body_of(item).stop)):
-        reason = sequence.fallback(page.start)
-        if reason is not None:
-            note(reason, sequence.mode(page.start), len(page))
-    first = max(fresh, sequence.request.tail_start)
-    for position in range(first, item.stop):
-        reason = sequence.fallback(position)
-        if reason is not None:
-            sequence.fallbacks[position] = reason
-            note(reason, sequence.mode(position), 1)
-    sequence.decided = max(sequence.decided, item.stop)
-    return max(0, min(first, item.stop) - item.start)
-
-
-def _finite(outcomes: Seq[Outcome]) -> list[Outcome]:
-    """The outcomes, with an error in the place of those that cannot be sampled from."""
-    ends = [one.hidden[-1] for one in outcomes if one.work.samples and one.hidden is not None]
-    # One question to the device for all of them.
-    sound = iter(torch.isfinite(torch.stack(ends)).all(-1).tolist() if ends else ())
-    checked = []
-    for outcome in outcomes:
-        seen = outcome.looked
-        assert seen is not None
-        finite = outcome.finite
-        if outcome.work.samples and not (next(sound) if finite is None else finite):
-            error = "the model's output for this is not finite"
-            checked.append(Outcome(outcome.work, None, None, error))
-            continue
-        # A fixed pattern's coverage is informative only: where it is not judged or its scores
-        # overflow, nothing is known to be covered, and an audit has nothing to compare.
-        exact = np.zeros(0) if seen.exact is None else seen.exact
-        if not (np.isfinite(seen.coverage).all() and np.isfinite(exact).all()):
-            known = np.nan_to_num(seen.coverage, nan=0.0, posinf=0.0)
-            seen = replace(seen, coverage=known, exact=None)
-        checked.append(replace(outcome, looked=seen))
-    return checked
 
 
 def _name(error: Exception) -> str:

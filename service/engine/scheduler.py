@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort_left, insort_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from service.engine.sequence import TAIL, Request, Sequence, State
 
 if TYPE_CHECKING:
     from service.engine.pages import PagePool
+    from service.engine.prefix import PrefixCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,19 @@ class Limits:
 
 @dataclass(slots=True)
 class Scheduler:
-    """First come, first served, with the newest put back when the cache is full.
+    """The lowest priority first, and first come, first served within one; strictly.
 
-    A sequence that is put back loses its pages and is computed anew later; how each of its tokens
-    attended is remembered, so that it goes on exactly as it would have.
+    When the cache is full the newest of the highest priority is put back; what runs is never put
+    back for what waits. A sequence that is put back loses its pages and is computed anew later, but
+    for what the prefix cache still has of it then; how each of its tokens attended is remembered,
+    so that it goes on exactly as it would have. What the prefix cache keeps is free to give: it
+    never makes anyone wait.
     """
 
     pool: PagePool
     limits: Limits
-    waiting: deque[Sequence] = field(default_factory=deque)
+    cache: PrefixCache | None = None  # over the same pool; None: every prompt is computed
+    waiting: list[Sequence] = field(default_factory=list)  # the next one first
     running: list[Sequence] = field(default_factory=list)  # oldest first
     preemptions: int = 0
 
@@ -61,15 +66,19 @@ class Scheduler:
         for index in range(choices):
             state = State.WAITING if index == 0 else State.FORKING
             request.sequences.append(Sequence(request, index, list(request.prompt), state))
-        self.waiting.append(request.sequences[0])
+        insort_right(self.waiting, request.sequences[0], key=_priority)
 
     def schedule(self) -> list[Work]:
         """The next step's work: every running sequence that fits, decode tokens first."""
+        if self.cache is not None:
+            for sequence in self.waiting:
+                self.cache.look(sequence)
         self._admit()
         budget = self.limits.step_tokens
         work: list[Work] = []
         decodes = [s for s in self.running if len(s.tokens) - s.computed == 1]
         prompts = [s for s in self.running if len(s.tokens) - s.computed > 1]
+        prompts.sort(key=_priority)
         for sequence in (*decodes, *prompts):
             # A sequence scheduled before may have pushed this one out for its pages.
             if sequence.state is not State.RUNNING:
@@ -98,9 +107,10 @@ class Scheduler:
             sequence.decided = first.decided
             sequence.fallbacks = dict(first.fallbacks)
             sequence.hold_until, sequence.hold_reason = first.hold_until, first.hold_reason
+            sequence.cuts, sequence.spared = dict(first.cuts), first.spared
             if len(self.running) >= self.limits.max_seqs or self.pool.free < 1:
                 sequence.state = State.WAITING
-                self.waiting.append(sequence)
+                insort_right(self.waiting, sequence, key=_priority)
                 continue
             shared = first.pages[:whole]
             self.pool.share(shared)
@@ -127,10 +137,13 @@ class Scheduler:
         promised = sum(max(0, self._needs(s) - len(s.pages)) for s in self.running)
         while self.waiting and len(self.running) < self.limits.max_seqs:
             sequence = self.waiting[0]
-            promised += self._needs(sequence)
-            if promised > self.pool.free:
+            found = [] if self.cache is None else self.cache.find(sequence)
+            promised += self._needs(sequence) - len(found)
+            if promised + self.pool.idle(found) > self.pool.free:
                 return
-            self.waiting.popleft()
+            self.waiting.pop(0)
+            if self.cache is not None:
+                self.cache.begin(sequence, found)
             sequence.state = State.RUNNING
             self.running.append(sequence)
 
@@ -153,12 +166,12 @@ class Scheduler:
         return count if count <= budget else 0
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Give `sequence` the pages for `tokens` tokens, putting newer sequences back for them."""
+        """Give `sequence` the pages for `tokens` tokens, putting others back for them."""
         need = self._pages_for(tokens) - len(sequence.pages)
         while need > self.pool.free:
-            newest = self.running[-1]
-            self._put_back(newest)
-            if newest is sequence:
+            last = max(enumerate(self.running), key=lambda s: (_priority(s[1]), s[0]))[1]
+            self._put_back(last)
+            if last is sequence:
                 return False
         if need > 0:
             sequence.pages += self.pool.take(need)
@@ -167,9 +180,9 @@ class Scheduler:
     def _put_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.computed = 0
+        sequence.computed = sequence.found = 0
         sequence.state = State.WAITING
-        self.waiting.appendleft(sequence)
+        insort_left(self.waiting, sequence, key=_priority)
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
@@ -184,3 +197,7 @@ class Scheduler:
     @staticmethod
     def _pages_for(tokens: int) -> int:
         return -(-tokens // PAGE)
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.request.priority

@@ -11,6 +11,7 @@ from kernels.page import PAGE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from service.engine.pages import Content
     from service.engine.stream import Stream
     from service.engine.types import SamplingParams, SparsityParams
 
@@ -45,12 +46,13 @@ class Fallback(StrEnum):
     SHORT_CONTEXT = "short_context"
     LOW_COVERAGE = "low_coverage"
     KERNEL_ERROR = "kernel_error"
+    OVERLOAD = "overload"
     REQUESTED = "requested"
     OWN_PATTERN = "own_pattern"
 
     @property
     def to(self) -> Mode:
-        """Where such a token goes from the tail on (a requested policy names its own)."""
+        """Where such a token goes from the tail on (a policy requested or cut names its own)."""
         return Mode.FIXED if self is Fallback.KERNEL_ERROR else Mode.DENSE
 
 
@@ -68,6 +70,10 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)  # by choice
     prefill_dense_below: int = 0  # as `dense_below`, of the prompt before its tail
     own_pattern: bool = False  # the model's heads see by patterns: nothing is left to select
+    priority: int = 0  # lower is earlier
+    cache_salt: str = ""  # the prefix cache's pages are shared among requests of the same one
+    # Prompt tokens that it found there when it started; None: not started, or it did not look.
+    cached: int | None = None
 
     @property
     def tail_start(self) -> int:
@@ -92,6 +98,16 @@ class Sequence:
     fallbacks: dict[int, Fallback] = field(default_factory=dict)
     hold_until: int = 0  # positions before it repeat `hold_reason` instead of trying again
     hold_reason: Fallback = Fallback.LOW_COVERAGE
+    # Under brownout, what is left of the request's budget for positions not yet decided (the
+    # engine's to set, before each step), and what was left at those decided; None, none: all.
+    cut: SparsityParams | None = None
+    cuts: dict[int, SparsityParams] = field(default_factory=dict)
+    spared: bool = False  # it missed its floor of coverage under a cut, and is cut no more
+    # Of the prefix cache, the engine's thread alone fills them in (`service.engine.prefix`).
+    keys: list[bytes] = field(default_factory=list)  # of its first pages, as far as asked for
+    found: int = 0  # so many first pages are there to begin with, or were when it began
+    reused: list[Content] = field(default_factory=list)  # of the pages that it began with
+    sealed: bool = False  # its next page is not fit to be kept, nor is any behind it
     started: float | None = None  # first step, seconds, monotonic
     first_token: float | None = None  # first token, seconds, monotonic
     last_token: float | None = None  # newest token, seconds, monotonic
@@ -108,10 +124,13 @@ class Sequence:
 
     @property
     def unfilled(self) -> int:
-        """Known tokens to compute before the next can be sampled; a decode step's one is none."""
+        """Known tokens to compute before the next can be sampled; a decode step's one is none.
+
+        What waits need not compute again what the prefix cache has.
+        """
         if self.state not in (State.WAITING, State.RUNNING):
             return 0
-        left = len(self.tokens) - self.computed
+        left = len(self.tokens) - max(self.computed, self.found * PAGE)
         return left if left > 1 or self.generated == 0 else 0
 
     def mode(self, position: int) -> Mode:
@@ -122,6 +141,8 @@ class Sequence:
         wanted, fallback = self.request.sparsity, self.fallback(position)
         if position < self.request.tail_start:
             return Mode(wanted.prefill) if fallback is None else Mode.DENSE
+        if fallback is Fallback.OVERLOAD:
+            return Mode(self.wanted(position).policy)
         return Mode(wanted.policy) if fallback in (None, Fallback.REQUESTED) else fallback.to
 
     def fallback(self, position: int) -> Fallback | None:
@@ -142,7 +163,18 @@ class Sequence:
             return Fallback.OWN_PATTERN
         if position < self.request.dense_below:
             return Fallback.SHORT_CONTEXT
-        return self.hold_reason if position < self.hold_until else None
+        if position < self.hold_until:
+            return self.hold_reason
+        return None if self.cut is None else Fallback.OVERLOAD
+
+    def wanted(self, position: int) -> SparsityParams:
+        """Where the token at `position` is to look: as the request says, unless it is cut."""
+        if self.fallback(position) is not Fallback.OVERLOAD:
+            return self.request.sparsity
+        if position in self.cuts:
+            return self.cuts[position]
+        assert self.cut is not None
+        return self.cut
 
 
 def pages_of(positions: range) -> Iterator[range]:

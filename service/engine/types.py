@@ -220,6 +220,7 @@ class Delta:
         error: a sentence, with finish_reason "error".
         sparsity: on the last delta.
         prompt_logprobs: on the first delta of choice 0, where asked for.
+        cached_tokens: of the prompt, found in the prefix cache; on the first delta of choice 0.
         look: what its token attended to, where asked for.
     """
 
@@ -232,6 +233,7 @@ class Delta:
     error: str | None = None
     sparsity: SparsityReport | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    cached_tokens: int = 0
     look: TokenLook | None = None
 
 
@@ -257,9 +259,10 @@ class Load:
     """What an engine has before it and how busy it is, to decide how many replicas are needed.
 
     Attributes:
-        queued_tokens: prompt tokens not yet prefilled, of waiting and running requests.
+        queued_tokens: prompt tokens yet to be prefilled, of waiting and running requests; what the
+            prefix cache has of those that wait is none of them.
         queued_prompts: sequences that they belong to.
-        kv_usage: share of the KV pages in use, 0 to 1.
+        kv_usage: share of the KV pages in use, 0 to 1; what the cache keeps for later is not.
         slots: sequences that run over the most that may, 0 to 1.
         prefill_seconds: time since the start that went into steps with prompt tokens.
     """

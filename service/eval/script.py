@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from service.engine.runner import decide
+from service.engine.holds import decide
 from service.engine.sequence import Mode
 from service.engine.tally import Looked, Tally
 from service.errors import GenerationError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from service.engine.runner import Outcome
+    from service.engine.outcome import Outcome
     from service.engine.sequence import Fallback, Sequence
     from service.engine.types import SparsityReport
 

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from kernels.cache import LayerCache
-from service.engine.runner import PROMPT_HOLD, Runner, decide
+from service.engine.holds import PROMPT_HOLD, decide
+from service.engine.runner import Runner
 from service.engine.scheduler import Work
 from service.engine.sequence import TAIL, Request, Sequence
 from service.engine.tally import Tally
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.decoder import Decoder
     from models.tokenizer import Tokenizer
-    from service.engine.runner import Outcome
+    from service.engine.outcome import Outcome
     from service.engine.types import SparsityParams, SparsityReport
     from service.eval.paper import Dictation, Exam
     from service.eval.room import Room

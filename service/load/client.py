@@ -64,18 +64,21 @@ class Client:
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._now = now
 
-    async def send(self, body: bytes, due: float | None, prompt_tokens: int) -> Outcome:
+    async def send(
+        self, body: bytes, due: float | None, prompt_tokens: int, session: str | None = None
+    ) -> Outcome:
         """One request; what goes wrong is in the outcome.
 
         Args:
             body: of the request.
             due: when it should have been sent; None is now.
             prompt_tokens: as planned.
+            session: told in the header `x-session-id`, if any.
         """
         sent = self._now()
         outcome = Outcome(sent if due is None else due, sent, prompt_tokens)
         try:
-            await self._read(body, outcome)
+            await self._read(body, session, outcome)
         except StatusError as error:
             outcome.error, outcome.detail = f"http {error.status}", str(error)[:_DETAIL]
         except StreamError as error:
@@ -93,10 +96,11 @@ class Client:
             outcome.output_tokens = len(outcome.tokens_at)
         return outcome
 
-    async def _read(self, body: bytes, outcome: Outcome) -> None:
+    async def _read(self, body: bytes, session: str | None, outcome: Outcome) -> None:
         target, reader = self._target, EventReader()
+        headers = target.headers | ({} if session is None else {"x-session-id": session})
         async with self._session.post(
-            target.address, data=body, headers=target.headers, timeout=self._timeout
+            target.address, data=body, headers=headers, timeout=self._timeout
         ) as answer:
             if answer.status != 200:
                 raise StatusError(answer.status, await answer.text(errors="replace"))

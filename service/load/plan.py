@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +37,13 @@ class Planned:
     group: int
     blocks: tuple[int, ...]
     seed: int
+
+    @property
+    def session(self) -> str | None:
+        """Name of what its prompt begins with, for services that send its likes to one replica."""
+        if self.blocks:
+            return f"block-{self.blocks[0]}"
+        return f"group-{self.group}" if self.prefix_tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,17 @@ def traced_plan(
         for row in rows[:requests]
         if duration is None or row.at / speed < duration
     ]
+
+
+def anew(plan: Sequence[Planned], run: int, mix: Mix) -> list[Planned]:
+    """The same requests with other prompts, so that a server has kept nothing of an earlier run.
+
+    Args:
+        plan: what is to be sent.
+        run: its number, from 0 on: the first one's prompts stay.
+        mix: what it was drawn from.
+    """
+    return [replace(one, group=one.group + run * mix.groups, seed=one.seed + run) for one in plan]
 
 
 def _drawn(mix: Mix, at: float | None, rng: np.random.Generator) -> Planned:

@@ -66,7 +66,9 @@ async def run(
     async with aiohttp.ClientSession(connector=connector) as session:
         first = Client(session, target, loop.timeout, clock())
         for planned in warmup:
-            await first.send(target.body(planned, prompts), None, planned.prompt_tokens)
+            await first.send(
+                target.body(planned, prompts), None, planned.prompt_tokens, planned.session
+            )
         with tqdm(total=len(plan), desc=name, unit="request", leave=False) as progress:
             if loop.users is None:
                 return await _open(plan, target, prompts, loop, session, progress)
@@ -92,7 +94,7 @@ async def _open(
             await written.put((planned, await asyncio.to_thread(target.body, planned, prompts)))
 
     async def one(body: bytes, planned: Planned) -> Outcome:
-        outcome = await client.send(body, planned.at, planned.prompt_tokens)
+        outcome = await client.send(body, planned.at, planned.prompt_tokens, planned.session)
         progress.update()
         return outcome
 
@@ -129,7 +131,8 @@ async def _closed(
             body = await asyncio.to_thread(target.body, planned, prompts)
             if loop.duration is not None and now() >= loop.duration:
                 return
-            outcomes.append(await client.send(body, None, planned.prompt_tokens))
+            outcome = await client.send(body, None, planned.prompt_tokens, planned.session)
+            outcomes.append(outcome)
             progress.update()
 
     await asyncio.gather(*(user() for _ in range(loop.users)))

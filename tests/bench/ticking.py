@@ -80,7 +80,7 @@ class TickingEngine:
         """Whether it ticks."""
         return Health(self._thread.is_alive(), 0.0)
 
-    def submit(self, prompt, sampling, sparsity, *, n, request_id) -> Stream:
+    def submit(self, prompt, sampling, sparsity, *, n, priority, request_id, cache_salt) -> Stream:
         """A stream of `max_tokens` tokens, the first at the next tick."""
         stream = Stream(n, lambda: self.abort(request_id))
         with self._lock:

@@ -13,6 +13,10 @@ USAGE = {
     "usage.prompt_tokens": ("integer", "over all prompts"),
     "usage.completion_tokens": ("integer", "over all choices"),
     "usage.total_tokens": ("integer", "both"),
+    "usage.prompt_tokens_details.cached_tokens": (
+        "integer",
+        "of the prompts', found in the [prefix cache](operations.md#the-prefix-cache)",
+    ),
 }
 SPARSITY = {
     "sparsity.policy": ("string", "as asked for: `dynamic`, `fixed` or `dense`"),
@@ -133,6 +137,7 @@ CHUNK_END = {
     "usage.prompt_tokens": ("integer", "with `include_usage` on a last chunk without choices"),
     "usage.completion_tokens": ("integer", "with `continuous_usage_stats` on every chunk"),
     "usage.total_tokens": ("integer", ""),
+    "usage.prompt_tokens_details.cached_tokens": ("integer", ""),
     "usage": ("object or null", "null on the chunks before, with `include_usage`"),
     "sparsity": ("object by field", "what a whole answer has; on the last chunk"),
 }

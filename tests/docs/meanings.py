@@ -37,8 +37,13 @@ MEANINGS = {
     "GenerationRequest.include_stop_str_in_output": "keep the stop text in the answer",
     "GenerationRequest.ignore_eos": "go on behind the model's own end",
     "GenerationRequest.skip_special_tokens": "leave special tokens out of the text",
+    "GenerationRequest.cache_salt": "requests of another one share nothing of the prefix cache "
+    "with this, so that no time to first token tells of its prompt",
     "GenerationRequest.logit_bias": "added to the logits of tokens, by id; -100 to 100, at most "
     "{logit_bias} entries",
+    "GenerationRequest.priority": "requests of a lower one go first, of the same in the order that "
+    "they come; under [brownout](operations.md#brownout) lower ones are cut later. -{priority} to "
+    "{priority}",
     "CompletionRequest.prompt": "at most {prompts}; ids lie within the vocabulary; prompts times "
     "`n` at most {choices}",
     "CompletionRequest.echo": "the text begins with the prompt; with `logprobs` its "

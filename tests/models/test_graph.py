@@ -10,7 +10,7 @@ import torch
 
 from kernels.cache import LayerCache, Rows
 from kernels.page import PAGE
-from kernels.policy import Dense, Dynamic
+from kernels.policy import Dynamic
 from models.attention import Recorder
 from models.decode_step import Bucket, DecodeStep
 from models.decoder import Decoder
@@ -115,7 +115,9 @@ def test_step_after_step_in_every_dtype(dtype):
 def check(decoder, bucket, steps):
     dtype = decoder.model.norm.weight.dtype
     theirs, ours = Sequences(decoder), Sequences(decoder)
-    captured = CapturedSteps(decoder, ours.caches, [bucket]).find(len(LENGTHS), PAGES, Dense())
+    captured = CapturedSteps(decoder, ours.caches, [bucket]).find(
+        len(LENGTHS), PAGES, dynamic=False
+    )
     step = DecodeStep.padding(bucket)
     for number in range(steps):
         expected = theirs.eager(number)
@@ -139,7 +141,7 @@ def test_padding_writes_nothing_wherever_its_table_points():
     sequences, bucket = Sequences(decoder), Bucket(2, PAGES)
     steps = CapturedSteps(decoder, sequences.caches, [bucket])
     before = [part.clone() for cache in sequences.caches for part in cache.parts]
-    decoded = steps.find(1, 1, Dense()).replay(DecodeStep.padding(bucket))
+    decoded = steps.find(1, 1, dynamic=False).replay(DecodeStep.padding(bucket))
     assert decoded.hidden.isfinite().all()
     after = [part for cache in sequences.caches for part in cache.parts]
     assert all(map(torch.equal, before, after))
@@ -150,11 +152,12 @@ def test_a_dynamic_step_that_reads_every_key_is_a_dense_one(few_programs, dense_
     policy = Dynamic(coverage=1.0, min_keys=4096, max_keys=4096)
     decoder = make_decoder(torch.float32)
     expected = Sequences(decoder).eager(0)
-    sequences, bucket = Sequences(decoder), Bucket(len(LENGTHS) + 1, PAGES, policy, dense_layers)
+    sequences, bucket = Sequences(decoder), Bucket(len(LENGTHS) + 1, PAGES, True, dense_layers)
     steps = CapturedSteps(decoder, sequences.caches, [bucket])
     step = DecodeStep.padding(bucket)
-    step.fill(*sequences.next(0))
-    decoded = steps.find(len(LENGTHS), PAGES, policy, dense_layers).replay(step)
+    step.fill(*sequences.next(0), torch.tensor([policy.limits]))
+    found = steps.find(len(LENGTHS), PAGES, dynamic=True, dense_layers=dense_layers)
+    decoded = found.replay(step)
     rows = slice(len(LENGTHS))
     close(decoded.hidden[rows], expected, torch.float32)
     visible = (sequences.lengths + 1).float()
@@ -171,21 +174,20 @@ def test_a_dynamic_step_that_reads_every_key_is_a_dense_one(few_programs, dense_
 
 def test_the_smallest_step_that_fits_is_found():
     decoder = make_decoder(torch.float32)
-    policy = Dynamic()
-    buckets = [Bucket(4, 8), Bucket(1, 64), Bucket(1, 8), Bucket(8, 8), Bucket(1, 8, policy)]
+    buckets = [Bucket(4, 8), Bucket(1, 64), Bucket(1, 8), Bucket(8, 8), Bucket(1, 8, True)]
     steps = CapturedSteps(decoder, Sequences(decoder).caches, buckets)
 
-    def found(*wanted):
-        step = steps.find(*wanted)
+    def found(rows, pages, dense_layers=0, *, dynamic=False):
+        step = steps.find(rows, pages, dynamic=dynamic, dense_layers=dense_layers)
         return None if step is None else step.bucket
 
-    assert found(1, 3, Dense()) == Bucket(1, 8)
-    assert found(1, 9, Dense()) == Bucket(1, 64)
-    assert found(2, 8, Dense()) == Bucket(4, 8)
-    assert found(2, 9, Dense()) is None
-    assert found(1, 8, policy) == Bucket(1, 8, policy)
-    assert found(1, 8, policy, 1) is None
-    assert found(1, 8, Dynamic(max_keys=500)) is None
+    assert found(1, 3) == Bucket(1, 8)
+    assert found(1, 9) == Bucket(1, 64)
+    assert found(2, 8) == Bucket(4, 8)
+    assert found(2, 9) is None
+    assert found(1, 8, dynamic=True) == Bucket(1, 8, True)
+    assert found(1, 8, 1, dynamic=True) is None
+    assert found(2, 8, dynamic=True) is None
 
 
 def test_a_step_is_filled_anew():
@@ -193,7 +195,8 @@ def test_a_step_is_filled_anew():
     step = DecodeStep.padding(bucket)
     blank = step.packed.clone()
     full = torch.full((3,), 9)
-    step.fill(full, full, full, Rows(torch.full((3, 2), 9), full, full))
+    nines = torch.full((3, 2), 9).view(torch.float32)  # of the same bits
+    step.fill(full, full, full, Rows(torch.full((3, 2), 9), full, full), nines)
     assert step.packed.eq(9).all()
     step.fill(full[:1], full[:1], full[:1], Rows(full[:1, None], full[:1], full[:1]))
     assert step.packed.view(-1).eq(9).sum() == 6
@@ -208,7 +211,13 @@ def test_a_model_in_float64_is_refused():
         CapturedSteps(decoder, Sequences(decoder).caches, [Bucket(1, 1)])
 
 
-def test_plain_top_k_is_refused():
-    decoder = make_decoder(torch.float32)
-    with pytest.raises(ModelError, match="plain top-k"):
-        CapturedSteps(decoder, Sequences(decoder).caches, [Bucket(1, 1, Dynamic(sampled=False))])
+def test_a_step_has_room_for_limits_that_are_its_rows_own():
+    step = DecodeStep.padding(Bucket(3, 2))
+    limits = torch.tensor([Dynamic().limits, Dynamic(max_keys=2**31 - 1).limits])
+    place = torch.arange(2)
+    step.fill(place, place, place, Rows(torch.zeros(2, 2).long(), place, place), limits)
+    assert torch.equal(step.limits[:2], limits) and step.limits[2].eq(0).all()
+    assert step.limits[1].tolist() == pytest.approx([0.98, 2.0, 384.0, 2.0**24])
+    other = DecodeStep.padding(Bucket(3, 2))
+    other.packed.copy_(step.packed)
+    assert torch.equal(other.limits, step.limits) and torch.equal(other.columns, step.columns)

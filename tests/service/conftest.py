@@ -200,8 +200,10 @@ def harness():
         wrap=lambda model: model,
         max_model_len=4096,
         captured=(),
+        prefix_cache=True,
         impl=Impl.TORCH,
         device="cpu",
+        brownout=None,
     ):
         config = config or tiny_config()
         decoder = make_decoder(dtype, seed, config, impl, device)
@@ -227,6 +229,8 @@ def harness():
             max_model_len=min(max_model_len, pages * 64),
             dense_below=dense_below,
             prefill_dense_below=prefill_dense_below,
+            prefix_cache=prefix_cache,
+            brownout=brownout,
         )
         engine.start()
         started.append(engine)

@@ -96,13 +96,19 @@ class FakeEngine:
     def check_room(self, choices):
         assert choices > 0
 
-    def submit(self, prompt, sampling, sparsity, *, n=1, request_id):
+    def submit(self, prompt, sampling, sparsity, *, n=1, priority=0, request_id, cache_salt=""):
         script = self.scripts.pop(0)
         if isinstance(script, BaseException):
             raise script
         self.submitted.append(
             SimpleNamespace(
-                prompt=list(prompt), sampling=sampling, sparsity=sparsity, n=n, id=request_id
+                prompt=list(prompt),
+                sampling=sampling,
+                sparsity=sparsity,
+                n=n,
+                priority=priority,
+                id=request_id,
+                cache_salt=cache_salt,
             )
         )
         self.streams.append(FakeStream(script))

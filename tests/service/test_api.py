@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 import httpx
@@ -13,7 +14,7 @@ from service.api.app import create_app
 from service.config import ServiceConfig
 from service.engine.types import Health
 from service.errors import EngineDeadError, OverloadedError, RequestError
-from tests.service.fake import FakeEngine, delta
+from tests.service.fake import REPORT, FakeEngine, delta
 
 HELLO = [delta("H"), delta("i"), delta(finish="stop")]
 
@@ -59,7 +60,12 @@ def test_a_completion_has_openais_shape_and_the_report():
     assert answer["choices"] == [
         {"index": 0, "text": "Hi", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     ]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer["sparsity"] == {
         "policy": "dynamic",
         "density": 0.1,
@@ -96,6 +102,28 @@ def test_continuous_usage_counts_up():
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events(complete(FakeEngine(HELLO), stream=True, stream_options=options))
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("send", [complete, chat])
+def test_usage_tells_what_of_the_prompt_was_cached(send, stream):
+    script = [delta("H", cached_tokens=2), delta("i", finish="stop")]
+    options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    response = send(FakeEngine(script), stream=stream, **(options if stream else {}))
+    told = events(response) if stream else [response.json()]
+    assert {chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in told} == {2}
+
+
+@pytest.mark.parametrize("send", [complete, chat])
+def test_a_salt_reaches_the_engine(send):
+    engine = FakeEngine(HELLO, HELLO, HELLO)
+    for salt in ({}, {"cache_salt": None}, {"cache_salt": "tenant"}):
+        assert send(engine, **salt).status_code == 200
+    assert [one.cache_salt for one in engine.submitted] == ["", "", "tenant"]
+    for salt in ("", "x" * 257, 5, ["x"]):
+        refused = send(engine, cache_salt=salt)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "cache_salt"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -441,3 +469,31 @@ def test_a_rejected_body_is_not_sent_back():
     response = complete(FakeEngine(), sparsity={noise: 1, noise + "b": 2}, temperature=noise)
     assert response.status_code == 400
     assert len(response.content) < 2000
+
+
+def test_a_priority_reaches_the_engine_for_every_prompt():
+    engine = FakeEngine(HELLO, HELLO)
+    assert complete(engine, prompt=["abc", "def"], priority=-7).status_code == 200
+    assert [one.priority for one in engine.submitted] == [-7, -7]
+    engine = FakeEngine(HELLO, HELLO)
+    assert chat(engine, priority=3).status_code == chat(engine).status_code == 200
+    assert [one.priority for one in engine.submitted] == [3, 0]
+
+
+def test_priorities_can_be_turned_off():
+    config = ServiceConfig(limits={"priority": 0})
+    body = {"model": "fake", "prompt": "abc"}
+    assert call(FakeEngine(HELLO), config=config, json=body | {"priority": 0}).status_code == 200
+    refused = call(FakeEngine(), config=config, json=body | {"priority": 1})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "priority"
+    assert "0 to 0" in refused.json()["error"]["message"]
+
+
+def test_an_answer_tells_of_overload_at_its_end():
+    cut = dataclasses.replace(REPORT, fallbacks={"overload": 9})
+    script = [delta("H"), delta(finish="stop", sparsity=cut)]
+    assert complete(FakeEngine(script)).json()["sparsity"]["fallbacks"] == {"overload": 9}
+    streamed = events(complete(FakeEngine(script), stream=True))
+    told = [one["sparsity"]["fallbacks"] for one in streamed if "sparsity" in one]
+    assert told == [{"overload": 9}] and "sparsity" in streamed[-1]

@@ -72,6 +72,16 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces(client):
     assert last.sparsity == whole.sparsity
 
 
+def test_a_prompt_asked_twice_is_computed_once(client):
+    prompt = "To be read twice. " * 20  # 361 tokens with the first, of which 3 pages are shared
+    usage = []
+    for salt in ("a", "a", "b"):
+        answer = complete(client, prompt, extra_body={"cache_salt": salt})
+        usage.append((answer.usage.prompt_tokens_details.cached_tokens, answer.choices[0].text))
+    assert [cached for cached, _ in usage] == [0, 192, 0]
+    assert len({text for _, text in usage}) == 1
+
+
 def test_it_chats_whole_and_streamed(client):
     whole = chat(client)
     assert whole.choices[0].message.role == "assistant"
@@ -328,6 +338,8 @@ BAD_COMPLETIONS = {
     "min_coverage": ({"sparsity": {"min_coverage": -1}}, 400, "sparsity.min_coverage"),
     "unknown pattern": ({"sparsity": {"pattern": "spiral:3"}}, 400, "sparsity.pattern"),
     "pattern of a wrong type": ({"sparsity": {"pattern": 3}}, 400, "sparsity.pattern"),
+    "priority as text": ({"priority": "1"}, 400, "priority"),
+    "priority out of bounds": ({"priority": -101}, 400, "priority"),
     "brownout of a wrong type": (
         {"sparsity": {"allow_brownout": 1}},
         400,

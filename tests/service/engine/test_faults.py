@@ -34,7 +34,7 @@ LOST = "CUDA error: an illegal memory access was encountered"
 def little_work(few_programs, monkeypatch):
     monkeypatch.setattr("kernels.gpu.decode.SAMPLE", 8)
     monkeypatch.setattr("service.engine.sequence.TAIL", TAIL)
-    monkeypatch.setattr("service.engine.runner.HOLD", HOLD)
+    monkeypatch.setattr("service.engine.holds.HOLD", HOLD)
 
 
 @pytest.fixture

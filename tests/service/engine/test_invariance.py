@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from service.engine import runner
+from service.engine import holds
 from tests.service.engine.tiny import dynamic, greedy, level, prompt_of, tokens_of
 
 LENGTHS = [3, 64, 129, 200, 517, 900]
@@ -46,7 +46,7 @@ def alone():
 @pytest.fixture
 def harness(harness, request, monkeypatch):
     """The same, on a model whose sparse prompts leave pages unread."""
-    monkeypatch.setattr(runner, "PROMPT_HOLD", 128)
+    monkeypatch.setattr(holds, "PROMPT_HOLD", 128)
     sparse = "policy" in request.fixturenames and request.getfixturevalue("policy")
     if sparse and sparse.prefill == "dynamic":
         return partial(harness, wrap=level)

@@ -110,7 +110,7 @@ def test_a_full_queue_refuses_at_once(harness):
         assert len(streams) >= 2
         for stream in streams:
             stream.close()
-        while one.engine._waiting + one.engine._arriving:
+        while one.engine._counts.waiting:
             await asyncio.sleep(0.01)
 
     one.run(crowd())

@@ -11,7 +11,7 @@ from kernels import prefill
 from kernels.errors import KernelError
 from kernels.patterns.pattern import Pattern
 from models import attention
-from service.engine import runner, trouble
+from service.engine import holds, trouble
 from service.engine.scheduler import Scheduler, Work
 from service.engine.sequence import Fallback, Mode, Request, Sequence
 from tests.service.engine.test_fallbacks import Poisoned, counter, fail, last
@@ -167,7 +167,7 @@ def test_coverage_under_the_requests_floor_goes_dense(harness):
 
 @pytest.mark.parametrize("floor", [0.3, 0.42])
 def test_what_falls_back_does_not_depend_on_the_chunks_nor_on_company(harness, monkeypatch, floor):
-    monkeypatch.setattr(runner, "PROMPT_HOLD", 256)
+    monkeypatch.setattr(holds, "PROMPT_HOLD", 256)
     sparsity = replace(SPARSE, min_coverage=floor)
     expected = run(harness, sparsity)[1]
     assert 256 < last(expected).fallbacks["low_coverage"] - 139 < BODY - 256
@@ -206,7 +206,7 @@ def test_choices_share_what_their_prompt_did(harness, monkeypatch, max_seqs):
 
 
 def test_a_choice_that_computes_its_prompt_again_reads_what_the_first_read(harness, monkeypatch):
-    monkeypatch.setattr(runner, "PROMPT_HOLD", 256)
+    monkeypatch.setattr(holds, "PROMPT_HOLD", 256)
     sparsity = replace(SPARSE, min_coverage=0.38)
     one = harness(wrap=level, max_seqs=1)
     [deltas] = one.run(one.generate(prompt_of(LENGTH), greedy(9), sparsity, n=2))
@@ -271,7 +271,7 @@ def test_tokens_whose_second_try_fails_in_company_are_counted(harness, monkeypat
     assert [outcome.error for outcome in outcomes] == [None, None]
     for item in work:
         noted = []
-        runner.decide(item, lambda *note, noted=noted: noted.append(note))
+        holds.decide(item, lambda *note, noted=noted: noted.append(note))
         assert {note[:2] for note in noted} == {(Fallback.KERNEL_ERROR, Mode.DENSE)}
         assert sum(tokens for _, _, tokens in noted) == 512
     assert one.runner.degraded == "sparse prefill met scores that are not finite"

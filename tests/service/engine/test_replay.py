@@ -11,14 +11,13 @@ import torch
 
 from kernels.cache import LayerCache
 from kernels.page import PAGE
-from kernels.policy import Dense
 from models import graph
 from models.decode_step import Bucket
 from models.graph import CapturedStep, CapturedSteps
 from service.config import ServiceConfig
-from service.engine.batch import dynamic_policy
 from service.engine.buckets import buckets
 from service.engine.build import capture
+from service.engine.cuts import Levels, cut_of
 from service.engine.replay import Replays
 from service.engine.runner import Runner
 from service.engine.scheduler import Work
@@ -34,8 +33,7 @@ CONFIG = tiny_config(layers=2, windows=(None, None), dtype="float32")
 DENSE, FIXED, SAMPLED = dynamic(policy="dense"), dynamic(policy="fixed"), dynamic()
 # Reads every key: where a sample is drawn, a sum that rounds otherwise can put a mark elsewhere.
 DYNAMIC = dynamic(coverage=1.0, min_keys=4096, max_keys=4096)
-POLICIES = [Dense(), dynamic_policy(DYNAMIC), dynamic_policy(SAMPLED)]
-CAPTURED = [Bucket(rows, WIDTH, policy) for rows in (1, 3) for policy in POLICIES]
+CAPTURED = [Bucket(rows, WIDTH, chosen) for rows in (1, 3) for chosen in (False, True)]
 
 
 pytestmark = pytest.mark.usefixtures("few_programs")
@@ -189,12 +187,38 @@ def test_layers_of_their_own_kind():
     """Sliding windows, and first layers that attend densely."""
     config = tiny_config(layers=2, windows=(None, 100), dtype="float32")
     sparsity = replace(DYNAMIC, dense_layers=1)
-    world, other = both([Bucket(1, WIDTH, dynamic_policy(DYNAMIC), 1)], config=config)
+    world, other = both([Bucket(1, WIDTH, True, 1)], config=config)
     ours, theirs = (one.step(one.sequence(300, sparsity)) for one in (world, other))
     same(ours, theirs, world, other)
     assert world.count("replays") == 1
     assert ours[0].looked.keys[0, 0] == 300 and ours[0].looked.keys[1, 0] <= 100
     assert ours[0].looked.density[0, 0] == 1
+
+
+def test_rows_of_different_budgets_are_one_step():
+    """Each within its own limits: what a row finds does not depend on who is beside it."""
+    config = tiny_config(layers=1, windows=(None,), dtype="float32")
+    world, other = (World([Bucket(2, WIDTH, True)], config) for _ in range(2))
+    wide = dynamic(min_keys=1380, max_keys=1380)
+    cut, sampled = world.sequence(700, wide), world.sequence(700, SAMPLED)
+    cut.cut = cut_of(wide, 0, 1, Levels(1))
+    ours = world.step(cut, sampled)
+    [alone] = other.step(other.sequence(700, SAMPLED))
+    assert (world.count("replays"), other.count("replays")) == (1, 1)
+    # Uncut it would read all.
+    assert 700 > ours[0].looked.keys.mean() > ours[1].looked.keys.mean()
+    close(ours[1].logits, alone.logits)
+    np.testing.assert_array_equal(ours[1].looked.keys, alone.looked.keys)
+
+
+def test_a_row_that_is_cut_to_the_pattern_runs_as_ever():
+    world, other = both()
+    mine, its = world.sequence(700, SAMPLED), other.sequence(700, SAMPLED)
+    mine.cut = cut_of(SAMPLED, 0, 1, Levels(fixed=True))
+    its.hold_until, its.hold_reason = 701, Fallback.KERNEL_ERROR
+    assert mine.fallback(699) is Fallback.OVERLOAD
+    same(world.step(mine), other.step(its), world, other)
+    assert world.count("replays") == 0
 
 
 def test_short_contexts_are_dense_rows():
@@ -208,7 +232,6 @@ def test_short_contexts_are_dense_rows():
 NOT_CAPTURED = {
     "a fixed pattern": ([FIXED], {}),
     "a fixed pattern among others": ([SAMPLED, FIXED], {}),
-    "numbers of its own": ([dynamic(max_keys=150)], {}),
     "plain top-k": ([dynamic(sampled=False)], {}),
     "dense layers of its own": ([replace(DYNAMIC, dense_layers=1)], {}),
     "too many rows": ([DENSE] * 4, {}),
@@ -337,7 +360,7 @@ class Unwilling(CapturedStep):
     """Steps of which some cannot be captured."""
 
     def __init__(self, decoder, caches, bucket, *rest):
-        if bucket.policy != Dense():
+        if bucket.dynamic:
             raise RuntimeError("no kernel image")
         if bucket.batch > 1:
             try:
@@ -363,23 +386,23 @@ def test_steps_that_cannot_be_captured_are_counted_and_the_rest_serves(monkeypat
 
 def test_the_grid_of_steps_holds_whatever_a_service_may_run():
     limits = {"max_seqs": 16, "max_model_len": 131_072, "cache_pages": 5000, "dense_below": 16384}
-    policy = dynamic_policy(SAMPLED)
-    grid = buckets(policy, 2, **limits)
+    grid = buckets(dynamic=True, dense_layers=2, **limits)
     assert len(grid) == len(set(grid)) == 50
     assert max(grid, key=lambda b: (b.batch, b.pages)) == Bucket(16, 2048)
-    assert Bucket(4, 512, policy, 2) in grid and Bucket(4, 256, policy, 2) not in grid
-    assert {b.policy for b in buckets(None, 0, **limits)} == {Dense()}
+    assert Bucket(4, 512, True, 2) in grid and Bucket(4, 256, True, 2) not in grid
+    assert not any(b.dynamic for b in buckets(dynamic=False, dense_layers=2, **limits))
 
 
 def test_steps_that_no_cache_can_hold_are_not_captured():
     limits = {"max_seqs": 12, "max_model_len": 1000 * PAGE, "dense_below": 0}
-    small = {(b.batch, b.pages) for b in buckets(None, 0, cache_pages=1000, **limits)}
+    limits |= {"dynamic": False, "dense_layers": 0}
+    small = {(b.batch, b.pages) for b in buckets(cache_pages=1000, **limits)}
     assert (12, 512) in small and (1, 1000) in small and (4, 1000) in small
     # Nine rows, one of 513 pages: the cache would have to have 521.
-    tight = {(b.batch, b.pages) for b in buckets(None, 0, cache_pages=520, **limits)}
+    tight = {(b.batch, b.pages) for b in buckets(cache_pages=520, **limits)}
     assert (12, 1000) not in tight and (8, 1000) in tight and (12, 512) in tight
     tiny = {"max_seqs": 1, "max_model_len": 70, "cache_pages": 9, "dense_below": 0}
-    assert buckets(None, 0, **tiny) == [Bucket(1, 2)]
+    assert buckets(dynamic=False, dense_layers=0, **tiny) == [Bucket(1, 2)]
 
 
 def engine_pair(harness, policies, lengths, **settings):
@@ -417,3 +440,22 @@ def test_answers_are_the_same_with_captured_steps(harness):
         assert mine[-1].sparsity.fallbacks == its[-1].sparsity.fallbacks
         assert mine[-1].sparsity.density == pytest.approx(its[-1].sparsity.density, abs=1e-6)
         assert mine[-1].sparsity.coverage == pytest.approx(its[-1].sparsity.coverage, abs=1e-4)
+
+
+def test_captured_steps_go_on_from_the_pages_of_the_prefix_cache(harness, monkeypatch):
+    monkeypatch.setattr("service.engine.sequence.TAIL", 2)
+    settings = {"dtype": torch.float32, "config": CONFIG, "device": DEVICE.type}
+    one, off = harness(captured=CAPTURED[:1], **settings), harness(prefix_cache=False, **settings)
+    prompts = [prompt_of(200, 1), [*prompt_of(200, 1)[:130], *prompt_of(9, 2)], prompt_of(200, 1)]
+    cached = []
+    for prompt in prompts:
+        asked = prompt, greedy(3, logprobs=2), DENSE
+        [mine], [its] = one.run(one.generate(*asked)), off.run(off.generate(*asked))
+        assert [d.token_ids for d in mine] == [d.token_ids for d in its]
+        ours, theirs = ([e.logprob for d in each for e in d.logprobs] for each in (mine, its))
+        assert ours == pytest.approx(theirs, abs=1e-3)
+        assert mine[-1].sparsity.density == pytest.approx(its[-1].sparsity.density, abs=1e-6)
+        cached.append(mine[0].cached_tokens)
+    assert cached == [0, 128, 192]
+    replays = "saccade_cuda_graph_replays_total"
+    assert one.engine.metrics.registry.get_sample_value(replays, {"model_name": "tiny"}) == 6

@@ -59,7 +59,7 @@ class Harness:
         self.engine, self.runner, self.decoder = engine, runner, decoder
         self._ids = itertools.count()
 
-    async def generate(self, prompt, sampling=None, sparsity=None, n=1, delay=0.0):
+    async def generate(self, prompt, sampling=None, sparsity=None, n=1, delay=0.0, priority=0):
         """All deltas of one request."""
         await asyncio.sleep(delay)
         stream = self.engine.submit(
@@ -67,6 +67,7 @@ class Harness:
             sampling or greedy(8),
             sparsity or dynamic(),
             n=n,
+            priority=priority,
             request_id=f"r{next(self._ids)}",
         )
         return [delta async for delta in stream]

@@ -9,7 +9,7 @@ import torch
 from kernels.cache import LayerCache
 from kernels.page import PAGE
 from service.config import BUNDLED_CHECKPOINT
-from service.engine import runner
+from service.engine import holds
 from service.engine.scheduler import Work
 from service.engine.sequence import TAIL, Sequence
 from service.errors import ConfigError, GenerationError
@@ -77,7 +77,7 @@ def test_answers_and_reports_are_those_of_the_engine(harness, sparsity):
 
 @pytest.mark.parametrize("step", [512, TAIL])
 def test_sparse_prompts_read_and_fall_back_as_in_the_engine(harness, monkeypatch, step):
-    monkeypatch.setattr(runner, "PROMPT_HOLD", 256)
+    monkeypatch.setattr(holds, "PROMPT_HOLD", 256)
     one = harness(wrap=level)
     document = prompt_of(1200, 1)
     prompts = [document + prompt_of(n, n) for n in (30, 150)]

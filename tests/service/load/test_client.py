@@ -233,3 +233,20 @@ def test_the_request_asks_for_a_stream_with_usage(endpoint):
     assert (body["top_k"], body["temperature"]) == (5, 1)
     asked = body["messages"][0]["content"] if endpoint == "chat" else body["prompt"]
     assert json.loads(json.dumps(asked)) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("users", [None, 1])
+def test_prompts_that_begin_alike_name_their_session(users):
+    async def script(number, response):
+        await end(response)
+
+    at = None if users else 0.0
+    plan = [
+        planned(at, prefix_tokens=2, group=4),
+        planned(at, group=4),
+        planned(at, blocks=(9, 7), group=1),
+    ]
+    scripted = Scripted(script)
+    put(scripted, plan, Loop(users, 20.0))
+    named = [headers.get("x-session-id") for headers in scripted.headers]
+    assert sorted(map(str, named)) == ["None", "block-9", "group-4"]

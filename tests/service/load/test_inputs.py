@@ -18,7 +18,7 @@ from service.load.events import EventReader, carries_tokens, parse
 from service.load.lengths import parse_lengths
 from service.load.objectives import good, parse_objective
 from service.load.outcome import Outcome
-from service.load.plan import Mix, closed_plan, open_plan, traced_plan
+from service.load.plan import Mix, anew, closed_plan, open_plan, traced_plan
 from service.load.prompts import FittedWords, TokenIds, Words
 from service.load.trace import BLOCK, read_trace
 from tests.service.load.conftest import planned
@@ -82,6 +82,19 @@ def test_arrivals_have_their_rate_and_repeat():
         arrivals("bursts", 4.0, np.random.default_rng(0))
     with pytest.raises(ConfigError, match="rate"):
         arrivals("poisson", math.nan, np.random.default_rng(0))
+
+
+def test_a_later_run_asks_as_much_of_other_prompts():
+    plan, prompts = closed_plan(MIX, 20, 0), TokenIds(range(1000), 0)
+    again = anew(plan, 1, MIX)
+    assert anew(plan, 0, MIX) == plan
+    assert {one.session for one in plan} == {f"group-{number}" for number in range(3)}
+    assert {one.session for one in again} == {f"group-{number}" for number in range(3, 6)}
+    for one, other in zip(plan, again, strict=True):
+        assert (one.prompt_tokens, one.output_tokens) == (other.prompt_tokens, other.output_tokens)
+        if one.prompt_tokens >= 10:
+            assert prompts.make(one)[:5] != prompts.make(other)[:5]
+            assert prompts.make(one)[-5:] != prompts.make(other)[-5:]
 
 
 def test_a_plan_is_the_same_for_its_seed_whatever_the_rate():
