@@ -28,7 +28,15 @@ PAGES = 4
 LENGTHS = [3 * PAGE - 1, 1, PAGE, 2 * PAGE + 17]
 """Keys in the cache: the first step completes a page, the second one does too, one begins one."""
 
-BASE = tiny_config(hidden_size=48, layers=2, tied=False)
+BASE = tiny_config(
+    hidden_size=48,
+    intermediate_size=40,
+    layers=2,
+    norm_eps=1e-5,
+    rope=RopeParameters(original_max_position=512),
+    max_position=512,
+    tied=False,
+)
 CASES = {
     "plain": {},
     "tied, one head a group": {"tied": True, "heads": 2},
