@@ -51,10 +51,11 @@ def running(arguments: Callable[[int], list[str]], seconds: float) -> Iterator[S
         SystemExit: it did not start.
     """
     port = free_port()
+    paths = (str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, *arguments(port)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}"
