@@ -22,6 +22,7 @@ from kernels.gpu.look import Look, always_read, look
 from kernels.gpu.prepare import LOG2E, prepare
 from kernels.gpu.probe import probe
 from kernels.gpu.scan import scan
+from kernels.gpu.settle import settle
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -64,11 +65,10 @@ def look_over(
     layout = Layout.of(query, cache, rows)
     scratch = Scratch.of(layout, query.device)
     prepare(query, cache, rows, policy.sinks, scale, layout, scratch)
-    probe(
-        query, cache, rows, policy.sinks, scale,
-        limits_of(policy, query.device) if limits is None else limits, layout, scratch,
-        fewest=SAMPLE if policy.sampled else 0,
-    )  # fmt: skip
+    probe(query, cache, rows, policy.sinks, scale, layout, scratch)
+    limits = limits_of(policy, query.device) if limits is None else limits
+    fewest = SAMPLE if policy.sampled else 0
+    settle(rows, policy.sinks, limits, layout, scratch, fewest)
     return layout, scratch
 
 

@@ -23,6 +23,8 @@ HELD = 3 * PAGE
 """Keys that are always read, with room: a page of sinks, and the recent window's two."""
 
 
+CHUNK = 16
+"""Pages that are probed at once."""
 PARTS = 32
 """Programs that read what is met on a line, at least."""
 SPANS = 512
@@ -96,6 +98,7 @@ class Scratch:
     held: Tensor  # float32 [lines, padded, HELD]  exact scores of the keys always read
     centres: Tensor  # float32 [lines, pages, padded]  scores of the pages' means
     probes: Tensor  # float32 [lines, pages, padded, PROBE]  scores of the probed keys
+    masses: Tensor  # float32 [lines, chunks, padded]  logs of the probed keys' masses
     norm: Tensor  # float32 [lines, padded]
     marks: Tensor  # int32 [lines]  -1 where all keys are read
     met: Tensor  # int64 [lines, spans, span * SEGMENT * 64]  slot in the cache and length of keys
@@ -123,6 +126,7 @@ class Scratch:
             held=floats(padded, HELD),
             centres=floats(pages, padded),
             probes=floats(pages, padded, PROBE),
+            masses=floats(-(-pages // CHUNK), padded),
             norm=floats(padded),
             marks=whole(),
             met=torch.empty(places, dtype=torch.int64, device=device),

@@ -1,7 +1,4 @@
-"""A first look at few keys: about how much mass there is, and how many keys to read.
-
-Also scores every page's mean, which the scan builds on.
-"""
+"""A first look at few keys of every page, and at its mean, which the scan builds on."""
 
 from __future__ import annotations
 
@@ -23,8 +20,7 @@ from kernels.gpu.lanes import (
     signed_sums,
 )
 from kernels.gpu.launch import PROGRAMS
-from kernels.gpu.layout import HELD
-from kernels.gpu.look import always_read
+from kernels.gpu.layout import CHUNK
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 
@@ -34,12 +30,8 @@ if TYPE_CHECKING:
     from kernels.cache import LayerCache, Rows
     from kernels.gpu.layout import Layout, Scratch
 
-CHUNK = 16
-"""Pages that a program scores at once."""
 CHUNKS = 8
-"""Such chunks of a program, at the most."""
-BLOCK = 2048
-"""Probed keys whose shares are added up at once."""
+"""Chunks of a program, at the most."""
 
 
 def probe(
@@ -48,12 +40,10 @@ def probe(
     rows: Rows,
     sinks: int,
     scale: float,
-    limits: Tensor,
     layout: Layout,
     scratch: Scratch,
-    fewest: int,
 ) -> None:
-    """Score the means of all pages and the probed keys, and settle each line's norm and marks.
+    """Score the means of all pages and the probed keys.
 
     Args:
         query: [rows, heads, head_dim], of the cache's dtype.
@@ -61,55 +51,41 @@ def probe(
         rows: where each row's keys lie.
         sinks: keys at the start that are always read.
         scale: factor on the scores.
-        limits: float32 [rows or 1, 4], coverage, worth, fewest and most keys.
         layout: the launch's sizes.
         scratch: what is read and written.
-        fewest: marks that a line gets at the least.
     """
-    chunks = -(-layout.pages // CHUNK)
+    chunks = scratch.masses.shape[1]
     each = max(1, min(CHUNKS, layout.lines * chunks // PROGRAMS))
-    parts = -(-chunks // each)
     # Narrow numbers would be waited for where they are put together.
     packed = 2 if cache.key_mean.itemsize == 2 and layout.head_dim % 32 == 0 else 1
-    masses = torch.empty(layout.lines, parts, layout.padded, device=query.device)
     overlaps = overlap.possible(query.device)
-    _probe[layout.lines, parts](
+    _probe[layout.lines, triton.cdiv(chunks, each)](
         query, cache.key_mean.view(torch.int32) if packed == 2 else cache.key_mean,
-        cache.codes.view(torch.int32), cache.scale.view(torch.int64),
-        rows.block_tables,
+        cache.codes.view(torch.int32), cache.scale.view(torch.int64), rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors,
-        scratch.centres, scratch.probes, masses,
-        scale, sinks, rows.queries, layout.kv_heads, layout.pages, each,
+        scratch.centres, scratch.probes, scratch.masses,
+        scale, sinks, rows.queries, layout.kv_heads, layout.pages, chunks, each,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), SETS=layout.sets,
-        STEPS=layout.steps, WORDS=layout.words, PACKED=packed, CHUNK=CHUNK, PROBE=PROBE, EACH=EACH,
-        PAGE=PAGE,
+        STEPS=layout.steps, WORDS=layout.words, PACKED=packed, CHUNK=CHUNK, CHUNKS=CHUNKS,
+        PROBE=PROBE, EACH=EACH, PAGE=PAGE,
         BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
-    )  # fmt: skip
-    shares = torch.empty(layout.lines, layout.pages * PROBE, device=query.device)
-    _settle[(layout.lines,)](
-        masses, scratch.held, scratch.probes, rows.starts, rows.lengths, limits, shares,
-        scratch.norm, scratch.marks,
-        sinks, parts, layout.kv_heads, layout.pages, 4 if limits.shape[0] > 1 else 0,
-        GROUP=layout.group, PADDED=layout.padded, PARTS=triton.next_power_of_2(parts),
-        HELD=HELD, BLOCK=BLOCK, PROBE=PROBE, EACH=EACH, SAMPLE=fewest, PAGE=PAGE,
-        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        "sinks", "queries", "kv_heads", "pages", "chunks", "table_stride", "cache_pages"
+        "sinks", "queries", "kv_heads", "pages", "chunks", "each", "table_stride", "cache_pages"
     ]
 )  # fmt: skip
 def _probe(
     query, means, codes, scales, tables, starts, lengths, slopes, planes, factors, centres, probes,
-    masses, scale, sinks, queries, kv_heads, pages, chunks, table_stride, cache_pages,
+    masses, scale, sinks, queries, kv_heads, pages, chunks, each, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, PACKED: tl.constexpr,
-    CHUNK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr,
-    BIASED: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr,
+    PAGE: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A part of one line's pages, by one warp: see `kernels.gpu.lanes`.
 
@@ -120,14 +96,18 @@ def _probe(
     line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, kv_head = line // kv_heads, line % kv_heads
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-    low = tl.maximum(part * chunks, start // (PAGE * CHUNK)) * CHUNK
+    low = tl.maximum(part * each, start // (PAGE * CHUNK)) * CHUNK
     stop = tl.maximum(length // PAGE - 1, 0)
-    high = tl.minimum((part + 1) * chunks * CHUNK, stop)
-    masses += (line * tl.num_programs(1) + part) * PADDED
+    high = tl.minimum((part + 1) * each * CHUNK, stop)
+    masses += line * chunks * PADDED
+    # Chunks of which no key is probed.
+    mine, padded = tl.arange(0, CHUNKS)[:, None], tl.arange(0, PADDED)[None]
+    chunk = part * each + mine
+    left = (chunk * CHUNK < low) | (chunk * CHUNK >= high)
+    left = left & (mine < each) & (chunk < chunks) & (padded < PADDED)
     if low >= high:
         overlap.wait(OVERLAP)
-        padded = tl.arange(0, PADDED)
-        tl.store(masses + padded, tl.full((PADDED,), float("-inf"), tl.float32))
+        tl.store(masses + chunk * PADDED + padded, float("-inf"), left)
         return
     table = tables + (row // queries) * table_stride
     means += kv_head * cache_pages * (DIM // PACKED)
@@ -144,7 +124,8 @@ def _probe(
         STEPS, WORDS, DIM, PACKED, CHUNK, PROBE, EACH, PAGE,
     )  # fmt: skip
     overlap.wait(OVERLAP)
-    mine, set_planes, set_factors, peaks, totals = (), (), (), (), ()
+    tl.store(masses + chunk * PADDED + padded, float("-inf"), left)
+    heads, set_planes, set_factors = (), (), ()
     for some in tl.static_range(SETS):
         # Each head stands in two columns: so its scores lie where its lanes want them.
         twice = some * 4 + tl.arange(0, 8) // 2
@@ -155,11 +136,9 @@ def _probe(
                 (twice < GROUP)[None] & (packed < DIM)[:, None],
                 0.0,
             )  # [WIDTH / PACKED, 8]
-            mine += (one,)  # type: ignore[assignment]
+            heads += (one,)  # type: ignore[assignment]
         set_planes += (load_planes(planes + (line * SETS + some) * (STEPS * 2 * 32), lane, STEPS),)  # type: ignore[assignment]
         set_factors += (load_factors(factors, line, member, PADDED, some),)  # type: ignore[assignment]
-        peaks += (tl.full((32,), float("-inf"), tl.float32),)  # type: ignore[assignment]
-        totals += (tl.zeros((32,), tl.float32),)  # type: ignore[assignment]
     for first in range(low, high, CHUNK):
         mean, low_words, high_words, low_size, high_size = loaded
         loaded = _load_chunk(
@@ -172,17 +151,15 @@ def _probe(
         # Positions of the first keys that are probed.
         low_key = low_page * PAGE + low_page * 7 % EACH * PROBE
         high_key = high_page * PAGE + high_page * 7 % EACH * PROBE
-        old_peaks, old_totals = peaks, totals
-        peaks, totals = (), ()
         for some in tl.static_range(SETS):
             if PACKED == 2:
                 low_half, high_half = mean.to(tl.int16), (mean >> 16).to(tl.int16)
                 low_half = low_half.to(query.dtype.element_ty, bitcast=True)
                 high_half = high_half.to(query.dtype.element_ty, bitcast=True)
-                centre = tl.dot(low_half, mine[2 * some])
-                centre = tl.dot(high_half, mine[2 * some + 1], centre)
+                centre = tl.dot(low_half, heads[2 * some])
+                centre = tl.dot(high_half, heads[2 * some + 1], centre)
             else:
-                centre = tl.dot(mean, mine[some], input_precision="ieee")
+                centre = tl.dot(mean, heads[some], input_precision="ieee")
             centre *= scale * LOG2E
             centre, _ = tl.split(tl.reshape(centre, (2, 8, 4, 2)))  # of [CHUNK, 8]
             low_centre, high_centre = tl.split(tl.reshape(tl.permute(centre, (1, 2, 0)), (32, 2)))
@@ -198,7 +175,7 @@ def _probe(
             tl.store(centres + low_page * PADDED + head, low_centre, there & low_there)
             tl.store(centres + high_page * PADDED + head, high_centre, there & high_there)
             low_scores, high_scores = (), ()
-            peak = old_peaks[some]  # type: ignore[var-annotated]
+            peak = tl.full((32,), float("-inf"), tl.float32)
             for probed in tl.static_range(PROBE):
                 lows, highs = (), ()
                 for step in tl.static_range(STEPS):
@@ -220,18 +197,16 @@ def _probe(
             _store_scores(probes, low_page, head, low_scores, there & low_there, PADDED, PROBE)
             _store_scores(probes, high_page, head, high_scores, there & high_there, PADDED, PROBE)
             safe = tl.where(peak == float("-inf"), 0.0, peak)
-            total = old_totals[some] * tl.exp2(old_peaks[some] - safe)
+            total = tl.zeros((32,), tl.float32)
             for number in tl.static_range(PROBE):
                 total += tl.exp2(low_scores[number] - safe) + tl.exp2(high_scores[number] - safe)
-            peaks += (peak,)  # type: ignore[assignment]
-            totals += (total,)  # type: ignore[assignment]
-    for some in tl.static_range(SETS):
-        peak = tl.reshape(peaks[some], (8, 4))
-        most = tl.max(peak, 0)
-        most = tl.where(most == float("-inf"), 0.0, most)
-        total = tl.sum(tl.reshape(totals[some], (8, 4)) * tl.exp2(peak - most[None]), 0)
-        head = some * 4 + tl.arange(0, 4)
-        tl.store(masses + head, most + tl.log2(total), head < PADDED)
+            peak = tl.reshape(peak, (8, 4))
+            most = tl.max(peak, 0)
+            most = tl.where(most == float("-inf"), 0.0, most)
+            total = tl.sum(tl.reshape(total, (8, 4)) * tl.exp2(peak - most[None]), 0)
+            head = some * 4 + tl.arange(0, 4)
+            target = masses + first // CHUNK * PADDED + head
+            tl.store(target, most + tl.log2(total), head < PADDED)
 
 
 @inlined
@@ -301,106 +276,3 @@ def _store_scores(probes, page, head, scores, there, PADDED: tl.constexpr, PROBE
     four = tl.reshape(tl.join(even, odd), (32, PROBE))
     place = (page * PADDED + head) * PROBE
     tl.store(probes + place[:, None] + tl.arange(0, PROBE)[None], four, there[:, None])
-
-
-@triton.jit(do_not_specialize=["sinks", "parts", "kv_heads", "pages", "stride"])
-def _settle(
-    masses, held, probes, starts, lengths, limits, shares, norm, marks,
-    sinks, parts, kv_heads, pages, stride,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr,
-    BLOCK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, SAMPLE: tl.constexpr,
-    PAGE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One line: `kernels.masses` norm, `kernels.budget.marks`."""
-    overlap.begin(OVERLAP)
-    overlap.wait(OVERLAP)
-    line = tl.program_id(0).to(tl.int64)
-    row = line // kv_heads
-    head, part, key = tl.arange(0, PADDED), tl.arange(0, PARTS), tl.arange(0, HELD // 3)
-    some = tl.load(
-        masses + (line * parts + part[:, None]) * PADDED + head[None],
-        (part < parts)[:, None],
-        float("-inf"),
-    )  # [PARTS, PADDED]
-    some += tl.log2(EACH * 1.0)
-    top = tl.max(some, 0)
-    for third in tl.static_range(3):
-        near = tl.load(held + (line * PADDED + head)[:, None] * HELD + third * PAGE + key[None])
-        top = tl.maximum(top, tl.max(near, 1))
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(some - safe[None]), 0)
-    certain = tl.zeros((PADDED,), tl.float32)
-    for third in tl.static_range(3):
-        near = tl.load(held + (line * PADDED + head)[:, None] * HELD + third * PAGE + key[None])
-        certain += tl.sum(tl.exp2(near - safe[:, None]), 1)
-    whole = safe + tl.log2(total + certain)  # [PADDED]
-    tl.store(norm + line * PADDED + head, whole)
-    share = tl.where(head < GROUP, certain / (total + certain), 0.0)
-    always_mass = tl.sum(share, 0) / GROUP
-
-    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-    stop = tl.maximum(length // PAGE - 1, 0) * PAGE
-    _, always = always_read(start, length, sinks, PAGE)
-    free = tl.maximum(stop - tl.maximum(start, sinks), 0)
-    limits += row * stride
-    coverage, worth = tl.load(limits), tl.load(limits + 1) / (length - start).to(tl.float32)
-    fewest, most = tl.load(limits + 2).to(tl.int32), tl.load(limits + 3).to(tl.int32)
-    most = tl.maximum(most - always, SAMPLE)
-    chosen = tl.minimum(tl.maximum(fewest - always, max(SAMPLE, 1)), most)
-    if chosen < tl.minimum(most, free):
-        first, last = start // PAGE * PROBE, stop // PAGE * PROBE
-        _share_out(
-            probes, shares, whole, line, pages, first, last, head, GROUP, PADDED, BLOCK, PROBE
-        )
-        tl.debug_barrier()
-        keys, mass = _met(shares, line, pages, first, last, chosen, BLOCK, PROBE, EACH)
-        going = mass + always_mass < coverage
-        while going:
-            more = tl.minimum(2 * chosen, most)
-            keys_of_more, mass_of_more = _met(
-                shares, line, pages, first, last, more, BLOCK, PROBE, EACH
-            )
-            going = (more > chosen) & (mass_of_more - mass >= worth * (keys_of_more - keys))
-            if going:
-                chosen, keys, mass = more, keys_of_more, mass_of_more
-                going = mass + always_mass < coverage
-    # Where the mass is not finite nothing is drawn: the keys always read show it.
-    sound = (whole == whole) & (tl.abs(whole) != float("inf"))
-    lost = tl.sum(tl.where((head < GROUP) & ~sound, 1, 0), 0) > 0
-    tl.store(marks + line, tl.where(chosen >= free, -1, tl.where(lost, 0, chosen)))
-
-
-@triton.jit
-def _share_out(
-    probes, shares, whole, line, pages, first, last, head,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PROBE: tl.constexpr,
-):  # fmt: skip
-    """Shares of the probed keys, mean over the group's heads."""
-    probed = tl.arange(0, PROBE)
-    for block in range(first // PROBE, last // PROBE, BLOCK // PROBE):
-        page = line * pages + block + tl.arange(0, BLOCK // PROBE)
-        there = page < line * pages + last // PROBE
-        place = (page[:, None] * PADDED + head[None]) * PROBE
-        score = tl.load(
-            probes + place[:, :, None] + probed[None, None],
-            (there[:, None] & (head < GROUP)[None])[:, :, None],
-            float("-inf"),
-        )  # [pages, PADDED, PROBE]
-        share = tl.sum(tl.exp2(score - whole[None, :, None]), 1) / GROUP
-        tl.store(shares + page[:, None] * PROBE + probed[None], share, there[:, None])
-
-
-@triton.jit
-def _met(
-    shares, line, pages, first, last, number,
-    BLOCK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr,
-):  # fmt: skip
-    """How many keys `number` marks meet, and the share of the mass on them."""
-    keys, mass = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for block in range(first, last, BLOCK):
-        key = block + tl.arange(0, BLOCK)
-        share = tl.load(shares + line * pages * PROBE + key, key < last, 0.0)
-        met = tl.minimum(share * number.to(tl.float32), 1.0)
-        keys += met
-        mass += share * met
-    return EACH * tl.sum(keys, 0), EACH * tl.sum(mass, 0)

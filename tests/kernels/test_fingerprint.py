@@ -24,7 +24,7 @@ CONSTANTS = [
     (masses, "MOST"),
     *((budget, name) for name in ("SAMPLE", "PROBE", "EACH")),
     *((sample, name) for name in ("SEGMENT", "BITS", "STEP", "TURN", "STRIDE")),
-    *((lanes, name) for name in ("PLANES", "LEVELS")),
+    (lanes, "PLANES"),
     (fingerprint, "SURVIVORS"),
 ]
 
