@@ -105,7 +105,7 @@ def attend(
 
 @lru_cache
 def limits_of(policy: Dynamic, device: torch.device) -> Tensor:
-    """A policy's limits as `probe` reads them: float32 [1, 4]."""
+    """A policy's limits as `settle` reads them: float32 [1, 4]."""
     return torch.tensor([policy.limits], device=device)
 
 

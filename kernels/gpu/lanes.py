@@ -128,7 +128,6 @@ def signed_sums(low, high, planes, STEPS: tl.constexpr):
         else:
             odd = _count(low[step], high[step], planes[step * 2])
             even = _count(low[step], high[step], planes[step * 2 + 1])
-            # As products: shifts would wait for one another.
             sums = (
                 odd[0] + odd[1] * 4 + (even[0] * 2 - even[1] * 8),
                 odd[2] + odd[3] * 4 + (even[2] * 2 - even[3] * 8),

@@ -181,7 +181,7 @@ def test_estimates_are_torchs_but_for_the_querys_rounding(found):
     torch.testing.assert_close(norm, known.norm, atol=0.1, rtol=0)
     there = known.free[:, None].expand(-1, found.layout.kv_heads, -1)
     apart = (found.share[..., : there.shape[-1]].log() - known.shares().log())[there]
-    # Four signs a channel of the query: a fifth of what the keys' one sign loses.
+    # Four bits a channel of the query: a fifth of what the keys' one sign loses.
     assert float(apart.abs().mean()) < 0.09 and float(apart.abs().max()) < 0.6
     held = found.scratch.held[:, :group].reshape(*known.norm.shape, HELD)
     exact = known.held.nan_to_num(neginf=-1e9)
