@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = {"kernels": 0, "models": 1, "service": 2}
+SCRIPTS = sorted((ROOT / "tests").glob("b*/*.py"))  # pytest collects neither bench nor browser
 SOURCES = [path for top in RANK for path in sorted((ROOT / top).rglob("*.py"))]
 # Pure Python by design: a scheduler can be read and tested without a tensor.
 TORCH_FREE = ["sequence", "pages", "prefix", "scheduler", "types", "stream"]
@@ -86,3 +88,8 @@ def test_the_scheduler_needs_no_torch(name):
 
 def test_the_training_tasks_need_no_torch():
     run("import models.training.tasks, models.training.filler", "torch")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_script_takes_from_others_exists(path):
+    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))

@@ -20,9 +20,10 @@ from playwright.sync_api import expect, sync_playwright
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.bench.retrieval import service  # noqa: E402
+from tests.bench.running import running, standalone  # noqa: E402
 from tests.browser.conftest import FLAGS, MISSING, chromium  # noqa: E402
 
+START = 120.0  # seconds
 OTHERS = ("dilated", "global", "fixed", "axial", "random")
 
 
@@ -48,13 +49,13 @@ def main() -> int:
         print(MISSING)
         return 0
     shown, first, others, large = [], [], [], []
-    with service(options.model) as url, sync_playwright() as playwright:
+    with running(standalone(options.model), START) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         for _ in range(options.visits):
             context = browser.new_context(viewport={"width": 1400, "height": 900})
             page = context.new_page()
             begun = time.perf_counter()
-            page.goto(f"{url}/explorer")
+            page.goto(f"{server.url}/explorer")
             expect(page.locator("#mask")).to_have_attribute("aria-busy", "false", timeout=60_000)
             shown.append(time.perf_counter() - begun)
             first.append(toggled(page, "block_local"))

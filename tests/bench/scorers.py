@@ -43,8 +43,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from scorer_methods import HEAD_DIM, Heads, Method, all_methods, compare  # noqa: E402
-
 from kernels.cache import LayerCache, Segment  # noqa: E402  (the script also runs uninstalled)
 from kernels.page import PAGE  # noqa: E402
 from models.attention import Recorder  # noqa: E402
@@ -53,6 +51,7 @@ from models.step import DenseGroup, StepInput  # noqa: E402
 from models.tokenizer import Tokenizer  # noqa: E402
 from models.training.filler import prose  # noqa: E402
 from models.training.tasks import held_out_key, magic_number, needle_document  # noqa: E402
+from tests.bench.scorer_methods import HEAD_DIM, Heads, Method, all_methods, compare  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -10,9 +10,10 @@ from playwright.sync_api import expect, sync_playwright
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.bench.retrieval import service  # noqa: E402
+from tests.bench.running import running, standalone  # noqa: E402
 from tests.browser.conftest import FLAGS, chromium  # noqa: E402
 
+START = 120.0  # seconds
 FOLDER = ROOT / "tests/browser/pictures"
 PATTERN = "#patterns?spec=global:4%2Bwindow:16%2Bdilated:12,8&n=128"
 
@@ -20,12 +21,12 @@ PATTERN = "#patterns?spec=global:4%2Bwindow:16%2Bdilated:12,8&n=128"
 def main() -> None:
     """Both pictures, of the bundled checkpoint's service."""
     with (
-        service(ROOT / "models/checkpoints/saccade-12m") as url,
+        running(standalone(ROOT / "models/checkpoints/saccade-12m"), START) as server,
         sync_playwright() as playwright,
     ):
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 830})
-        page.goto(f"{url}/explorer{PATTERN}")
+        page.goto(f"{server.url}/explorer{PATTERN}")
         expect(page.locator("#mask")).to_have_attribute("aria-busy", "false")
         expect(page.locator("#model")).to_have_text("saccade-12m")
         page.screenshot(path=FOLDER / "patterns.png")
