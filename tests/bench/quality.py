@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # the script also runs uninstalled
-
-from quality_tables import prompt_table, tables  # noqa: E402
+sys.path.insert(0, str(ROOT))  # the script also runs uninstalled
 
 from service.eval.plot import draw  # noqa: E402
 from service.eval.record import Record  # noqa: E402
+from tests.bench.quality_tables import prompt_table, tables  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from service.eval.evaluation import Evaluation
 from service.eval.record import Record
 from service.eval.results import Results
 from service.sparsity import SparsityConfig
+from tests.bench import quality
 from tests.service.conftest import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,19 +25,7 @@ ABSENT = ("pydantic_settings", "ray", "fastapi", "uvicorn", "openai", "transform
 """What a machine that only measures need not have."""
 
 
-@pytest.fixture(scope="module")
-def quality():
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "tests/bench/quality.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quality"] = module  # dataclasses look for it there
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
-    del sys.modules["quality"]
-
-
-def test_the_parts_are_what_was_asked_for(quality):
+def test_the_parts_are_what_was_asked_for():
     cells = quality.cells_of(quality.PARTS)
     usual = quality.cells_of([part for part in quality.PARTS if part.name != "prefill"])
     assert len({(c.task, c.context, p.name) for c in usual for p in c.policies}) == sum(
@@ -52,7 +40,7 @@ def test_the_parts_are_what_was_asked_for(quality):
     assert documents["majority", 32_768] == 250 and documents["variables", 65_536] == 100
 
 
-def test_the_results_can_be_gone_on_from_elsewhere_and_keep_their_origin(quality, tmp_path):
+def test_the_results_can_be_gone_on_from_elsewhere_and_keep_their_origin(tmp_path):
     before = json.loads(quality.RESULTS.read_text())
     copy = tmp_path / "quality.json"
     copy.write_text(quality.RESULTS.read_text())
@@ -77,7 +65,7 @@ def test_the_results_can_be_gone_on_from_elsewhere_and_keep_their_origin(quality
     assert "Abacus, commit abcdef0" in section and before["machine"] in section
 
 
-def test_a_cell_that_is_named_twice_is_measured_once(quality, monkeypatch):
+def test_a_cell_that_is_named_twice_is_measured_once(monkeypatch):
     seen = []
     monkeypatch.setattr(
         evaluation_module, "examine", lambda _s, _d, wanted, *_: iter(seen.append(wanted) or ())
@@ -88,7 +76,7 @@ def test_a_cell_that_is_named_twice_is_measured_once(quality, monkeypatch):
     assert seen == [[cell]]
 
 
-def test_an_interrupted_measurement_goes_on(quality, tmp_path, monkeypatch):
+def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
     folder, novels = write_checkpoint(tmp_path / "tiny"), tmp_path / "novels"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
@@ -145,7 +133,7 @@ def record(task, context, policy, **changes):
     return Record(task=task, context=context, policy=policy, phase="decode", **(fields | changes))
 
 
-def test_every_table_says_what_its_records_say(quality):
+def test_every_table_says_what_its_records_say():
     single = {"loss": None, "loss_low": None, "loss_high": None}
     records = [
         *(record(task, 4096, "dense") for task in ("needle", "majority")),
@@ -201,9 +189,8 @@ def test_every_table_says_what_its_records_say(quality):
 def test_measuring_needs_no_more_than_a_gpu_machine_has():
     code = (
         f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\n"
-        "sys.path[:0] = ['.', 'tests/bench']\n"
-        "import quality, service.eval.evaluation, service.engine.build, service.sparsity\n"
-        "import service.eval.workers, service.eval.results"
+        "import tests.bench.quality, service.eval.evaluation, service.engine.build\n"
+        "import service.eval.workers, service.eval.results, service.sparsity"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
