@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import reference, torch_backend
+from kernels import reference, torch_dense, torch_selected
 from kernels.codes import WORD, words
 from kernels.errors import KernelError
+from kernels.softmax import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,8 +103,7 @@ def selected_attention(
         )
     if impl is Impl.REFERENCE:
         output, lse, own = reference.selected_attention(query, cache, rows, selection, scale)
-        wide = torch_backend.wide(query.dtype)
-        return output.to(query.dtype), lse.to(wide), own.to(wide)
+        return output.to(query.dtype), lse.to(wide(query.dtype)), own.to(wide(query.dtype))
     if impl is Impl.TRITON:
         from kernels.gpu import attend  # a CPU has no Triton
 
@@ -112,7 +112,7 @@ def selected_attention(
         from kernels.cpu import attend as attend_on_cpu  # numba takes a moment
 
         return attend_on_cpu.selected_attention(query, cache, rows, selection, scale)
-    return torch_backend.selected_attention(query, cache, rows, selection, scale)
+    return torch_selected.selected_attention(query, cache, rows, selection, scale)
 
 
 def dense_decode(
@@ -137,12 +137,12 @@ def dense_decode(
     check_query(query, cache, impl)
     if impl is Impl.REFERENCE:
         output, lse = reference.dense_decode(query, cache, rows, scale)
-        return output.to(query.dtype), lse.to(torch_backend.wide(query.dtype))
+        return output.to(query.dtype), lse.to(wide(query.dtype))
     if impl is Impl.TRITON:
         from kernels.gpu import attend  # a CPU has no Triton
 
         return attend.dense_decode(query, cache, rows, scale)
-    return torch_backend.dense_decode(query, cache, rows, scale)
+    return torch_dense.dense_decode(query, cache, rows, scale)
 
 
 def dense_attention(
@@ -178,7 +178,7 @@ def dense_attention(
         from kernels.gpu import dense  # a CPU has no Triton
 
         return dense.dense_attention(query, cache, segment, scale, window)
-    return torch_backend.dense_attention(query, cache, segment, scale, window)
+    return torch_dense.dense_attention(query, cache, segment, scale, window)
 
 
 def check_query(query: Tensor, cache: LayerCache, impl: Impl) -> None:

@@ -22,7 +22,7 @@ from kernels.page import PAGE
 from kernels.sample import greatest, lengths, log_weight, marked
 from kernels.selection import Selection
 from kernels.timing import Phases
-from kernels.torch_backend import at_once, scan_bytes
+from kernels.torch_selected import at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ def select(
     phases = phases or Phases()
     fused = _fused(impl, policy)
     keys = int(rows.visible.max())
-    each = scan_bytes(query.shape[1], keys)
+    each = 8 * query.shape[1] * keys  # scores, and what is ranked of them
     if fused is None:  # the codes of a sequence are unpacked
         each += cache.kv_heads * cache.head_dim * query.itemsize * keys // rows.queries
     run = fused or _select

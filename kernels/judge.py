@@ -12,7 +12,8 @@ from kernels.codes import estimate
 from kernels.page import PAGE
 from kernels.scores import recent_positions, score_every_key, scores_at, sees
 from kernels.selection import unselected
-from kernels.torch_backend import at_once, wide
+from kernels.softmax import wide
+from kernels.torch_selected import at_once
 
 if TYPE_CHECKING:
     from torch import Tensor

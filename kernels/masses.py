@@ -14,7 +14,7 @@ from kernels.codes import estimate
 from kernels.page import PAGE
 from kernels.sample import SEGMENT
 from kernels.scores import scores_at, sees
-from kernels.torch_backend import wide
+from kernels.softmax import wide
 
 if TYPE_CHECKING:
     from torch import Tensor

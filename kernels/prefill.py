@@ -45,8 +45,8 @@ from kernels.attention import Impl, check_query
 from kernels.bits import first_bits, packed
 from kernels.errors import KernelError
 from kernels.page import PAGE
+from kernels.softmax import wide
 from kernels.tiles import TileSelection
-from kernels.torch_backend import wide
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ import torch
 from kernels.alibi import bias_at
 from kernels.cache import neighbours
 from kernels.page import PAGE
-from kernels.torch_backend import head_offsets, prescaled, wide
+from kernels.softmax import prescaled, wide
+from kernels.torch_selected import head_offsets
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kernels.alibi import of_groups, page_evenness, page_mass
+from kernels.alibi import page_evenness
 from kernels.bits import unpacked
 from kernels.page import PAGE
+from kernels.softmax import bias_of, merge, plain_attention, prescaled, wide
 from kernels.tile_calls import calls
-from kernels.tiles import ALIKE, SAMPLES, TURN
-from kernels.torch_backend import bias_of, merge, plain_attention, prescaled, wide
+from kernels.torch_summaries import attend_means, pages_bias, score_variance, slopes_of_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Masks of a list up to which what is made of them is kept for other lists."""
-
-
-def mean_spreads(cache: LayerCache, segment: Segment) -> Tensor:
-    """Each tile's mean over the pages before it: float32 [kv_heads, tiles], 0 where none is."""
-    # In float64, so that it rounds alike however many pages there are.
-    before = F.pad(cache.spread[:, segment.block_table[:-1]].double(), (1, 0)).cumsum(1)
-    count = torch.arange(before.shape[1], device=before.device).clamp_min(1)
-    return (before / count)[:, segment.start // PAGE :].float()
 
 
 def read_pages(
@@ -53,7 +45,7 @@ def read_pages(
     place = torch.arange(PAGE, device=query.device)
     number = torch.arange(own.shape[2], device=query.device) // group * asked + asked - 1
     if cache.slopes is not None:
-        own.add_(_slopes(cache, own.shape[2])[:, None, :, None] * (place - number[:, None]))
+        own.add_(slopes_of_rows(cache, own.shape[2])[:, None, :, None] * (place - number[:, None]))
     own.masked_fill_(place > number[:, None], -torch.inf)
     table = segment.block_table[:-1]
     whole = torch.bmm(small.flatten(1, 2), cache.key_mean[:, table].mT).to(precise).mul_(left)
@@ -62,16 +54,17 @@ def read_pages(
     whole.masked_fill_(~past[:, None], -torch.inf)
     even: Tensor | float = 1.0
     if cache.slopes is not None:
-        whole.add_(_pages_bias(cache, segment, tiles, own.shape[2], pages - 1))
-        whole.sub_((_slopes(cache, own.shape[2]) * number)[:, None, :, None])
-        even = page_evenness(_slopes(cache, own.shape[2]))[:, None]  # [kv_heads, 1, rows]
-    variance = _variance(tiled, cache, segment, scale)  # [kv_heads, tiles, rows]
+        slopes = slopes_of_rows(cache, own.shape[2])
+        whole.add_(pages_bias(cache, segment, tiles, own.shape[2], pages - 1))
+        whole.sub_((slopes * number)[:, None, :, None])
+        even = page_evenness(slopes)[:, None]  # [kv_heads, 1, rows]
+    variance = score_variance(tiled, cache, segment, scale)  # [kv_heads, tiles, rows]
     excess = variance / 2 + math.log(PAGE)
     mass = torch.logaddexp(own.logsumexp(-1), whole.logsumexp(-1) + excess)
-    # Of a row that is none a page has little; what is no number is not little.
-    # Log of it, over a page's mass.
+    # Log of a page's error over its mass.
     error = ((variance.expm1() + (1 - even)) / even).log().sub_(math.log(PAGE)).div_(2)
     enough = mass - excess - error + math.log(least) if least > 0 else mass - torch.inf
+    # Of a row that is none a page has little; what is no number is not little.
     enough.masked_fill_(~there, torch.inf)
     read = ~(whole < enough[..., None]).all(2) & past  # [kv_heads, tiles, pages - 1]
     read |= past & ~there.any(1, keepdim=True)
@@ -90,7 +83,7 @@ def tile_attention(
     if selection.left is not None:
         seen = unpacked(selection.left)[..., : segment.block_table.shape[0] - 1]
         seen = (seen & _past(segment, *seen.shape[::2])[:, None]).transpose(0, 1)
-        output, lse = merge([(output, own), _attend_means(tiled, cache, segment, seen, scale)])
+        output, lse = merge([(output, own), attend_means(tiled, cache, segment, seen, scale)])
     # A softmax over nothing is nan; the op promises 0 and -inf.
     output = output.masked_fill(lse.isneginf()[..., None], 0.0)
     group = tiled.shape[2] // PAGE
@@ -151,7 +144,7 @@ def _attend_lists(
         key = torch.tensor(lists, device=every.device)[..., None] * PAGE + place
         own = (segment.start // PAGE + where[1].T)[..., None] * PAGE  # [tiles, lists, 1]
         own = own + place.repeat_interleave(rows // PAGE)  # [tiles, lists, rows]
-        slope = _slopes(cache, rows)[where[0].T]  # [tiles, lists, rows]
+        slope = slopes_of_rows(cache, rows)[where[0].T]  # [tiles, lists, rows]
         return slope[..., None] * (key.flatten(1)[None, :, None] - own[..., None])
 
     def attend(some: Sequence[tuple[int, Reads]], where: tuple[Tensor, Tensor]) -> None:
@@ -219,88 +212,3 @@ def _past(segment: Segment, tiles: int, pages: int, behind: int = 0) -> Tensor:
     device = segment.block_table.device
     tile = segment.start // PAGE + torch.arange(tiles, device=device)[:, None]
     return torch.arange(pages, device=device) < tile - behind
-
-
-def _variance(tiled: Tensor, cache: LayerCache, segment: Segment, scale: float) -> Tensor:
-    """Of a query's scores on a page's keys, by estimate: [kv_heads, tiles, rows] (wide).
-
-    See `kernels.reference_tiles.stand_ins`.
-    """
-    size = tiled.to(wide(tiled.dtype)).square().sum(-1) * (scale * scale)
-    return size * mean_spreads(cache, segment)[..., None]
-
-
-def _slopes(cache: LayerCache, rows: int) -> Tensor:
-    """The slopes of a tile's rows, [kv_heads, rows]."""
-    slopes = of_groups(cache)
-    return slopes.repeat(1, rows // slopes.shape[1])
-
-
-def _pages_bias(cache: LayerCache, segment: Segment, tiles: int, rows: int, pages: int) -> Tensor:
-    """What distance adds to the log of pages' masses, for the first query of each tile.
-
-    Returns:
-        [kv_heads, tiles, rows, pages], over what it is where distance does not count.
-    """
-    slopes = _slopes(cache, rows)[:, None, :, None]
-    tile = segment.start // PAGE + torch.arange(tiles, device=slopes.device)[:, None, None]
-    distance = (torch.arange(pages, device=slopes.device) - tile) * PAGE  # [tiles, 1, pages]
-    return slopes * distance + (page_mass(slopes) - math.log(PAGE))
-
-
-def _attend_means(
-    tiled: Tensor, cache: LayerCache, segment: Segment, seen: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention over what stands for whole pages; see `kernels.reference_tiles.tile_attention`.
-
-    Args:
-        tiled: [kv_heads, tiles, rows, head_dim] queries.
-        cache: the layer's paged cache.
-        segment: where the tiles stand.
-        seen: bool [kv_heads, tiles, pages], of all pages but the last tile's own.
-        scale: factor on the scores.
-    """
-    table, tiles = segment.block_table[:-1], tiled.shape[1]
-    if table.shape[0] == 0:
-        lse = tiled.new_full(tiled.shape[:-1], -torch.inf, dtype=wide(tiled.dtype))
-        return torch.zeros_like(tiled), lse
-    tiled = tiled.to(wide(tiled.dtype))  # what is weighed below are differences
-    bias = bias_of(seen[:, :, None], tiled.dtype)  # [kv_heads, tiles, 1, pages]
-    excess = torch.full_like(cache.spread[:, :1, None], math.log(PAGE))  # [kv_heads, 1, 1]
-    if cache.slopes is not None:
-        many = tiled.shape[2]
-        few = many if many > PAGE else 1  # rows that differ: the heads of a group
-        bias = bias + _pages_bias(cache, segment, tiles, few, len(table))
-        number = torch.arange(many, device=tiled.device) // (many // PAGE)
-        excess = excess - (_slopes(cache, many) * number)[:, None]  # [kv_heads, 1, rows]
-
-    def over(heads: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            x[:, None].to(tiled.dtype).expand(-1, tiles, -1, -1) for x in (keys, values)
-        )
-        added = bias[heads].repeat(1, 1, 1, keys.shape[2] // bias.shape[3])
-        output, lse = plain_attention(tiled[heads], keys, values, added, scale)
-        return output, lse + excess[heads]
-
-    every = torch.arange(cache.kv_heads, device=tiled.device)
-    means = cache.key_mean[:, table], cache.value_mean[:, table]  # [kv_heads, pages, head_dim]
-    output, lse = over(every, *means)
-    variance = _variance(tiled, cache, segment, scale)
-    alike = variance < ALIKE  # [kv_heads, tiles, rows]
-    found = every[alike.flatten(1).any(1)]
-    lse = lse + torch.where(alike, 0.0, variance / 2)
-    if len(found):
-        place = torch.arange(len(table), device=table.device) * TURN
-        place = place + torch.arange(SAMPLES, device=table.device)[:, None] * (PAGE // SAMPLES)
-        # [heads, SAMPLES, pages, head_dim]
-        keys, values = cache.kv[found[:, None, None], table, place % PAGE].unbind(3)
-        sampled, sampled_lse = over(found, keys.flatten(1, 2), values.flatten(1, 2))
-        sampled_lse -= math.log(SAMPLES)
-        # What means weigh but do not count, over what the sampled keys count.
-        off = output[found] - over(found, means[0][found], values.to(lse.dtype).mean(1))[0]
-        fine = sampled + off * (lse[found] - sampled_lse).exp()[..., None]
-        rows = alike[found]
-        output[found] = torch.where(rows[..., None], fine, output[found])
-        lse[found] = torch.where(rows, sampled_lse, lse[found])
-    empty = ~seen.any(-1)[..., None]  # [kv_heads, tiles, 1]
-    return output.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kernels.attention import Impl
 from kernels.patterns.pattern import Pattern
-from kernels.torch_backend import wide
+from kernels.softmax import wide
 from models.attention import LayerAttention
 from models.feed_forward import feed_forward
 from models.make import Make

@@ -18,7 +18,7 @@ from kernels.cpu.keys import numbers
 from kernels.cpu.launch import entry, in_threads, jit, sources
 from kernels.cpu.number import long_vectors, number, small_power
 from kernels.page import PAGE
-from kernels.torch_tiles import mean_spreads
+from kernels.torch_summaries import mean_spreads
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from kernels.cpu.launch import entry, in_threads, sources
 from kernels.cpu.number import long_vectors, number, stored
 from kernels.page import PAGE
 from kernels.tiles import SAMPLES, TURN
-from kernels.torch_tiles import mean_spreads
+from kernels.torch_summaries import mean_spreads
 
 if TYPE_CHECKING:
     from torch import Tensor

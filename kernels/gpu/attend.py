@@ -1,19 +1,20 @@
 """Attention of single query rows over the paged cache: over selected keys, or over all.
 
-Split over the keys and joined by the parts' log-sum-exps (FlashDecoding; Dao et al. 2023).
+Split over the keys: `kernels.gpu.parts`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.distance import load_slopes, slopes_of
+from kernels.gpu.distance import bias_at, load_slopes, slopes_of
 from kernels.gpu.launch import splits_for, tile_of
+from kernels.gpu.parts import Parts, leave
+from kernels.gpu.prepare import LOG2E
+from kernels.gpu.softmax import add_scores, grow_scores, lse_of
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def selected_attention(
     blocks = max(1, -(-capacity // BLOCK))
     splits = splits_for(count * kv_heads, blocks)
     weights = selection.log_weight
-    parts = _Parts.of(query, splits, weighted=weights is not None)
+    parts = Parts.of(query, splits, weighted=weights is not None)
     _selected[count, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, selection.indices.contiguous(),
         parts.lses if weights is None else weights.contiguous(),
@@ -69,7 +70,7 @@ def dense_decode(
     block = max(16, min(128, RUN_BYTES // (width * query.itemsize)))
     blocks = -(-rows.block_tables.shape[1] * PAGE // block)
     splits = _dense_splits(blocks, tiles * kv_heads)
-    parts = _Parts.of(query, splits, weighted=False)
+    parts = Parts.of(query, splits, weighted=False)
     _dense[tiles, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), parts.outputs, parts.lses, scale,
@@ -86,38 +87,6 @@ def _dense_splits(blocks: int, programs: int) -> int:
         return 1
     splits = max(1, min(blocks, RESIDENT // programs))
     return -(-blocks // -(-blocks // splits))  # as few as take the same number of blocks each
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """Attention over each split of the keys. A single one is written as it will be read."""
-
-    outputs: Tensor  # [rows, heads, splits, head_dim]  float32; of one split, the query's dtype
-    lses: Tensor  # float32 [rows, heads, splits]
-    owns: Tensor  # likewise, without weights; the same tensor where there are none
-
-    @staticmethod
-    def of(query: Tensor, splits: int, *, weighted: bool) -> _Parts:
-        count, heads, head_dim = query.shape
-        wide = query.dtype if splits == 1 else torch.float32
-        outputs = query.new_empty(count, heads, splits, head_dim, dtype=wide)
-        lses = query.new_empty(count, heads, splits, dtype=torch.float32)
-        return _Parts(outputs, lses, torch.empty_like(lses) if weighted else lses)
-
-    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        count, heads, splits, head_dim = self.outputs.shape
-        if splits == 1:
-            return self.outputs[:, :, 0], self.lses[:, :, 0], self.owns[:, :, 0]
-        weighted = self.owns is not self.lses
-        output = torch.empty(count, heads, head_dim, dtype=dtype, device=self.lses.device)
-        lse = self.lses.new_empty(count, heads)
-        own = torch.empty_like(lse) if weighted else lse
-        join_parts[count, heads](
-            self.outputs, self.lses, self.owns, output, lse, own, splits,
-            SPLITS=triton.next_power_of_2(splits), DIM=head_dim,
-            WIDTH=triton.next_power_of_2(head_dim), WEIGHTED=weighted, num_warps=4,
-        )  # fmt: skip
-        return output, lse, own
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "table_stride", "cache_pages", "blocks"])
@@ -152,11 +121,11 @@ def _selected(
         there = seen[:, None] & (channel < DIM)[None]
         keys = tl.load(data, there, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, there, 0.0)
-        score = score_keys(mine, keys, seen[None], scale)
+        score = _score(mine, keys, seen[None], scale)
         if BIASED:
-            distance = (position - (tl.load(lengths + row) - 1)).to(tl.float32)
-            slope = load_slopes(slopes, kv_head, head, GROUP) / 1.4426950408889634
-            score += slope[:, None] * distance[None]
+            own = tl.load(lengths + row) - 1
+            slope = load_slopes(slopes, kv_head, head, GROUP) / LOG2E
+            score += bias_at(slope[:, None], position[None], own)
         if WEIGHTED:
             own_peak, own_total = grow_scores(score, own_peak, own_total)
             score += tl.load(weights + pair * capacity + place, seen, 0.0)[None]
@@ -202,84 +171,17 @@ def _dense(
         keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
         values = tl.load(data + DIM, loaded, 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
-        score = score_keys(mine, keys, seen, scale)
+        score = _score(mine, keys, seen, scale)
         if BIASED:
-            distance = (position[None] - (stop[:, None] - 1)).to(tl.float32)
-            slope = load_slopes(slopes, kv_head, place % GROUP, GROUP) / 1.4426950408889634
-            score += slope[:, None] * distance
+            slope = load_slopes(slopes, kv_head, place % GROUP, GROUP) / LOG2E
+            score += bias_at(slope[:, None], position[None], stop[:, None] - 1)
         peak, total, sums = add_scores(score, values, peak, total, sums)
     target = line * tl.num_programs(2) + split
     leave(outputs, lses, target, channel, wide, there, peak, total, sums, DIM)
 
 
 @triton.jit
-def score_keys(mine, keys, seen, scale):
+def _score(mine, keys, seen, scale):
     """[TILE, BLOCK], -inf where a key is not seen."""
     score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * scale
     return tl.where(seen, score, float("-inf"))
-
-
-@triton.jit
-def add_scores(score, values, peak, total, sums):
-    """Some more scores and values into a running softmax (FlashAttention's recurrence)."""
-    higher = tl.maximum(peak, tl.max(score, 1))
-    safe = tl.where(higher == float("-inf"), 0.0, higher)
-    shrink = tl.exp(peak - safe)
-    mass = tl.exp(score - safe[:, None])
-    total = total * shrink + tl.sum(mass, 1)
-    sums = tl.dot(mass.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
-    return higher, total, sums
-
-
-@triton.jit
-def grow_scores(score, peak, total):
-    """Some more scores into a running log-sum-exp."""
-    higher = tl.maximum(peak, tl.max(score, 1))
-    safe = tl.where(higher == float("-inf"), 0.0, higher)
-    total = total * tl.exp(peak - safe) + tl.sum(tl.exp(score - safe[:, None]), 1)
-    return higher, total
-
-
-@triton.jit
-def lse_of(peak, total):
-    """A running log-sum-exp as it stands."""
-    return tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total)
-
-
-@triton.jit
-def leave(
-    outputs, lses, target, channel, wide, there, peak, total, sums, DIM: tl.constexpr
-):  # fmt: skip
-    """Writes one split's part."""
-    output = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(lses + target, lse_of(peak, total), there)
-    place = outputs + target[:, None] * DIM + channel[None]
-    tl.store(place, output.to(outputs.dtype.element_ty), wide)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def join_parts(
-    outputs, lses, owns, output, lse, own, splits,
-    SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
-    """The parts of one row and head, weighted with their masses."""
-    line = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    split, channel = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    part = tl.load(lses + line * splits + split, split < splits, float("-inf"))
-    peak = tl.max(part, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.exp(part - peak)
-    total = tl.sum(mass, 0)
-    data = tl.load(
-        outputs + (line * splits + split[:, None]) * DIM + channel[None],
-        (split < splits)[:, None] & (channel < DIM)[None],
-        0.0,
-    )  # [SPLITS, WIDTH]
-    mean = tl.sum(data * mass[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(output + line * DIM + channel, mean.to(output.dtype.element_ty), channel < DIM)
-    tl.store(lse + line, peak + tl.log(total))
-    if WEIGHTED:
-        part = tl.load(owns + line * splits + split, split < splits, float("-inf"))
-        peak = tl.max(part, 0)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        tl.store(own + line, peak + tl.log(tl.sum(tl.exp(part - peak), 0)))

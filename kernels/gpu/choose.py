@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.distance import load_slopes, page_of_slope, slopes_of
+from kernels.gpu.distance import bias_at, load_slopes, page_of_slope, slopes_of
 from kernels.gpu.prepare import LOG2E
-from kernels.gpu.tiles import ROWS, SUMMED, Summaries, mean_spread, rows_at, rows_of, score_variance
+from kernels.gpu.summaries import SUMMED, Summaries, score_variance
+from kernels.gpu.tiling import Tiling, rows_at
 from kernels.page import PAGE
 from kernels.prefill import causal_bits
 from kernels.tiles import TileSelection
@@ -32,24 +33,19 @@ def choose(
 ) -> TileSelection:
     """See `kernels.prefill.choose`; of `asked` queries on end the last one is asked."""
     query = query.contiguous()
-    tokens, heads, head_dim = query.shape
-    kv_heads, group, device = cache.kv_heads, heads // cache.kv_heads, query.device
-    pages = segment.block_table.shape[0]
-    tiles = pages - segment.start // PAGE
-    rows, padded = rows_of(group, head_dim, asked)
-    units = PAGE // asked * padded // rows
+    kv_heads, device = cache.kv_heads, query.device
+    pages, tiles = segment.block_table.shape[0], segment.tiles
+    tiling = Tiling.of(query, kv_heads, asked)
+    programs = tiles * tiling.units
     summaries = Summaries.of(cache, segment, TOGETHER)
-    little = torch.empty(tiles * units, kv_heads, pages, dtype=torch.int8, device=device)
-    small = rows == ROWS and query.itemsize == 2  # two programs then share a multiprocessor
-    _little[tiles * units, kv_heads](
+    little = torch.empty(programs, kv_heads, pages, dtype=torch.int8, device=device)
+    _little[programs, kv_heads](
         query, cache.kv, summaries.means, summaries.spreads, segment.block_table,
         slopes_of(cache), little,
-        scale * LOG2E.value, math.log2(least) if least > 0 else -math.inf, segment.start, tokens,
-        pages, summaries.room, cache.kv.shape[1],
-        GROUP=group, PADDED=padded, ROWS=rows, ASKED=asked, DIM=head_dim,
-        WIDTH=triton.next_power_of_2(head_dim), SUMMED=SUMMED, TOGETHER=TOGETHER, PAGE=PAGE,
-        BIASED=cache.slopes is not None,
-        num_warps=rows // 16, num_stages=2, maxnreg=128 if small else None,
+        scale * LOG2E.value, math.log2(least) if least > 0 else -math.inf, segment.start,
+        segment.tokens, pages, summaries.room, cache.kv.shape[1],
+        ASKED=asked, SUMMED=SUMMED, TOGETHER=TOGETHER, BIASED=cache.slopes is not None,
+        **tiling.launch,
     )  # fmt: skip
     left = torch.empty(tiles, kv_heads, -(-pages // PAGE), dtype=torch.int64, device=device)
     listed = torch.empty(tiles * kv_heads * pages, dtype=torch.int32, device=device)
@@ -58,7 +54,7 @@ def choose(
     counts = torch.empty(2, tiles, kv_heads, dtype=torch.int32, device=device)
     _lists[tiles, kv_heads](
         little, left, listed, masks, starts, counts[0], counts[1], segment.start // PAGE, pages,
-        UNITS=units, LISTED=LISTED, PAGE=PAGE, num_warps=4,
+        UNITS=tiling.units, LISTED=LISTED, PAGE=PAGE, num_warps=4,
     )  # fmt: skip
     return TileSelection(
         starts=starts,
@@ -98,15 +94,15 @@ def _little(
     if BIASED:
         slope = load_slopes(slopes, kv_head, tl.arange(0, ROWS) % PADDED, GROUP)
         beyond, even = page_of_slope(slope, PAGE)
-        near += slope[:, None] * (key[None] - number[:, None]).to(tl.float32)
+        near += bias_at(slope[:, None], key[None], number[:, None])
     near = tl.where(key[None] <= number[:, None], near, float("-inf"))
     peak = tl.max(near, 1)
     total = tl.sum(tl.exp2(near - peak[:, None]), 1)
     first = kv_head * room
-    variance = score_variance(mine, mean_spread(spreads + first, past, SUMMED), scale)
+    variance = score_variance(mine, spreads + first, past, scale, SUMMED)
     other = tl.arange(0, TOGETHER)
     # To base 2: what a page's mass exceeds its mean's score by, and its error over its mass.
-    more = variance * (0.5 * 1.4426950408889634) + 6.0
+    more = variance * (0.5 * LOG2E) + 6.0
     error = tl.log2((tl.exp(variance) - 1.0) / PAGE) / 2
     if BIASED:
         error = tl.log2((tl.exp(variance) - even) / (even * PAGE)) / 2
@@ -114,8 +110,8 @@ def _little(
         score = tl.dot(mine, tl.trans(means.load([first + block, 0])), input_precision="ieee")
         score = score * scale + more[:, None]
         if BIASED:
-            distance = ((block + other - past)[None] * PAGE - number[:, None]).to(tl.float32)
-            score += slope[:, None] * distance + beyond[:, None]
+            begins = (block + other - past)[None] * PAGE
+            score += bias_at(slope[:, None], begins, number[:, None]) + beyond[:, None]
         score = tl.where((block + other < past)[None], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
@@ -132,8 +128,8 @@ def _little(
         turned = tl.dot(means.load([first + block, 0]), tl.trans(mine), input_precision="ieee")
         turned = turned * scale
         if BIASED:
-            distance = ((block + other - past)[:, None] * PAGE - number[None]).to(tl.float32)
-            turned += slope[None] * distance + beyond[None]
+            begins = (block + other - past)[:, None] * PAGE
+            turned += bias_at(slope[None], begins, number[None]) + beyond[None]
         under = tl.min((turned < enough[None]).to(tl.int32), 1).to(tl.int8)
         tl.store(little + block + other, under, block + other < past)
 
@@ -142,7 +138,7 @@ def _little(
 def _lists(
     little, left, listed, masks, starts, counts, whole, first, pages,
     UNITS: tl.constexpr, LISTED: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip  # fmt: skip
+):  # fmt: skip
     """A tile's pages in a row, ascending; its own is the last. And which pages it leaves."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     pair = tile.to(tl.int64) * tl.num_programs(1) + kv_head

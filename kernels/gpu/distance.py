@@ -30,6 +30,12 @@ def load_slopes(slopes, kv_head, head, GROUP: tl.constexpr):
 
 
 @triton.jit
+def bias_at(slope, key, query):
+    """What distance adds to scores: of keys and queries at these positions, broadcast."""
+    return slope * (key - query).to(tl.float32)
+
+
+@triton.jit
 def page_of_slope(slope, PAGE: tl.constexpr):
     """`kernels.alibi.page_mass` over log 64, to base 2, and `page_evenness`, by slopes [n]."""
     # By the distance to a page's last key: no power overflows.

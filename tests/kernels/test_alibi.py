@@ -20,7 +20,7 @@ from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
 from kernels.prefill import choose, pattern_lists, tile_attention
 from kernels.selection import Selection
-from kernels.torch_backend import wide
+from kernels.softmax import wide
 
 SCALE = 0.25
 IMPLS = [Impl.REFERENCE, Impl.TORCH, Impl.NUMBA]

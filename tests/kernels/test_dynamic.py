@@ -140,7 +140,7 @@ def test_rows_are_chosen_alike_when_gathers_are_cut(paged, monkeypatch):
     query, policy = case.query(3), Dynamic(coverage=0.8, min_keys=0, max_keys=500)
     uncut = dynamic.select(query, case.cache, case.rows, policy, SCALE)
     expected = selected_attention(query, case.cache, case.rows, uncut, SCALE)
-    monkeypatch.setattr("kernels.torch_backend.GATHER_BYTES", 1 << 18)
+    monkeypatch.setattr("kernels.torch_selected.GATHER_BYTES", 1 << 18)
     cut = dynamic.select(query, case.cache, case.rows, policy, SCALE)
     assert torch.equal(cut.indices, uncut.indices)
     actual = selected_attention(query, case.cache, case.rows, cut, SCALE)
