@@ -179,6 +179,9 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
         assert text == whole["choices"][0]["text"]
 
         assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        for path in ("health", "v1/models"):
+            named = httpx.get(f"{url}/{path}", headers={"x-request-id": "mine"})
+            assert named.headers.get_list("x-request-id") == ["mine"]
         refused = httpx.post(f"{url}/v1/completions", json=body | {"n": 0})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
         assert httpx.get(f"{url}/nowhere").json()["error"]["type"] == "invalid_request_error"
@@ -213,6 +216,8 @@ def test_two_replicas_are_one_service(tmp_path, tiny_file, port):
         assert [counted(url, "generation_tokens_total") for _ in range(6)] == [90] * 6
         assert counted(url, "replicas{") == counted(url, "replicas_wanted") == 2
         assert httpx.get(f"{url}/health").json()["replicas"] == 2
+        (own,) = httpx.get(f"{url}/v1/models").headers.get_list("x-request-id")
+        assert own
 
         # No replica answers anything for a while; these do.
         replicas = below(process, "ServeReplica:saccade:saccade")
