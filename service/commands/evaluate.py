@@ -63,7 +63,7 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
-    """Ask the same questions under several policies, and count right answers.
+    """Ask questions under several policies, and count right answers.
 
     The document is prefilled densely, once for all of its questions; the question and the answer
     attend under the policy. The tasks text and repeats ask nothing: the last tokens of a text are

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from service.api.request_id import RequestId
 from service.commands.options import as_fields, with_config_options
 from service.config import BUNDLED_CHECKPOINT, load_config
 from service.draining import MARGIN
@@ -47,6 +48,11 @@ def serve(
     if model is not None:
         given["model"] = model
     settings = load_config(given, config)
+    if standalone and (settings.autoscaling.max_replicas or settings.replicas) > 1:
+        raise ConfigError(
+            "invalid configuration: --standalone serves one copy of the model; set replicas to 1 "
+            "and remove autoscaling.max_replicas, or serve without --standalone"
+        )
     check(settings)
     with _stopping_on_signals(), _claim(settings), _free_port(settings) as listener:
         if standalone:
@@ -86,7 +92,7 @@ def _serve_standalone(config: ServiceConfig, listener: socket.socket) -> None:
     engine.start()
     try:
         settings = uvicorn.Config(
-            application(engine, config),
+            RequestId(application(engine, config)),
             log_level="warning",
             timeout_graceful_shutdown=config.drain_s,
         )

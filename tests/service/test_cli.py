@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from service import cli
+from service.api.state import saccade_version
 from service.commands import serve
 from service.config import ServiceConfig
 from tests.service.conftest import ROOT, saccade
@@ -80,6 +81,20 @@ def test_a_wrong_option_is_one_sentence(monkeypatch, checkpoint, port, arguments
     said = refusal(monkeypatch, "serve", *model, *arguments)
     assert words in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("copies", [["--replicas", "2"], ["--autoscaling-max-replicas", "2"]])
+def test_standalone_does_not_pass_over_more_copies(monkeypatch, checkpoint, port, copies):
+    said = refusal(monkeypatch, "serve", checkpoint, "--port", port, "--standalone", *copies)
+    assert "--standalone serves one" in said
+
+
+def test_the_version_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["saccade", "--version"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"saccade {saccade_version()}\n"
 
 
 def test_an_unknown_option_is_refused(monkeypatch, capsys):
