@@ -104,10 +104,11 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
         path = shorten(request.url.path, MAX_NAME)
+        # Starlette has them in no order.
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         message = {
             404: f"there is nothing at {path}; the routes are listed in docs/server.md",
-            405: f"{path} does not take {shorten(request.method, MAX_NAME)} requests; use "
-            + (error.headers or {}).get("Allow", "another method"),
+            405: f"{path} takes no {shorten(request.method, MAX_NAME)} requests; use {allowed}",
         }.get(error.status_code, shorten(str(error.detail), MAX_MESSAGE))
         return JSONResponse(error_object(RequestError(message)), error.status_code, error.headers)
 

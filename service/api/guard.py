@@ -50,7 +50,10 @@ class Guard:
 
         if not self._allowed(scope):
             refusal = error_response(
-                AuthError("the API key is missing or wrong", code="invalid_api_key")
+                AuthError(
+                    "the API key is missing or wrong: send the header Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                )
             )
             await refusal(scope, receive, send)
             return

@@ -198,9 +198,11 @@ Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
   density        keys read over keys that could be read; 1 is everything
   coverage       share of the attention mass on the keys read (estimated); coverage_p5: the 5th
                  percentile over layers and heads
-  keys_attended  keys read a step, mean over layers and heads
-  fallbacks      tokens that did not follow the policy, by reason; short_context: fewer than
+  keys_attended  keys read a token, mean over layers and KV heads
+  fallbacks      tokens that did not follow dynamic, by reason; short_context: fewer than
                  {dense_below} tokens, or too few of a prompt: reading them all is the faster
+
+In a browser: {url}/explorer
 """
 
 

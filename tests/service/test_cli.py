@@ -143,6 +143,7 @@ def test_the_greeting_says_what_a_short_context_is_on_the_device(device, tokens)
     assert f"fewer than\n                 {tokens} tokens" in serve._greeting(
         ServiceConfig(device=device)
     )
+    assert "http://127.0.0.1:8000/explorer" in serve._greeting(ServiceConfig(device=device))
     given = ServiceConfig(device=device, sparsity={"dense_below": 77})
     assert " 77 tokens" in serve._greeting(given)
 

@@ -73,3 +73,5 @@ def test_a_path_and_a_method_that_are_not_there_say_what_is():
     wrong = call(FakeEngine(), "/v1/completions", method="GET")
     assert wrong.status_code == 405
     assert wrong.json()["error"]["message"].endswith("use POST")
+    wrong = call(FakeEngine(), "/health")
+    assert wrong.json()["error"]["message"].endswith("use GET, HEAD")
