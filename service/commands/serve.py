@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from service import logs
 from service.api.request_id import RequestId
 from service.commands.options import as_fields, with_config_options
 from service.config import BUNDLED_CHECKPOINT, load_config
@@ -55,6 +56,7 @@ def serve(
         )
     check(settings)
     with _stopping_on_signals(), _claim(settings), _free_port(settings) as listener:
+        logs.to_stderr()
         if standalone:
             _serve_standalone(settings, listener)
         else:

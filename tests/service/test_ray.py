@@ -200,6 +200,18 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
         until(lambda: counted(url, "num_requests_running") == 0)
 
 
+def test_what_a_replica_logs_is_on_standard_error(checkpoint, tiny_file, port):
+    arguments = ("--config", tiny_file, "--dtype", "float64", "--port", port)
+    process = saccade("serve", checkpoint, *arguments)
+    try:
+        while "short_context" not in process.stdout.readline():
+            assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert re.fullmatch(r"[-\d]+ [:,\d]+ WARNING no fast kernel takes .*\n", errors)
+
+
 def test_two_replicas_are_one_service(tmp_path, tiny_file, port):
     """Their totals, a scrape while none computes, and the death of one with a stream in it."""
     checkpoint = write_checkpoint(tmp_path / "tiny", max_model_len=8192)
