@@ -165,7 +165,8 @@ def served(checkpoint, file, port):
     assert not [pid for pid in started if "saccade-" in command_line(pid)]
 
 
-def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port):
+def test_serve_runs_on_ray_and_leaves_nothing_behind(tmp_path, tiny_file, port):
+    checkpoint = write_checkpoint(tmp_path / "tiny", max_model_len=8192)
     with served(checkpoint, tiny_file, port) as (_, url):
         body = {"model": "tiny", "prompt": "x" * 50, "max_tokens": 5, "temperature": 0}
 
@@ -186,7 +187,8 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
         assert httpx.get(f"{url}/nowhere").json()["error"]["type"] == "invalid_request_error"
 
-        long = json.dumps(body | {"max_tokens": 400, "ignore_eos": True}).encode()
+        # Long enough to be under way still when a busy machine has counted it.
+        long = json.dumps(body | {"max_tokens": 8000, "ignore_eos": True}).encode()
         aborted = 'request_success_total{finished_reason="abort"'
         with socket.create_connection(("127.0.0.1", port)) as leaving:
             head = f"Host: saccade\r\nContent-Length: {len(long)}\r\nContent-Type: application/json"
