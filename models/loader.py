@@ -140,7 +140,9 @@ def usable_device(device: torch.device | str) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"The device {str(device)!r} cannot be used ({reason}).") from error
+        raise ModelError(
+            f"The device {str(device)!r} cannot be used ({reason}); choose another, such as cpu."
+        ) from error
     return place
 
 

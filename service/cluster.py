@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service import logs
 from service.errors import ConfigError
 from service.haproxy import LOOPBACK, chosen, environment
 from service.processes import descendants, end
@@ -64,6 +65,9 @@ def local_cluster(
     os.environ.update({"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"})
     if haproxy is not None:
         os.environ.update(environment(haproxy, config, folder / "haproxy"))
+    written = folder / "log"
+    written.mkdir()
+    os.environ[logs.FOLDER] = str(written)
 
     import ray
     from ray import serve
@@ -100,10 +104,11 @@ def local_cluster(
             raise ConfigError(
                 reason or f"Ray Serve did not start ({line}); its logs are in {folder}"
             ) from None
-        try:
-            yield
-        finally:
-            _drain(NAME, config.drain_s)
+        with logs.shown(written):
+            try:
+                yield
+            finally:
+                _drain(NAME, config.drain_s)
     finally:
         started = descendants()
         ray.shutdown()
@@ -112,6 +117,7 @@ def local_cluster(
         starter.shutdown()
         # A later cluster of this process looks for HAProxy itself again.
         os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
+        os.environ.pop(logs.FOLDER, None)
         if not keep_logs:
             shutil.rmtree(folder, ignore_errors=True)
 

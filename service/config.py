@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from service.autoscaling_config import AutoscalingConfig
 from service.brownout_config import BrownoutConfig
 from service.errors import ConfigError
 from service.sparsity import SparsityConfig
+from service.wording import sentence
 
 ENV_PREFIX = "SACCADE_"
 BUNDLED_CHECKPOINT = (
@@ -104,9 +106,7 @@ class ServiceConfig(BaseSettings):
         description="of weights and computing: float64, float32, bfloat16, float16; auto: the "
         "checkpoint's",
     )
-    device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda, cuda:1"
-    )
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1")
     load_format: Literal["safetensors", "dummy"] = Field(
         default="safetensors", description="dummy: random weights from config.json alone"
     )
@@ -181,6 +181,15 @@ class ServiceConfig(BaseSettings):
                     f"(for a field of a group: {ENV_PREFIX}SPARSITY__COVERAGE)"
                 )
         return values
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(
+                f"must be auto, cpu, cuda, or a GPU by number such as cuda:1, not {device!r}"
+            )
+        return device
 
     @field_validator("sparsity")
     @classmethod
@@ -307,13 +316,13 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
+    message = sentence(first)
     if not key:
-        return f"invalid configuration: {first['msg'].removeprefix('Value error, ')}"
+        return f"invalid configuration: {message}"
     if first["type"] == "extra_forbidden":
         return f"invalid configuration: {key} is unknown; remove it or correct its spelling"
-    message = first["msg"].removeprefix("Value error, ")
     given = repr(first["input"])
     said_already = first["type"] == "value_error" or "api_key" in key or len(given) > 60
     shown = "" if said_already else f", not {given}"

@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from service import logs
 from service.affinity import ROUTER
 from service.api.replica import ReplicaHeader
 from service.autoscaling import POLICY
@@ -50,6 +51,7 @@ class Replica:
         config: ServiceConfig,
         build_engine: Callable[[ServiceConfig], Engine | EncoderEngine] = build_engine,
     ) -> None:
+        logs.to_folder()
         self._config = config
         self._engine = build_engine(config)
         self._engine.start()

@@ -164,7 +164,7 @@ def create_monitor_app(
         if request.scope["path"].rstrip("/") != path:
             raise HTTPException(404)
         if request.method not in ("GET", "HEAD"):
-            raise HTTPException(405)
+            raise HTTPException(405, headers={"Allow": "GET, HEAD"})
         return await answer(observer)
 
     # No routes: at the path where Serve mounts it none matches the rest, which is empty.

@@ -38,6 +38,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "use_beam_search": (),
     "suffix": (),
+    "allowed_token_ids": (),
+    "bad_words": (),
+    "continue_final_message": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
 }
 """Fields that change an answer and are not offered, with the values that ask for nothing.
 
@@ -96,7 +101,7 @@ def _parse(body: bytes) -> Any:
         raise RequestError("the body holds half of a surrogate pair, which is no text") from None
     except json.JSONDecodeError as error:
         raise RequestError(
-            f"the body is not valid JSON: {error.msg} at character {error.pos}"
+            f"the body is not valid JSON: {error.msg} at character {error.pos + 1}"
         ) from None
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         reason = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it nests too deeply"}
@@ -107,4 +112,4 @@ def _parse(body: bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
+    raise ValueError(f"{name} stands for no number in JSON")

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service.errors import RequestError, ServiceError, UnavailableError
+from service.wording import sentence
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -74,16 +75,12 @@ def from_validation(error: ValidationError) -> RequestError:
     sentences, params = [], []
     for entry in found[:3]:
         path = [shorten(str(part), MAX_NAME) for part in entry["loc"]]
-        message = entry["msg"].removeprefix("Value error, ")
+        message = sentence(entry)
         # A check across fields has no place of its own: it starts with the field's name.
         if not path and ": " in message:
             name, message = message.split(": ", 1)
             path = [name]
         param = ".".join(path)
-        if entry["type"] == "extra_forbidden":
-            message = "unknown field; remove it or correct its spelling"
-        elif entry["type"] == "missing":
-            message = "this field is required"
         sentences.append(f"{param}: {message}" if param else message)
         params.append(param)
     cause = found[0].get("ctx", {}).get("error")
@@ -107,9 +104,11 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
         path = shorten(request.url.path, MAX_NAME)
+        # Starlette has them in no order.
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         message = {
-            404: f"there is nothing at {path}",
-            405: f"{path} does not take {shorten(request.method, MAX_NAME)} requests",
+            404: f"there is nothing at {path}; the routes are listed in docs/server.md",
+            405: f"{path} takes no {shorten(request.method, MAX_NAME)} requests; use {allowed}",
         }.get(error.status_code, shorten(str(error.detail), MAX_MESSAGE))
         return JSONResponse(error_object(RequestError(message)), error.status_code, error.headers)
 

@@ -1,10 +1,9 @@
-"""What surrounds every request: the API key, a request id, and the last line of defence."""
+"""What surrounds every request: the API key, and the last line of defence."""
 
 from __future__ import annotations
 
 import hmac
 from typing import TYPE_CHECKING, Protocol
-from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
 
@@ -43,30 +42,30 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = False
-        request_id = uuid4().hex.encode()
 
-        async def tagged_send(message: Message) -> None:
+        async def watched_send(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            started = started or message["type"] == "http.response.start"
             await send(message)
 
         if not self._allowed(scope):
             refusal = error_response(
-                AuthError("the API key is missing or wrong", code="invalid_api_key")
+                AuthError(
+                    "the API key is missing or wrong: send the header Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                )
             )
-            await refusal(scope, receive, tagged_send)
+            await refusal(scope, receive, send)
             return
         try:
-            await self._app(scope, receive, tagged_send)
+            await self._app(scope, receive, watched_send)
         except ClientDisconnect:
             return
         except Exception:
             answer = error_response(internal_error())
             if started:
                 raise  # half an answer is out: breaking the connection is all that can tell
-            await answer(scope, receive, tagged_send)
+            await answer(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
         path = scope["path"]

@@ -51,8 +51,8 @@ def token_budget(
         budget = room if default is None else min(default, room)
     elif asked > room:
         raise RequestError(
-            f"{field}: {asked} more than the {prompt_tokens} tokens of the prompt exceed the "
-            f"model's limit of {max_model_len} tokens; ask for at most {room}",
+            f"{field}: {asked} and the prompt's {prompt_tokens} tokens are more than the model's "
+            f"limit of {max_model_len}; ask for at most {room}, or shorten the prompt",
             param=field,
             code="context_length_exceeded",
         )
@@ -60,7 +60,8 @@ def token_budget(
         budget = asked
     if request.min_tokens > budget:
         raise RequestError(
-            f"min_tokens: {request.min_tokens} exceed the {budget} tokens that the answer may have",
+            f"min_tokens: {request.min_tokens} is more than the {budget} tokens that the answer "
+            "may have; lower it, or raise max_tokens",
             param="min_tokens",
         )
     return budget

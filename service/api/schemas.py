@@ -81,6 +81,14 @@ class SparsityRequest(Body):
     explain_layers: Annotated[list[int], Field(min_length=1, max_length=1024)] | None = None
     explain_heads: Annotated[list[int], Field(min_length=1, max_length=1024)] | None = None
 
+    @field_validator("explain", mode="before")
+    @classmethod
+    def _explain_is_one_of_three(cls, explain: Any) -> Any:
+        # A union would complain twice, of a field `explain.bool` and of another.
+        if not isinstance(explain, bool) and explain != "tokens":
+            raise ValueError('must be true, false or "tokens"')
+        return explain
+
     @field_validator("pattern")
     @classmethod
     def _pattern_parses(cls, pattern: str | None) -> str | None:

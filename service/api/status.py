@@ -50,7 +50,7 @@ async def version(_: Request) -> JSONResponse:
 
 
 async def metrics(request: Request) -> Response:
-    """This replica's series in Prometheus's text format."""
+    """The series in Prometheus's text format."""
     return Response(state_of(request).engine.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 

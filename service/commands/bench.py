@@ -49,7 +49,10 @@ def decode(
         str | None, typer.Option(help="Commit to note where there is no repository.")
     ] = None,
 ) -> None:
-    """Time one decode step's attention: dynamic, dense, and torch's over contiguous keys."""
+    """Time one decode step's attention: dynamic, dense, torch's.
+
+    Torch's is over contiguous keys.
+    """
     _check_dtype(dtype)
     wanted, place = _cells(cells), usable_device(device)
     machine = machine_name(place)
@@ -83,7 +86,10 @@ def prefill(
         str | None, typer.Option(help="Commit to note where there is no repository.")
     ] = None,
 ) -> None:
-    """Time a prompt's attention in one layer: sparse, dense, and torch's over contiguous keys."""
+    """Time a prompt's attention in one layer: sparse, dense, torch's.
+
+    Torch's is over contiguous keys.
+    """
     _check_dtype(dtype)
     if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", lengths):
         raise ConfigError(f"--lengths must be numbers such as 8192,32768, not {lengths}")
@@ -122,9 +128,10 @@ def engine(
         str | None, typer.Option(help="Commit to note where there is no repository.")
     ] = None,
 ) -> None:
-    """Time whole decode steps of a model of random weights: dynamic and dense, as CUDA graphs.
+    """Time whole decode steps of a model: dynamic and dense.
 
-    Or, with --prompt, a whole prompt up to its first token.
+    Its weights are random, its steps CUDA graphs. With --prompt, a whole prompt up to its first
+    token instead.
     """
     _check_dtype(dtype)
     config, wanted = shape_of(shape, layers), _cells(cells)

@@ -63,12 +63,17 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
-    """Ask the same questions under several policies, and count right answers.
+    """Ask questions under several policies, and count right answers.
 
     The document is prefilled densely, once for all of its questions; the question and the answer
     attend under the policy. The tasks text and repeats ask nothing: the last tokens of a text are
     predicted under the policy. The task free-text asks nothing either: a text is gone on with, and
     right is a sampled continuation without sentences such as were planted into training texts.
+
+    Columns: loss is against dense on the same questions; coverage is estimated. Of steps that also
+    read every key, exact is their true coverage, error the estimate's mean distance from it,
+    constant that of the best constant guess, and too high the share of estimates more than 0.05
+    above it.
     """
     flags = {"model": model, "dtype": dtype, "device": device}
     settings = load_config({name: value for name, value in flags.items() if value}, config)

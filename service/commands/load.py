@@ -22,7 +22,7 @@ from service.load.objectives import MEASURES, parse_objective
 from service.load.plan import Mix, Planned, anew, closed_plan, open_plan, traced_plan
 from service.load.report import page
 from service.load.run import Loop, run
-from service.load.summary import Summary, summarise, table
+from service.load.summary import Summary, first_said, label, summarise, table
 from service.load.target import Target, first_model
 from service.load.trace import read_trace
 
@@ -89,7 +89,7 @@ def load(
         str | None, typer.Option(help="Commit to note where there is no repository.")
     ] = None,
 ) -> None:
-    """Put a load on any OpenAI-compatible server and measure how it bears it.
+    """Put a load on a server of OpenAI's API, and measure it.
 
     An open loop sends each request when it is due, whatever the server does, and counts latencies
     from then; in a closed loop each user sends as soon as the last answer has ended.
@@ -120,6 +120,10 @@ def load(
         runs.append((summarise(outcomes, objectives, **which), outcomes))
     records = [record for record, _ in runs]
     print(table(records))
+    for record, each in runs:
+        for kind in record.errors:
+            if said := first_said(each, kind):
+                print(f"{label(record)}, the first {kind}: {said}")
     command = shlex.join(["saccade", "bench", "serve", *_without_key(sys.argv[3:])])
     machine = machine_name(torch.device("cpu"))
     settings = {

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from service import logs
+from service.api.request_id import RequestId
 from service.commands.options import as_fields, with_config_options
 from service.config import BUNDLED_CHECKPOINT, load_config
 from service.draining import MARGIN
@@ -47,8 +49,14 @@ def serve(
     if model is not None:
         given["model"] = model
     settings = load_config(given, config)
+    if standalone and (settings.autoscaling.max_replicas or settings.replicas) > 1:
+        raise ConfigError(
+            "invalid configuration: --standalone serves one copy of the model; set replicas to 1 "
+            "and remove autoscaling.max_replicas, or serve without --standalone"
+        )
     check(settings)
     with _stopping_on_signals(), _claim(settings), _free_port(settings) as listener:
+        logs.to_stderr()
         if standalone:
             _serve_standalone(settings, listener)
         else:
@@ -86,7 +94,7 @@ def _serve_standalone(config: ServiceConfig, listener: socket.socket) -> None:
     engine.start()
     try:
         settings = uvicorn.Config(
-            application(engine, config),
+            RequestId(application(engine, config)),
             log_level="warning",
             timeout_graceful_shutdown=config.drain_s,
         )
@@ -192,9 +200,11 @@ Saccade serves {config.model_name} at {url} (Ctrl-C stops it). Try:
   density        keys read over keys that could be read; 1 is everything
   coverage       share of the attention mass on the keys read (estimated); coverage_p5: the 5th
                  percentile over layers and heads
-  keys_attended  keys read a step, mean over layers and heads
-  fallbacks      tokens that did not follow the policy, by reason; short_context: fewer than
+  keys_attended  keys read a token, mean over layers and KV heads
+  fallbacks      tokens that did not follow dynamic, by reason; short_context: fewer than
                  {dense_below} tokens, or too few of a prompt: reading them all is the faster
+
+In a browser: {url}/explorer
 """
 
 

@@ -142,8 +142,10 @@ async function stream(one, asked, signal) {
       if (chunk.sparsity) done(one, chunk, began);
     }
   } catch (error) {
-    if (error.name === "AbortError") one.note.textContent = "stopped";
-    else one.note.textContent = error.message;
+    const stopped = error.name === "AbortError";
+    one.note.className = stopped ? "quiet" : "error";
+    // A pattern's mark below it, on lines of its own, needs a fixed pitch: the sentence names its place.
+    one.note.textContent = stopped ? "stopped" : error.message.split("\n")[0];
   }
 }
 

@@ -26,7 +26,8 @@ function paint() {
   document.documentElement.dataset.theme = shown;
   const names = { auto: "Auto", light: "Light", dark: "Dark" };
   $("theme").textContent = names[theme];
-  $("theme").setAttribute("aria-label", `Colours: ${theme === "auto" ? "as the system" : theme}`);
+  $("theme").title = `Colours: ${names[theme]}`;
+  $("theme").setAttribute("aria-label", $("theme").title);
   for (const view of started) VIEWS[view].repaint?.();
 }
 

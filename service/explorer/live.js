@@ -77,7 +77,7 @@ async function scrape() {
     const text = await (await request("metrics")).text();
     history.push({ at: performance.now(), series: parsed(text) });
     if (history.length > KEPT + 1) history.shift();
-    $("live-note").textContent = `From this service's /metrics, every ${EVERY / 1000} seconds, since this page shows it.`;
+    $("live-note").textContent = `Read from this service's /metrics every ${EVERY / 1000} seconds while this page is shown.`;
     draw();
   } catch (error) {
     $("live-note").textContent = `/metrics does not answer: ${error.message}`;

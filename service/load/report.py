@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from service.load import plots
-from service.load.summary import label
+from service.load.summary import first_said, label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,8 +109,7 @@ def _errors(runs: Runs) -> str:
     rows = []
     for record, outcomes in runs:
         for kind, count in record.errors.items():
-            said = next((o.detail for o in outcomes if o.error == kind and o.detail), "")
-            rows.append([label(record), kind, str(count), said])
+            rows.append([label(record), kind, str(count), first_said(outcomes, kind)])
     return _table(["load", "kind", "requests", "the first says"], rows)
 
 

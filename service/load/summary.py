@@ -127,6 +127,11 @@ def summarise(
     )
 
 
+def first_said(outcomes: Sequence[Outcome], kind: str) -> str:
+    """What the first error of a kind that says anything says; empty: none does."""
+    return next((one.detail for one in outcomes if one.error == kind and one.detail), "")
+
+
 def table(records: Sequence[Summary]) -> str:
     """The records as text, a line each, and the errors below; latencies in milliseconds."""
     heads = ("TTFT", "ITL", "TPOT", "E2E")

@@ -91,7 +91,10 @@ async def first_model(url: str, api_key: str | None) -> str:
                 )
             name = (await answer.json(content_type=None))["data"][0]["id"]
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise ConfigError(f"no server answers at {url} ({error or 'timed out'})") from None
+        reason = getattr(error, "strerror", None) or error or "timed out"
+        raise ConfigError(
+            f"no server answers at {url} ({reason}); start it, or name another with --url"
+        ) from None
     except (ValueError, KeyError, IndexError, TypeError):
         raise ConfigError(f"{url}/v1/models lists no model; name one with --model") from None
     return str(name)

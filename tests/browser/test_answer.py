@@ -76,6 +76,16 @@ def test_a_file_is_opened_and_nothing_is_asked_of_nothing(opened, service, tmp_p
     expect(page.locator("[data-policy=dense]")).to_have_attribute("data-done", "true")
 
 
+def test_a_wrong_pattern_is_told_as_an_error_beside_the_answers(opened, service):
+    page = opened(f"{service}/explorer#answer", expected=("400",))
+    page.locator("#document").fill("The number is 7.")
+    page.locator("#question").fill("What is the number?")
+    page.locator("#fixed-pattern").fill("windw:3")
+    page.locator("#go").click()
+    expect(page.locator("[data-policy=fixed] .error")).to_contain_text("windw")
+    expect(page.locator("[data-policy=dense]")).to_have_attribute("data-done", "true")
+
+
 def test_live_figures_are_the_services(opened, service):
     page = opened(f"{service}/explorer#live")
     expect(page.locator("#fallbacks tr")).not_to_have_count(0)

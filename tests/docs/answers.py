@@ -197,10 +197,13 @@ ANSWERS = {
             "heartbeat_age_seconds": ("number", "since the engine's loop last turned"),
         },
         "Dead": "503 with an error of the code `engine_dead` when the engine's loop does not turn.",
+        "Ray": "Under Ray Serve it is about all replicas: 200 while one lives, the oldest "
+        "heartbeat, and `replicas`, how many live.",
     },
     ("GET", "/version"): {"Answer": {"version": ("string", "Saccade's")}},
     ("GET", "/metrics"): {
-        "Answer": _TEXT.format("`text/plain; version=...`") + " See [metrics.md](metrics.md)."
+        "Answer": _TEXT.format("`text/plain; version=...`") + " See [metrics.md](metrics.md). "
+        "Under Ray Serve all replicas' series, else this process's."
     },
     ("GET", "/explorer"): {"Answer": _TEXT.format("`text/html`")},
     ("GET", "/explorer/{name}"): {"Answer": "A file of the page, with its media type, or 404."},
@@ -247,7 +250,7 @@ QUERIES = {
     ("GET", "/v1/patterns/auto"): [
         ("`task`", "one of `tasks` of `/v1/patterns`", "required", "what the pattern is for"),
         ("`tokens`", "a number", "4096", "how long the texts are"),
-        ("`rows`, `cols`", "numbers", "", "sides of a grid, for images"),
+        ("`rows`, `cols`", "numbers", "", "sides of a grid; `image` and `video` need them"),
         ("`causal`", "`true` or `false`", "true", "whether queries see keys behind them"),
     ],
     ("GET", "/v1/sample"): [

@@ -7,12 +7,14 @@ import re
 
 from service import errors
 from service.errors import ServiceError
+from service.wording import SENTENCES
 from tests.docs.markdown import code, table
 from tests.docs.messages import HOLE, raised
 
 FOLDERS = ("service/api", "service/encoders", "service/engine")
 """Where requests are refused; the commands' errors stop them, and are no answers."""
 
+_HELD = re.compile(r"\{\w+\}")
 _NAMED = re.compile(rf"[\w.{HOLE}]+: ")
 
 
@@ -49,6 +51,7 @@ def messages():
         (400, None, one.message if _NAMED.match(one.message) else f"`field`: {one.message}")
         for one in raised({"ValueError"}, "service/api/schemas.py", "service/encoders/schemas.py")
     }
+    rows |= {(400, None, f"`field`: {_HELD.sub(HOLE, words)}") for words in SENTENCES.values()}
     return table(
         ("status", "`code`", "message"),
         [

@@ -76,7 +76,7 @@ def _number(value):
             return f"2^{power} - 1"
         if abs(value) == 2**power:
             return f"{'-' if value < 0 else ''}2^{power}"
-    return f"{value:g}"
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _limits(one, least, most, what):

@@ -132,6 +132,7 @@ KINDS = {
     "GenerationRequest.stop": "string or list of strings",
     "FillRequest.inputs": "string or list of strings",
     "Message.content": "string or list of objects",
+    "DetokenizeRequest.tokens": "list of integers",
 }
 """Types of fields whose validators take more than their schema says."""
 

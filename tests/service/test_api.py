@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 
 import httpx
 import pytest
 
 from models.generation import GenerationDefaults
 from service.api.app import create_app
+from service.api.request_id import RequestId
 from service.config import ServiceConfig
 from service.engine.types import Health
 from service.errors import EngineDeadError, OverloadedError, RequestError
@@ -443,8 +445,21 @@ def test_metrics_can_ask_for_the_key_too():
     assert call(FakeEngine(), "/metrics", method="GET", config=config).status_code == 401
 
 
-def test_an_answer_has_a_request_id():
-    assert len(call(FakeEngine(), "/version", method="GET").headers["x-request-id"]) == 32
+@pytest.mark.parametrize(
+    ("given", "told"), [({}, r"[0-9a-f]{32}"), ({"X-Request-ID": "mine"}, "mine")]
+)
+def test_an_answer_has_its_requests_id_once(given, told):
+    app = RequestId(create_app(FakeEngine(), ServiceConfig(api_key="s3cret")))
+
+    async def ask(path):
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://x"
+        ) as one:
+            return await one.get(path, headers=given)
+
+    for path in ("/health", "/v1/models"):  # an answer, and a refusal
+        (found,) = asyncio.run(ask(path)).headers.get_list("x-request-id")
+        assert re.fullmatch(told, found)
 
 
 # -- status -----------------------------------------------------------------------------------

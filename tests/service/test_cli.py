@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from service import cli
+from service.api.state import saccade_version
 from service.commands import serve
 from service.config import ServiceConfig
 from tests.service.conftest import ROOT, saccade
@@ -82,6 +83,20 @@ def test_a_wrong_option_is_one_sentence(monkeypatch, checkpoint, port, arguments
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("copies", [["--replicas", "2"], ["--autoscaling-max-replicas", "2"]])
+def test_standalone_does_not_pass_over_more_copies(monkeypatch, checkpoint, port, copies):
+    said = refusal(monkeypatch, "serve", checkpoint, "--port", port, "--standalone", *copies)
+    assert "--standalone serves one" in said
+
+
+def test_the_version_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["saccade", "--version"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"saccade {saccade_version()}\n"
+
+
 def test_an_unknown_option_is_refused(monkeypatch, capsys):
     refusal(monkeypatch, "serve", "--prot", "1")
     assert "--prot" in capsys.readouterr().err
@@ -128,6 +143,7 @@ def test_the_greeting_says_what_a_short_context_is_on_the_device(device, tokens)
     assert f"fewer than\n                 {tokens} tokens" in serve._greeting(
         ServiceConfig(device=device)
     )
+    assert "http://127.0.0.1:8000/explorer" in serve._greeting(ServiceConfig(device=device))
     given = ServiceConfig(device=device, sparsity={"dense_below": 77})
     assert " 77 tokens" in serve._greeting(given)
 

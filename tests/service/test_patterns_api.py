@@ -193,9 +193,20 @@ def test_auto_is_the_kernels(task):
     assert answer["spec"] == str(auto(task, 4096, (8, 16), causal=False))
 
 
-@pytest.mark.parametrize("query", ["task=chess", "task=image", "task=document&tokens=x"])
-def test_auto_says_what_is_wrong(query):
-    assert call(FakeEngine(), f"/v1/patterns/auto?{query}", method="GET").status_code == 400
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("task=chess", "task"),
+        ("task=image", "rows"),
+        ("task=video&rows=8", "rows"),
+        ("task=document&tokens=x", "tokens"),
+        ("task=document&causal=maybe", "causal"),
+    ],
+)
+def test_auto_says_what_is_wrong(query, param):
+    answer = call(FakeEngine(), f"/v1/patterns/auto?{query}", method="GET")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
 
 
 def test_a_pattern_may_lose_the_previous_key_only_where_it_was_asked_for():

@@ -165,7 +165,8 @@ def served(checkpoint, file, port):
     assert not [pid for pid in started if "saccade-" in command_line(pid)]
 
 
-def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port):
+def test_serve_runs_on_ray_and_leaves_nothing_behind(tmp_path, tiny_file, port):
+    checkpoint = write_checkpoint(tmp_path / "tiny", max_model_len=8192)
     with served(checkpoint, tiny_file, port) as (_, url):
         body = {"model": "tiny", "prompt": "x" * 50, "max_tokens": 5, "temperature": 0}
 
@@ -179,11 +180,15 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
         assert text == whole["choices"][0]["text"]
 
         assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        for path in ("health", "v1/models"):
+            named = httpx.get(f"{url}/{path}", headers={"x-request-id": "mine"})
+            assert named.headers.get_list("x-request-id") == ["mine"]
         refused = httpx.post(f"{url}/v1/completions", json=body | {"n": 0})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
         assert httpx.get(f"{url}/nowhere").json()["error"]["type"] == "invalid_request_error"
 
-        long = json.dumps(body | {"max_tokens": 400, "ignore_eos": True}).encode()
+        # Long enough to be under way still when a busy machine has counted it.
+        long = json.dumps(body | {"max_tokens": 8000, "ignore_eos": True}).encode()
         aborted = 'request_success_total{finished_reason="abort"'
         with socket.create_connection(("127.0.0.1", port)) as leaving:
             head = f"Host: saccade\r\nContent-Length: {len(long)}\r\nContent-Type: application/json"
@@ -195,6 +200,18 @@ def test_serve_runs_on_ray_and_leaves_nothing_behind(checkpoint, tiny_file, port
             next(answer.iter_lines())
         until(lambda: counted(url, aborted) == 2)
         until(lambda: counted(url, "num_requests_running") == 0)
+
+
+def test_what_a_replica_logs_is_on_standard_error(checkpoint, tiny_file, port):
+    arguments = ("--config", tiny_file, "--dtype", "float64", "--port", port)
+    process = saccade("serve", checkpoint, *arguments)
+    try:
+        while "short_context" not in process.stdout.readline():
+            assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert re.fullmatch(r"[-\d]+ [:,\d]+ WARNING no fast kernel takes .*\n", errors)
 
 
 def test_two_replicas_are_one_service(tmp_path, tiny_file, port):
@@ -213,6 +230,8 @@ def test_two_replicas_are_one_service(tmp_path, tiny_file, port):
         assert [counted(url, "generation_tokens_total") for _ in range(6)] == [90] * 6
         assert counted(url, "replicas{") == counted(url, "replicas_wanted") == 2
         assert httpx.get(f"{url}/health").json()["replicas"] == 2
+        (own,) = httpx.get(f"{url}/v1/models").headers.get_list("x-request-id")
+        assert own
 
         # No replica answers anything for a while; these do.
         replicas = below(process, "ServeReplica:saccade:saccade")

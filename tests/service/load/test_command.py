@@ -55,6 +55,7 @@ def test_errors_are_counted_and_shown(server, tmp_path):
     )
     assert result.exit_code == 0
     assert "4 x http 400" in result.output
+    assert result.output.count("token ids must lie in") == 1
     assert "token ids must lie in" in file.read_text()
 
 
