@@ -233,6 +233,13 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_tool_was_called(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (values.get("tool_calls") or values.get("function_call")):
+            raise ValueError("calls of tools are not supported; send what they said as content")
+        return values
+
     @field_validator("content", mode="before")
     @classmethod
     def _content_is_text(cls, content: Any) -> Any:
@@ -262,6 +269,7 @@ class ChatRequest(GenerationRequest):
     messages: Messages = Field(min_length=1)
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    add_generation_prompt: bool = True
 
     @field_validator("top_logprobs")
     @classmethod
@@ -270,6 +278,8 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
+        if not self.add_generation_prompt:
+            raise ValueError("add_generation_prompt: must be true: a chat is answered")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs to be true")
         for name in ("max_tokens", "max_completion_tokens"):

@@ -97,6 +97,11 @@ def as_rays_autoscaler_reads(cluster):
     return _derive_autoscaling_config_from_ray_cr(resource)
 
 
+def test_a_replaced_cluster_outlasts_its_requests(spec):
+    drain = model_application(yaml.safe_load(spec["serveConfigV2"]))["args"]["drain_s"]
+    assert spec["rayClusterDeletionDelaySeconds"] > drain
+
+
 def test_every_replica_finds_a_worker(variant, spec, cluster):
     application = model_application(yaml.safe_load(spec["serveConfigV2"]))
     config = ServiceConfig.model_validate(application["args"])

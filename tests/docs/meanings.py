@@ -60,6 +60,7 @@ MEANINGS = {
     "lines",
     "ChatRequest.logprobs": "log-probabilities of each token",
     "ChatRequest.top_logprobs": "and of so many rivals; only with `logprobs`; at most {logprobs}",
+    "ChatRequest.add_generation_prompt": "must be true",
     "SparsityRequest.policy": "`dynamic`: each step chooses its keys; `fixed`: a pattern does; "
     "`dense`: all are read; `auto` is `dynamic` as yet",
     "SparsityRequest.coverage": "more keys are read until they carry so much of the attention "

@@ -75,3 +75,18 @@ def test_a_path_and_a_method_that_are_not_there_say_what_is():
     assert wrong.json()["error"]["message"].endswith("use POST")
     wrong = call(FakeEngine(), "/health")
     assert wrong.json()["error"]["message"].endswith("use GET, HEAD")
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "function_call"])
+def test_a_tool_that_was_called_is_not_forgotten(field):
+    asked = {"role": "user", "content": "abc"}
+    said = {"role": "assistant", "content": "", field: [{"id": "a"}]}
+    error = chat(FakeEngine(), messages=[asked, said]).json()["error"]
+    assert "calls of tools are not supported" in error["message"]
+    assert chat(FakeEngine(HELLO), messages=[asked, said | {field: None}]).status_code == 200
+
+
+def test_a_chat_is_answered():
+    error = chat(FakeEngine(), add_generation_prompt=False).json()["error"]
+    assert error["param"] == "add_generation_prompt"
+    assert chat(FakeEngine(HELLO), add_generation_prompt=True).status_code == 200
