@@ -185,6 +185,18 @@ def running_sum(x, WARPS: tl.constexpr):
 
 
 @inlined
+def log2(x):
+    """Base-2 logs by the GPU's own instruction: `tl.log2` is a polynomial, and forty of them."""
+    if INTERPRETED:
+        log = tl.log2(x)
+    else:
+        log = tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return log
+
+
+@inlined
 def load_half(pointers):
     """A bfloat16 from each of `pointers` [lanes], its bits int32; what `load_four` says.
 

@@ -14,7 +14,7 @@ from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import PLANES, WORD
 from kernels.gpu.launch import tile_of
-from kernels.gpu.layout import HELD
+from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -38,12 +38,13 @@ def prepare(
     layout: Layout,
     scratch: Scratch,
 ) -> None:
-    """Rotate and quantise the queries, and score the sinks and the recent window exactly."""
+    """Rotate and quantise the queries; find and score the sinks and the recent window."""
     wide = query.dtype if query.dtype != torch.float64 else torch.float32
     overlaps = overlap.possible(query.device)
     _prepare[layout.lines, 1 + HELD // PAGE](
         query, rotation(layout.head_dim, wide, query.device), cache.kv, rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors, scratch.held,
+        scratch.always,
         scale, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
         cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, TILE=tile_of(layout.group),
@@ -56,7 +57,7 @@ def prepare(
 
 @triton.jit(do_not_specialize=["sinks", "queries", "kv_heads", "table_stride", "cache_pages"])
 def _prepare(
-    query, rotated, kv, tables, starts, lengths, slopes, planes, factors, held,
+    query, rotated, kv, tables, starts, lengths, slopes, planes, factors, held, always,
     scale, sinks, queries, kv_heads, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, STEPS: tl.constexpr, SETS: tl.constexpr, HELD: tl.constexpr,
@@ -115,6 +116,12 @@ def _prepare(
         score = tl.where(seen[None], score, float("-inf"))  # [TILE, PAGE]
         place = (line * PADDED + head)[:, None] * HELD + (part - 1) * PAGE + key[None]
         tl.store(held + place, score, (head < PADDED)[:, None])
+        # Where there is none stands the newest, of no length.
+        newest = tl.maximum(length - 1, 0)
+        newest = tl.load(table + newest // PAGE) * PAGE + newest % PAGE
+        certain = tl.full((PAGE,), CERTAIN, tl.int64) << SLOT_BITS
+        note = tl.where(seen, certain | (cached * PAGE + key), newest)
+        tl.store(always + line * HELD + (part - 1) * PAGE + key, note)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from kernels.gpu.lanes import (
     load_factors,
     load_four,
     load_planes,
+    log2,
     signed_sums,
 )
 from kernels.gpu.launch import PROGRAMS
@@ -206,7 +207,7 @@ def _probe(
             total = tl.sum(tl.reshape(total, (8, 4)) * tl.exp2(peak - most[None]), 0)
             head = some * 4 + tl.arange(0, 4)
             target = masses + first // CHUNK * PADDED + head
-            tl.store(target, most + tl.log2(total), head < PADDED)
+            tl.store(target, most + log2(total), head < PADDED)
 
 
 @inlined
