@@ -246,21 +246,22 @@ def _scan(
                     tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0), inside)
                     free = key + STRIDE >= taken
                     tl.store(share + STRIDE, tl.where(free, total[2] / GROUP, 0.0), inside)
-                both = drawn + next_drawn
-                end = end_of_line + running_sum(both, WARPS)
-                position, slot = page * PAGE + key, own * PAGE + key
-                hit, mark = _marked(drawn, end - next_drawn)
-                next_hit, next_mark = _marked(next_drawn, end)
-                _note(met + noted + mark, slot, drawn, hit)
-                _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
-                if PLACED:
-                    tl.store(positions + noted + mark, position, hit)
-                    tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
-                if LOOKS and OVERLAP:
-                    data = kv + slot.to(tl.int64) * (2 * DIM)
-                    _fetch(data, hit, BYTES)
-                    _fetch(data + STRIDE * (2 * DIM), next_hit, BYTES)
+                both, begin_of_page = drawn + next_drawn, end_of_line
                 end_of_line += tl.sum(both, 0)
+                if (end_of_line >> BITS) != (begin_of_page >> BITS):
+                    end = begin_of_page + running_sum(both, WARPS)
+                    position, slot = page * PAGE + key, own * PAGE + key
+                    hit, mark = _marked(drawn, end - next_drawn)
+                    next_hit, next_mark = _marked(next_drawn, end)
+                    _note(met + noted + mark, slot, drawn, hit)
+                    _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
+                    if PLACED:
+                        tl.store(positions + noted + mark, position, hit)
+                        tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
+                    if LOOKS and OVERLAP:
+                        data = kv + slot.to(tl.int64) * (2 * DIM)
+                        _fetch(data, hit, BYTES)
+                        _fetch(data + STRIDE * (2 * DIM), next_hit, BYTES)
         segment += 1
         noted += end_of_line >> BITS
     if MASSES:
