@@ -146,15 +146,16 @@ def _quantise(
     whole = tl.floor(turned / step[:, None] + 0.5)  # [TILE, channels]
     whole = tl.minimum(tl.maximum(whole, -most), most - 1).to(tl.int32)
     words: tl.constexpr = STEPS * 128 // WORD
-    word, bit = tl.arange(0, words)[None], tl.arange(0, WORD)[None, None]
-    planes = planes[:, None] + ((head // 4)[:, None] * STEPS + word // 4) * (2 * 32)
-    planes += (head % 4)[:, None] * 8 + word % 4
-    for plane in tl.static_range(PLANES):
-        signs = tl.reshape((whole >> plane) & 1, (TILE, words, WORD))
-        signs = tl.sum(signs << bit, 2)  # [TILE, words]
-        target = planes + (plane % 2 * 32 + plane // 2 * 4)
-        tl.store(target, signs, (head < ROOM)[:, None])
-    size = tl.sum(turned * turned, 1)
+    # All planes at once: each sum over lanes of other warps would be waited for.
+    bit, plane = tl.arange(0, WORD)[None, None, :, None], tl.arange(0, PLANES)[None, None]
+    signs = tl.reshape(whole, (TILE, words, WORD, 1)) >> plane[:, :, None]
+    signs = tl.sum((signs & 1) << bit, 2)  # [TILE, words, PLANES]
+    word, place = tl.arange(0, words)[None, :, None], head[:, None, None]
+    target = planes[:, None, None] + (place // 4 * STEPS + word // 4) * (2 * 32)
+    target += place % 4 * 8 + word % 4 + plane % 2 * 32 + plane // 2 * 4
+    tl.store(target, signs, place < ROOM)
+    both = tl.sum(tl.join(turned * turned, whole.to(tl.float32)), 1)
+    size, total = tl.split(both)
     tl.store(factors + head, step * 2, head < PADDED)
-    tl.store(factors + PADDED + head, step * -tl.sum(whole, 1).to(tl.float32), head < PADDED)
+    tl.store(factors + PADDED + head, step * -total, head < PADDED)
     tl.store(factors + 2 * PADDED + head, size * (HALF_NOISE / LOG2E), head < PADDED)
