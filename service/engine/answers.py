@@ -94,6 +94,19 @@ class Answers:
             if sequence.state is not State.FINISHED:
                 self.finish(sequence, "", ending, error=error)
 
+    def abandon(self, error: str) -> None:
+        """End all that has not ended, where the engine is broken: nothing else of it is used."""
+        for request in self.requests.values():
+            for sequence in request.sequences:
+                if sequence in self._progress or sequence.state is not State.FINISHED:
+                    sequence.state = State.FINISHED
+                    last = Delta(sequence.index, "", (), (), "error", error=error)
+                    self._outbox.setdefault(request, []).append(last)
+            time_end(self._metrics, request.sequences[0], Ending("error"))
+        self.requests.clear()
+        self._progress.clear()
+        self.send()
+
     def send(self) -> None:
         """Deliver what there is to read."""
         deliver(
