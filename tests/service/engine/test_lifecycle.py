@@ -70,6 +70,23 @@ def test_logprobs_come_with_their_tokens(harness):
     assert again[0].finish_reason == "length" and again[0].token_ids == ()
 
 
+def test_a_prompts_log_probabilities_are_named_step_by_step(harness, monkeypatch):
+    """Those of a long prompt, all in one step, would keep everybody else waiting."""
+    one = harness(prefill_chunk=64)
+    named, run, text = [0], one.runner.run, one.engine.tokenizer.token_text
+    monkeypatch.setattr(one.runner, "run", lambda work: named.append(0) or run(work))
+
+    def counted(token):
+        named[-1] += 1
+        return text(token)
+
+    monkeypatch.setattr(one.engine.tokenizer, "token_text", counted)
+    [deltas] = one.run(one.generate(prompt_of(600), greedy(1, prompt_logprobs=3)))
+    assert len(deltas[0].prompt_logprobs) == 600
+    assert sum(named) == 1 + 599 * 4
+    assert max(named) <= 128 * 4 + 1  # the tail's, which is one step
+
+
 def test_stop_strings_end_the_answer_early(harness):
     one = harness()
     full = one.run(one.generate(prompt_of(30), greedy(20)))[0]
