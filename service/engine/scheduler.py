@@ -94,9 +94,10 @@ class Scheduler:
 
         Each computes the prompt's last token again, in a page of its own where that one is shared
         only in part. Returns (source, target) pages to copy before the next step. Choices that do
-        not fit now queue up like any other.
+        not fit now, or would overtake what is more urgent, queue up like any other.
         """
         first, *others = request.sequences
+        urgent = bool(self.waiting) and _priority(self.waiting[0]) < request.priority
         copies: list[tuple[int, int]] = []
         computed = first.prompt_len - 1
         whole, rest = divmod(computed, PAGE)
@@ -108,7 +109,7 @@ class Scheduler:
             sequence.fallbacks = dict(first.fallbacks)
             sequence.hold_until, sequence.hold_reason = first.hold_until, first.hold_reason
             sequence.cuts, sequence.spared = dict(first.cuts), first.spared
-            if len(self.running) >= self.limits.max_seqs or self.pool.free < 1:
+            if urgent or len(self.running) >= self.limits.max_seqs or self.pool.free < 1:
                 sequence.state = State.WAITING
                 insort_right(self.waiting, sequence, key=_priority)
                 continue

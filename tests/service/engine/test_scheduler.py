@@ -164,6 +164,20 @@ def test_choices_share_the_prompts_whole_pages():
     assert scheduler.pool.usage == 0
 
 
+def test_choices_do_not_start_before_a_more_urgent_request_that_waits_for_pages():
+    for priority, expected in ((0, "waiting"), (1, "running"), (2, "running")):
+        scheduler = make(pages=12)
+        request = add(scheduler, 300, n=3, priority=1)
+        advance(scheduler, scheduler.schedule())
+        other = add(scheduler, 600, priority=priority)
+        while not request.sequences[0].generated:
+            advance(scheduler, scheduler.schedule())
+        assert states([request, other]) == ["running", "waiting"]
+        assert [choice.state.value for choice in request.sequences[1:]] == [expected] * 2
+        if expected == "waiting":
+            assert scheduler.waiting == [*other.sequences, *request.sequences[1:]]
+
+
 def run_out(scheduler):
     """Run all there is to its end, eight tokens each."""
     while scheduler.running or scheduler.waiting:
