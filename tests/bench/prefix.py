@@ -120,7 +120,7 @@ def prompts_of(engine: Engine, number: int, tokens: int, questions: Sequence[str
 
 
 async def turn(number: int, engines: dict[str, Engine], tokens: int) -> dict[str, Asked]:
-    """A document's second question, asked in all ways, and another's questions together."""
+    """A document's second question, asked in all ways."""
     on, off = engines["on"], engines["off"]
     prompts = prompts_of(on, number, tokens, QUESTIONS)
     await ask(on, prompts[0], "", number)
@@ -129,12 +129,17 @@ async def turn(number: int, engines: dict[str, Engine], tokens: int) -> dict[str
     for side in SIDES[number % 3 :] + SIDES[: number % 3]:
         salt = f"turn {number}" if side == "cold" else ""
         found[side] = await ask(off if side == "off" else on, prompts[1], salt, number)
-    questions = [f"\n\nQuestion {n}.{QUESTIONS[n % 2]}" for n in range(AT_ONCE)]
-    prompts = prompts_of(on, number + 10**5, tokens, questions)
-    for side in TOGETHER[:: 1 if number % 2 else -1]:
-        engine = off if side == "off together" else on
-        found[side] = await ask_together(engine, prompts, number)
     return found
+
+
+async def turn_together(number: int, engines: dict[str, Engine], tokens: int) -> dict[str, Asked]:
+    """Questions about a new document, all at once."""
+    questions = [f"\n\nQuestion {n}.{QUESTIONS[n % 2]}" for n in range(AT_ONCE)]
+    prompts = prompts_of(engines["on"], number + 10**5, tokens, questions)
+    return {
+        side: await ask_together(engines[side.split()[0]], prompts, number)
+        for side in TOGETHER[:: 1 if number % 2 else -1]
+    }
 
 
 def record(side: str, turns: list[dict[str, Asked]], tokens: int) -> Record:
@@ -183,7 +188,10 @@ def main() -> int:
 
         async def all_turns() -> list[dict[str, Asked]]:
             await turn(10**6, engines, min(given.tokens, 4096))  # compiles, and is not counted
-            return [await turn(number, engines, given.tokens) for number in range(given.turns)]
+            turns = [await turn(number, engines, given.tokens) for number in range(given.turns)]
+            for number, one in enumerate(turns):
+                one |= await turn_together(number, engines, given.tokens)
+            return turns
 
         turns = asyncio.run(all_turns())
     finally:
