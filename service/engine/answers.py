@@ -38,7 +38,7 @@ class _Progress:
     sampler: Sampler
     output: Output
     tally: Tally = field(default_factory=Tally)
-    prompt_ranked: list[Ranked] = field(default_factory=list)  # of prompt tokens 1, 2, ...
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1, 2, ...
     opened: bool = False  # whether its first delta is out
     passages: Passages | None = None  # what its tokens attended to, where asked for
 
@@ -93,6 +93,19 @@ class Answers:
         for sequence in request.sequences:
             if sequence.state is not State.FINISHED:
                 self.finish(sequence, "", ending, error=error)
+
+    def abandon(self, error: str) -> None:
+        """End all that has not ended, where the engine is broken: nothing else of it is used."""
+        for request in self.requests.values():
+            for sequence in request.sequences:
+                if sequence in self._progress or sequence.state is not State.FINISHED:
+                    sequence.state = State.FINISHED
+                    last = Delta(sequence.index, "", (), (), "error", error=error)
+                    self._outbox.setdefault(request, []).append(last)
+            time_end(self._metrics, request.sequences[0], Ending("error"))
+        self.requests.clear()
+        self._progress.clear()
+        self.send()
 
     def send(self) -> None:
         """Deliver what there is to read."""
@@ -202,14 +215,16 @@ class Answers:
             return
         prompt = item.sequence.request.prompt
         # Work done again after the sequence was put back has been ranked before.
-        first = max(item.start, len(progress.prompt_ranked))
+        first = max(item.start, len(progress.prompt_logprobs))
         asked = prompt[first + 1 : item.stop + 1]
         if asked:
             begin = first - item.start
             hidden = outcome.hidden[begin : begin + len(asked)]
-            progress.prompt_ranked += rank_in_slices(
+            ranked = rank_in_slices(
                 self._runner.logits, hidden, torch.tensor(asked), params.prompt_logprobs
             )
+            # Named step by step: a long prompt's all at once would keep everybody waiting.
+            progress.prompt_logprobs += map(self._named, ranked)
 
     def finish(
         self,
@@ -280,7 +295,7 @@ class Answers:
             return None
         first = request.prompt[0]
         opening = TokenLogprob(first, self._tokenizer.token_text(first), None, ())
-        return (opening, *(self._named(entry) for entry in progress.prompt_ranked))
+        return (opening, *progress.prompt_logprobs)
 
     def _named(self, entry: Ranked) -> TokenLogprob:
         text = self._tokenizer.token_text

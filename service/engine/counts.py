@@ -75,7 +75,7 @@ class Counts:
         """What there is after a step: requests that have not ended, and where they are."""
         sequences = [sequence for request in requests for sequence in request.sequences]
         waiting = len(scheduler.waiting) + sum(one.state is State.FORKING for one in sequences)
-        unfilled = [sequence.unfilled for sequence in sequences if sequence.unfilled]
+        unfilled = [tokens for sequence in sequences if (tokens := sequence.unfilled)]
         load = Load(
             queued_tokens=sum(unfilled),
             queued_prompts=len(unfilled),

@@ -311,6 +311,10 @@ class Engine:
             except queue.Empty:
                 break
         ending = Ending("error" if self._failure else "abort")
-        for request in list(self._answers.requests.values()):
-            self._answers.end(request, ending, self._failure)
-        self._flush()
+        try:
+            for request in list(self._answers.requests.values()):
+                self._answers.end(request, ending, self._failure)
+            self._flush()
+        except Exception:  # noqa: BLE001  what made the loop fail may well fail again
+            _log.exception("the end of the step loop failed")
+            self._answers.abandon(self._failure or "the engine failed while it stopped")

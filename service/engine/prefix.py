@@ -50,9 +50,12 @@ class PrefixCache:
         sequence.found = found
 
     def find(self, sequence: Sequence) -> list[int]:
-        """The physical pages that a waiting sequence can begin with."""
+        """The physical pages that a sequence which has computed nothing can begin with.
+
+        Those behind the ones that it has.
+        """
         found: list[int] = []
-        for number in range(_most(sequence)):
+        for number in range(len(sequence.pages), _most(sequence)):
             page = self._pool.find(_key(sequence, number))
             if page is None:
                 break
@@ -60,16 +63,34 @@ class PrefixCache:
         return found
 
     def begin(self, sequence: Sequence, pages: list[int]) -> None:
-        """Let a waiting sequence begin with the pages that were found for it."""
+        """Let a sequence begin with the pages that were found for it, behind those that it has."""
         self._pool.share(pages)
-        sequence.pages, sequence.found = list(pages), len(pages)
-        sequence.reused = [self._pool.content(page) for page in pages]
-        sequence.computed = len(pages) * PAGE
+        del sequence.reused[len(sequence.pages) :]
+        sequence.reused += [self._pool.content(page) for page in pages]
+        sequence.pages += pages
+        sequence.found = len(sequence.pages)
+        sequence.computed = sequence.found * PAGE
         # What a page that is yet to be computed falls back to is not known: its key may change.
-        del sequence.keys[len(pages) :]
+        del sequence.keys[sequence.found :]
         request = sequence.request
         if sequence.started is None and request.sampling.prompt_logprobs is None:
             request.cached = sequence.computed
+
+    def coming(self, sequence: Sequence) -> bytes | None:
+        """The key of the page that a running sequence computes next, if nothing falls back.
+
+        None: it is none that others may find.
+        """
+        number = len(sequence.keys)
+        # One that has computed more than it kept keeps no more.
+        if number < sequence.computed // PAGE or number >= sequence.request.tail_start // PAGE:
+            return None
+        _key(sequence, number)
+        return sequence.keys.pop()
+
+    def may_find(self, sequence: Sequence) -> bool:
+        """Whether a running sequence could take its next page over: it has computed nothing yet."""
+        return sequence.computed == sequence.found * PAGE and sequence.found < _most(sequence)
 
     def fresh(self, sequence: Sequence) -> range:
         """Numbers of the pages that a running sequence has computed and that may be kept."""

@@ -51,7 +51,7 @@ class Scheduler:
     back for what waits. A sequence that is put back loses its pages and is computed anew later, but
     for what the prefix cache still has of it then; how each of its tokens attended is remembered,
     so that it goes on exactly as it would have. What the prefix cache keeps is free to give: it
-    never makes anyone wait.
+    never makes anyone wait. Prompts that run together compute what they share once.
     """
 
     pool: PagePool
@@ -79,12 +79,15 @@ class Scheduler:
         decodes = [s for s in self.running if len(s.tokens) - s.computed == 1]
         prompts = [s for s in self.running if len(s.tokens) - s.computed > 1]
         prompts.sort(key=_priority)
+        coming: set[bytes] = set()  # of the pages that prompts compute in this step
         for sequence in (*decodes, *prompts):
             # A sequence scheduled before may have pushed this one out for its pages.
-            if sequence.state is not State.RUNNING:
+            if sequence.state is not State.RUNNING or self._waits(sequence, coming):
                 continue
             count = self._count(sequence, budget)
             if count and self._reserve(sequence, sequence.computed + count):
+                if self.cache is not None and (key := self.cache.coming(sequence)) is not None:
+                    coming.add(key)
                 work.append(Work(sequence, sequence.computed, count))
                 budget -= count
         return [item for item in work if item.sequence.state is State.RUNNING]
@@ -94,9 +97,10 @@ class Scheduler:
 
         Each computes the prompt's last token again, in a page of its own where that one is shared
         only in part. Returns (source, target) pages to copy before the next step. Choices that do
-        not fit now queue up like any other.
+        not fit now, or would overtake what is more urgent, queue up like any other.
         """
         first, *others = request.sequences
+        urgent = bool(self.waiting) and _priority(self.waiting[0]) < request.priority
         copies: list[tuple[int, int]] = []
         computed = first.prompt_len - 1
         whole, rest = divmod(computed, PAGE)
@@ -108,7 +112,7 @@ class Scheduler:
             sequence.fallbacks = dict(first.fallbacks)
             sequence.hold_until, sequence.hold_reason = first.hold_until, first.hold_reason
             sequence.cuts, sequence.spared = dict(first.cuts), first.spared
-            if len(self.running) >= self.limits.max_seqs or self.pool.free < 1:
+            if urgent or len(self.running) >= self.limits.max_seqs or self.pool.free < 1:
                 sequence.state = State.WAITING
                 insort_right(self.waiting, sequence, key=_priority)
                 continue
@@ -146,6 +150,18 @@ class Scheduler:
                 self.cache.begin(sequence, found)
             sequence.state = State.RUNNING
             self.running.append(sequence)
+
+    def _waits(self, sequence: Sequence, coming: set[bytes]) -> bool:
+        """Whether a prompt that has not begun leaves its next page to one that is in the step.
+
+        It takes over what others have computed since it was admitted. Who it waits for came before
+        it or is more urgent, works in this very step, and is not put back for what comes behind: so
+        nobody waits where nobody works, and at the latest where the two prompts part it goes on.
+        """
+        if self.cache is None or not self.cache.may_find(sequence):
+            return False
+        self.cache.begin(sequence, self.cache.find(sequence))
+        return self.cache.coming(sequence) in coming
 
     def _count(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of `sequence` fit into a step with `budget` tokens left."""

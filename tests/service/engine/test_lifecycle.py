@@ -70,6 +70,23 @@ def test_logprobs_come_with_their_tokens(harness):
     assert again[0].finish_reason == "length" and again[0].token_ids == ()
 
 
+def test_a_prompts_log_probabilities_are_named_step_by_step(harness, monkeypatch):
+    """Those of a long prompt, all in one step, would keep everybody else waiting."""
+    one = harness(prefill_chunk=64)
+    named, run, text = [0], one.runner.run, one.engine.tokenizer.token_text
+    monkeypatch.setattr(one.runner, "run", lambda work: named.append(0) or run(work))
+
+    def counted(token):
+        named[-1] += 1
+        return text(token)
+
+    monkeypatch.setattr(one.engine.tokenizer, "token_text", counted)
+    [deltas] = one.run(one.generate(prompt_of(600), greedy(1, prompt_logprobs=3)))
+    assert len(deltas[0].prompt_logprobs) == 600
+    assert sum(named) == 1 + 599 * 4
+    assert max(named) <= 128 * 4 + 1  # the tail's, which is one step
+
+
 def test_stop_strings_end_the_answer_early(harness):
     one = harness()
     full = one.run(one.generate(prompt_of(30), greedy(20)))[0]
@@ -220,3 +237,27 @@ def test_a_step_loop_that_dies_says_so_to_everyone(harness, monkeypatch):
     assert deltas[-1].finish_reason == "error" and "step loop failed" in deltas[-1].error
     health = one.engine.health()
     assert not health.alive and "RuntimeError" in health.reason
+
+
+@pytest.mark.parametrize("where", ["pages.PagePool.release", "answers.Answers._emit"])
+def test_a_step_loop_that_cannot_even_end_its_requests_says_so_too(harness, monkeypatch, where):
+    """Pages that do not add up, say: what failed fails again at the end of every sequence."""
+    one = harness(max_seqs=3)
+
+    def broken(*_):
+        raise AssertionError("bug")
+
+    async def ask(number):
+        stream = one.engine.submit(
+            prompt_of(200), greedy(3000 if number else 40), dynamic(), n=2, request_id=f"{number}"
+        )
+        if number == 0:
+            await anext(stream)
+            monkeypatch.setattr(f"service.engine.{where}", broken)
+        return [delta async for delta in stream]
+
+    for deltas in one.run(*(ask(number) for number in range(3))):
+        assert [delta.index for delta in deltas if delta.finish_reason == "error"] == [0, 1]
+        assert all("step loop failed" in delta.error for delta in deltas if delta.error)
+    assert not one.engine.health().alive
+    assert sample(one, "request_success_total", finished_reason="error") == 3

@@ -336,6 +336,18 @@ def test_choices_share_what_was_found(harness, slots):
     assert cached(warm) == 640
 
 
+@pytest.mark.parametrize("policy", ["dynamic", "sparse prompt", "fixed prompt"])
+def test_requests_that_come_together_compute_once_what_they_share(harness, policy):
+    policy, off, on = POLICIES[policy], harness(prefix_cache=False), harness(prefill_chunk=128)
+    prompts = [FIRST, SECOND, [*SHARED, *prompt_of(150, 8)], SHARED[:500]]
+    expected = [ask(off, prompt, policy) for prompt in prompts]
+    answers = on.run(*(on.generate(prompt, greedy(6, logprobs=2), policy) for prompt in prompts))
+    assert all(map(same, answers, expected))
+    assert sorted(map(cached, answers)) == [0, whole(SHARED[:500]), 640, 640]
+    assert found(on) == (sum(map(len, prompts)), whole(SHARED[:500]) + 1280)
+    assert on.engine._scheduler.pool.usage == 0
+
+
 def test_a_prompt_that_was_given_up_leaves_what_was_computed_of_it(harness):
     one = harness(prefill_chunk=64, step_tokens=200)
 

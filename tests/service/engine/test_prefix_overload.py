@@ -66,7 +66,7 @@ def test_priorities_choices_and_what_is_put_back_change_no_answer(harness):
     shared = prompt_of(330, 1)
     prompts = [[*shared, *prompt_of(200 + 20 * n, n)] for n in range(5)]
     off = harness(prefix_cache=False, brownout=ByPosition())
-    on = harness(pages=26, max_seqs=6, prefill_chunk=100, brownout=ByPosition())
+    on = harness(pages=18, max_seqs=6, prefill_chunk=100, brownout=ByPosition())
 
     def calls(one):
         for n, prompt in enumerate(prompts):

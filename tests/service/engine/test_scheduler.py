@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,6 +166,20 @@ def test_choices_share_the_prompts_whole_pages():
     assert scheduler.pool.usage == 0
 
 
+def test_choices_do_not_start_before_a_more_urgent_request_that_waits_for_pages():
+    for priority, expected in ((0, "waiting"), (1, "running"), (2, "running")):
+        scheduler = make(pages=12)
+        request = add(scheduler, 300, n=3, priority=1)
+        advance(scheduler, scheduler.schedule())
+        other = add(scheduler, 600, priority=priority)
+        while not request.sequences[0].generated:
+            advance(scheduler, scheduler.schedule())
+        assert states([request, other]) == ["running", "waiting"]
+        assert [choice.state.value for choice in request.sequences[1:]] == [expected] * 2
+        if expected == "waiting":
+            assert scheduler.waiting == [*other.sequences, *request.sequences[1:]]
+
+
 def run_out(scheduler):
     """Run all there is to its end, eight tokens each."""
     while scheduler.running or scheduler.waiting:
@@ -264,6 +280,93 @@ def test_what_was_found_counts_as_of_the_start():
     assert (request.cached, sequence.computed) == (640, 0)
 
 
+def spans(scheduler, requests):
+    """Run to the end: what each request's first choice computed of its prompt, by step."""
+    found = [[] for _ in requests]
+    while scheduler.running or scheduler.waiting:
+        work = scheduler.schedule()
+        for item in work:
+            if item.start < item.sequence.prompt_len:
+                found[requests.index(item.sequence.request)].append((item.start, item.stop))
+        advance(scheduler, work)
+        for sequence in list(scheduler.running):
+            if sequence.generated == 8:
+                scheduler.finish(sequence)
+    return found
+
+
+def test_prompts_that_come_together_compute_their_common_beginning_once():
+    scheduler = make(pages=200, max_seqs=8, chunk=256, step=2048, cache=True)
+    requests = [
+        add(scheduler, 1000),
+        add(scheduler, 1000),
+        add(scheduler, 1000, differs=500),
+        add(scheduler, 1000, differs=500),  # until there as the others, then as the third
+        add(scheduler, 600, cache_salt="other"),
+    ]
+    chunks = [(0, 256), (256, 512), (512, 768), (768, 872)]
+    assert spans(scheduler, requests) == [
+        [*chunks, (872, 1000)],
+        [(832, 872), (872, 1000)],
+        [(448, 704), (704, 872), (872, 1000)],
+        [(832, 872), (872, 1000)],
+        [(0, 256), (256, 472), (472, 600)],
+    ]
+    assert [request.cached for request in requests] == [0, 832, 448, 832, 0]
+    assert scheduler.pool.usage == 0 and scheduler.preemptions == 0
+
+
+def test_who_waits_for_a_page_goes_on_where_nobody_will_have_it():
+    for why in ("given up", "not finite", "put back"):
+        scheduler = make(pages=100, max_seqs=2, chunk=256, step=2048, cache=True)
+        first, second = (add(scheduler, 1000) for _ in range(2))
+        [leader], [follower] = first.sequences, second.sequences
+        for start in (0, 256):
+            work = scheduler.schedule()
+            assert [(item.sequence, item.start) for item in work] == [(leader, start)]
+            leader.sealed = why == "not finite" and start == 256
+            advance(scheduler, work)
+        if why == "given up":
+            scheduler.finish(leader)
+        if why == "put back":
+            scheduler._put_back(leader)
+        starts = {item.sequence: item.start for item in scheduler.schedule()}
+        assert starts[follower] == (256 if why == "not finite" else 512)
+        # The first of them is the other's guide now.
+        assert leader not in starts or (why == "not finite" and starts[leader] == 512)
+
+
+def test_who_may_take_over_no_page_waits_for_none():
+    scheduler = make(pages=100, max_seqs=8, chunk=256, step=2048, cache=True)
+    echo = Request("e", tuple(range(1, 1001)), greedy(8, prompt_logprobs=1), dynamic(), 0, None, 0)
+    add(scheduler, 1000)
+    scheduler.add(echo, 1)
+    other = add(scheduler, 1000, differs=30)
+    assert [item.start for item in scheduler.schedule()] == [0, 0, 0]
+    assert other.cached == 0 and echo.cached is None
+
+
+def test_a_more_urgent_prompt_waits_for_nobody_behind_it():
+    scheduler = make(pages=100, step=2048, cache=True)
+    add(scheduler, 1000)
+    urgent = add(scheduler, 1000, priority=-1)
+    assert [item.sequence.request for item in scheduler.schedule()] == [urgent]
+
+
+def check_pages(scheduler):
+    """Every page is held by as many as count on it, or may be found, or is blank."""
+    pool = scheduler.pool
+    held = Counter(page for sequence in scheduler.running for page in sequence.pages)
+    assert pool._users == [held[page] for page in range(pool.pages)]
+    assert sorted([*held, *pool._kept, *pool._blank]) == list(range(pool.pages))
+    assert {page for page in range(pool.pages) if pool._contents[page]} == set(
+        pool._by_key.values()
+    )
+    assert set(pool._kept) == set(pool._by_key.values()) - set(held)
+    assert all(pool._contents[page].key == key for key, page in pool._by_key.items())
+    assert not any(sequence.pages for sequence in scheduler.waiting)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_sequence_finishes_and_every_page_comes_back(data):
@@ -280,6 +383,7 @@ def test_every_sequence_finishes_and_every_page_comes_back(data):
             data.draw(st.integers(1, 3)),
             data.draw(st.sampled_from([None, 64, 200, 500])),
             priority=data.draw(st.integers(-1, 1)),
+            cache_salt=data.draw(st.sampled_from(["", "", "salt"])),
         )
         for _ in range(data.draw(st.integers(1, 6)))
     ]
@@ -300,20 +404,23 @@ def test_every_sequence_finishes_and_every_page_comes_back(data):
             memory |= dict(
                 zip(slots[item.start : item.stop], tokens[item.start : item.stop], strict=True)
             )
-        held = [p for s in scheduler.running for p in s.pages]
-        assert len(set(held)) == pages - scheduler.pool.free
+        # Now and then a page comes out that is not fit to be kept.
+        if steps % 5 == 4 and data.draw(st.booleans()):
+            data.draw(st.sampled_from(work)).sequence.sealed = True
         for source, target in advance(scheduler, work):
             for at in range(PAGE):
                 memory[target * PAGE + at] = memory.get(source * PAGE + at)
         for sequence, tokens in lives.items():
             if sequence.state is State.RUNNING and sequence.generated >= tokens:
                 scheduler.finish(sequence)
-        # Cancelled at any time, in any state but before its prompt has forked.
+        # Cancelled at any time and in any state; one choice alone once its prompt has forked.
         if data.draw(st.booleans()) and steps % 7 == 0:
             victim = data.draw(st.sampled_from(requests))
-            for sequence in victim.sequences:
+            forked = all(s.state is not State.FORKING for s in victim.sequences)
+            for sequence in victim.sequences[: 1 if forked and steps % 2 else None]:
                 if sequence.state is not State.FINISHED:
                     scheduler.finish(sequence)
+        check_pages(scheduler)
         steps += 1
         assert steps < 20_000
     assert scheduler.pool.usage == 0 and not scheduler.running and not scheduler.waiting
