@@ -51,10 +51,9 @@ class Counts:
             OverloadedError: they may not.
         """
         with self._lock:
-            if self._arriving + self._waiting + self._running + choices > most:
-                raise OverloadedError(
-                    f"the queue is full ({self._waiting} waiting): try again later"
-                )
+            waiting = self._arriving + self._waiting
+            if waiting + self._running + choices > most:
+                raise OverloadedError(f"the queue is full ({waiting} waiting): try again later")
 
     def arrive(self, choices: int, tokens: int) -> None:
         """A request of so many choices, with a prompt of so many tokens, goes into the inbox."""

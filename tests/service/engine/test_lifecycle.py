@@ -118,7 +118,7 @@ def test_a_full_queue_refuses_at_once(harness):
 
     async def crowd():
         streams = []
-        with pytest.raises(OverloadedError, match="queue is full"):
+        with pytest.raises(OverloadedError, match=r"queue is full \([23] waiting\)"):
             for i in range(10):
                 stream = one.engine.submit(
                     prompt_of(500), greedy(100), dynamic(), request_id=f"c{i}"
