@@ -19,6 +19,7 @@ it started it stops.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -50,6 +51,7 @@ from service.load.client import Client, clock  # noqa: E402
 from service.load.plan import Planned  # noqa: E402
 from service.load.prompts import TokenIds  # noqa: E402
 from service.load.target import Target  # noqa: E402
+from service.processes import descendants  # noqa: E402
 from tests.service.conftest import write_checkpoint  # noqa: E402
 
 if TYPE_CHECKING:
@@ -201,11 +203,23 @@ def ask(run: Run, session: str, **fields: Any) -> str:
     return answer.headers[HEADER] if answer.status_code == 200 else f"failed: {answer.text}"
 
 
+def replica_processes() -> set[int]:
+    """Of this cluster."""
+    found = set()
+    for process in descendants():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if b"ServeReplica" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                found.add(process.pid)
+    return found
+
+
 def keep_sessions(run: Run) -> None:
     """Part 4, with two idle replicas."""
     import ray
 
     sessions = [f"session {number}" for number in range(16)]
+    # A replica runs before the proxies hear of it.
+    run.until(lambda: len({ask(run, session) for session in sessions}) == 2)
     homes = {session: ask(run, session) for session in sessions}
     # In no order, so that taking turns does not look like affinity.
     shuffled = random.Random(0).sample(sessions * 3, 3 * len(sessions))
@@ -223,15 +237,21 @@ def keep_sessions(run: Run) -> None:
     run.check(ask(run, hot) == homes[hot], "and is back at its home when it is not hot")
 
     dead = homes[hot]
+    alive = replica_processes()
     ray.kill(ray.get_actor(f"SERVE_REPLICA::saccade#saccade#{dead}", namespace="serve"))
+    deadline = time.monotonic() + PATIENCE
+    while alive <= replica_processes() and time.monotonic() < deadline:
+        time.sleep(0.001)  # it answers until its process has gone
     moved = {session: ask(run, session) for session in sessions}
     failed = [told for told in moved.values() if told.startswith("failed")]
     # HAProxy may learn of it from the first request, over a connection that it used before.
     spared = 1 if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else 0
     told = f"after a replica's death {len(failed)} requests fail, {spared} may {failed[:1]}"
     run.check(len(failed) <= spared, told)
-    stayed = all(moved[one] == home for one, home in homes.items() if home != dead)
-    run.check(stayed and dead not in moved.values(), "its sessions move, others stay")
+    others = {one: home for one, home in homes.items() if home != dead}
+    left = [f"{one}: {moved[one]}" for one, home in others.items() if moved[one] != home]
+    left += [f"{one}: the dead one" for one, name in moved.items() if name == dead]
+    run.check(not left, f"its sessions move, others stay {left}")
 
     def replaced() -> bool:
         told = {ask(run, one) for one in sessions} - set(homes.values())
