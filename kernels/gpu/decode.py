@@ -17,6 +17,8 @@ import triton.language as tl
 from kernels.budget import SAMPLE
 from kernels.dynamic import Attended
 from kernels.gpu import overlap
+from kernels.gpu.lanes import log2
+from kernels.gpu.launch import PROGRAMS
 from kernels.gpu.layout import Layout, Scratch
 from kernels.gpu.look import Look, always_read, look
 from kernels.gpu.prepare import LOG2E, prepare
@@ -38,7 +40,9 @@ AT_ONCE = 1056
 More of them do so faster in a launch of their own: a scan's programs then have more room.
 """
 CHANNELS = 32
-"""Of a head, that a program joins."""
+"""Of a head, that a program joins at least."""
+PART = 8192
+"""Numbers that it joins, at the most where it could take fewer channels."""
 
 
 def choose(
@@ -99,7 +103,7 @@ def attend(
         scan(cache, rows, policy.sinks, layout, scratch, positions=positions, look=looks)
     with phases.time("attend", query.device):
         if not at_once:
-            look(cache, rows, policy.sinks, layout, scratch, parts, positions)
+            look(cache, rows, layout, scratch, parts, positions)
         return _united(rows, policy.sinks, layout, scratch, parts)
 
 
@@ -120,12 +124,14 @@ def _united(rows: Rows, sinks: int, layout: Layout, scratch: Scratch, parts: Loo
         coverage=parts.lses.new_empty(count, heads),
         keys=scratch.counts.new_empty(count, layout.kv_heads),
     )
-    piece = min(CHANNELS, width)
+    piece, together = min(CHANNELS, width), triton.next_power_of_2(splits)
+    while piece < width and piece * together < PART and count * heads * width > PROGRAMS * piece:
+        piece *= 2
     _unite[count, heads, width // piece](
         parts.outputs, parts.lses, parts.owns, rows.starts, rows.lengths, scratch.counts,
         found.output, found.lse, found.own, found.coverage, found.keys,
         sinks, splits, layout.kv_heads, layout.spans,
-        GROUP=layout.group, SPLITS=triton.next_power_of_2(splits), DIM=head_dim, CHANNELS=piece,
+        GROUP=layout.group, SPLITS=together, DIM=head_dim, CHANNELS=piece,
         SPANS=triton.next_power_of_2(layout.spans), PAGE=PAGE, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
@@ -154,20 +160,19 @@ def _unite(
     ).to(tl.float32)  # [SPLITS, CHANNELS]
     part = tl.load(lses + place * splits + split, split < splits, float("-inf"))
     peak, mass = _combined(part)
-    share = tl.exp2(part - peak) / tl.where(mass == 0.0, 1.0, mass)
-    mean = tl.sum(data * share[:, None], 0)
+    mean = tl.sum(data * tl.exp2(part - peak)[:, None], 0) / tl.where(mass == 0.0, 1.0, mass)
     tl.store(output + place * DIM + channel, mean.to(output.dtype.element_ty), channel < DIM)
     if piece == 0:
-        whole = peak + tl.log2(mass)
+        whole = peak + log2(mass)
         part = tl.load(owns + place * splits + split, split < splits, float("-inf"))
         peak, mass = _combined(part)
-        carried = peak + tl.log2(mass)
-        tl.store(lse + place, whole / LOG2E)
-        tl.store(own + place, carried / LOG2E)
+        carried = peak + log2(mass)
+        tl.store(lse + place, whole * (1.0 / LOG2E))
+        tl.store(own + place, carried * (1.0 / LOG2E))
         tl.store(coverage + place, tl.exp2(carried - whole))
         amount = tl.load(counts + line * spans + span, span < spans, 0)
         start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-        _, certain = always_read(start, length, sinks, PAGE)
+        certain = always_read(start, length, sinks, PAGE)
         tl.store(keys + line, certain + tl.sum(amount, 0), head % GROUP == 0)
 
 

@@ -92,6 +92,75 @@ def add_heads(low, high, chosen, sums):
 
 
 @inlined
+def multiply(low, high, column, BFLOAT: tl.constexpr):
+    """Products of rows of 16-bit numbers with columns, on the tensor cores.
+
+    Which channels a lane has does not matter, as long as row and column have the same there.
+
+    Args:
+        low: int32 [lanes] each, two channels; an even number of them, of row g.
+        high: likewise of row 8 + g.
+        column: likewise of column g.
+        BFLOAT: whether they are bfloat16, else float16.
+
+    Returns:
+        float32 [lanes] and [lanes]: of row g and of row 8 + g with column 2 t.
+    """
+    zero = tl.zeros(low[0].shape, tl.float32)
+    sums = (zero, zero, zero, zero)
+    for place in tl.static_range(0, len(low), 2):
+        some = low[place], high[place], low[place + 1], high[place + 1]
+        if INTERPRETED:
+            more = _products(some, (column[place], column[place + 1]), BFLOAT)
+            sums = (sums[0] + more[0], zero, sums[2] + more[1], zero)
+        elif BFLOAT:
+            sums = tl.inline_asm_elementwise(
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+                " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                [some[0], some[1], some[2], some[3], column[place], column[place + 1],
+                 sums[0], sums[1], sums[2], sums[3]],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )  # fmt: skip
+        else:
+            sums = tl.inline_asm_elementwise(
+                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+                " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                [some[0], some[1], some[2], some[3], column[place], column[place + 1],
+                 sums[0], sums[1], sums[2], sums[3]],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )  # fmt: skip
+    return sums[0], sums[2]
+
+
+@inlined
+def _products(rows, columns, BFLOAT: tl.constexpr):
+    """What one product of `multiply` adds, without tensor cores."""
+    sums, shape = [0.0, 0.0], rows[0].shape
+    for part, word in enumerate(rows):
+        for row, column in zip(
+            _halves(word, BFLOAT), _halves(columns[part // 2], BFLOAT), strict=True
+        ):
+            every = tl.dot(tl.reshape(row, (8, 4)), tl.trans(tl.reshape(column, (8, 4))))
+            even, _ = tl.split(tl.reshape(every, (8, 4, 2)))
+            sums[part % 2] += tl.reshape(even, shape)
+    return sums
+
+
+@inlined
+def _halves(words, BFLOAT: tl.constexpr):
+    """The two 16-bit numbers of int32 [lanes], float32 each."""
+    dtype = tl.bfloat16 if BFLOAT else tl.float16
+    halves = (words.to(tl.int16), (words >> 16).to(tl.int16))
+    return tuple(half.to(dtype, bitcast=True).to(tl.float32) for half in halves)
+
+
+@inlined
 def load_planes(planes, lane, STEPS: tl.constexpr):
     """Four heads' queries as `signed_sums` takes them: `STEPS * 2` int32 [lanes].
 
@@ -182,6 +251,18 @@ def running_sum(x, WARPS: tl.constexpr):
             pack=1,
         )
     return sums
+
+
+@inlined
+def log2(x):
+    """Base-2 logs by the GPU's own instruction: `tl.log2` is a polynomial, and forty of them."""
+    if INTERPRETED:
+        log = tl.log2(x)
+    else:
+        log = tl.inline_asm_elementwise(
+            "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return log
 
 
 @inlined

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import triton
+import triton.language as tl
 
+from kernels import sample
 from kernels.budget import PROBE
 from kernels.codes import words
 from kernels.gpu.lanes import HEADS
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 
 HELD = 3 * PAGE
 """Keys that are always read, with room: a page of sinks, and the recent window's two."""
-
-
+CERTAIN = tl.constexpr(1 << sample.BITS)
+"""Length of a key that is read for certain."""
+SLOT_BITS = tl.constexpr(32)
+"""Of a key's place in the cache; its length stands above."""
+SLOTS = tl.constexpr((1 << 32) - 1)
 CHUNK = 16
 """Pages that are probed at once."""
 PARTS = 32
@@ -99,6 +104,7 @@ class Scratch:
     centres: Tensor  # float32 [lines, pages, padded]  scores of the pages' means
     probes: Tensor  # float32 [lines, pages, padded, PROBE]  scores of the probed keys
     masses: Tensor  # float32 [lines, chunks, padded]  logs of the probed keys' masses
+    always: Tensor  # int64 [lines, HELD]  of these keys what `met` says of others; length 0: none
     norm: Tensor  # float32 [lines, padded]
     marks: Tensor  # int32 [lines]  -1 where all keys are read
     met: Tensor  # int64 [lines, spans, span * SEGMENT * 64]  slot in the cache and length of keys
@@ -127,6 +133,7 @@ class Scratch:
             centres=floats(pages, padded),
             probes=floats(pages, padded, PROBE),
             masses=floats(-(-pages // CHUNK), padded),
+            always=torch.empty(lines, HELD, dtype=torch.int64, device=device),
             norm=floats(padded),
             marks=whole(),
             met=torch.empty(places, dtype=torch.int64, device=device),

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import sample
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
-from kernels.gpu.layout import HELD
+from kernels.gpu.lanes import log2
+from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS, SLOTS
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 
@@ -26,11 +26,6 @@ BLOCK = 16
 """Keys that a warp reads at once."""
 EACH = 32
 """Keys of a program that reads keys always read."""
-CERTAIN = tl.constexpr(1 << sample.BITS)
-"""Length of a key that is read for certain."""
-SLOT_BITS = tl.constexpr(32)
-"""Of a key's place in the cache; its length stands above."""
-SLOTS = tl.constexpr((1 << 32) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +50,6 @@ class Look:
 def look(
     cache: LayerCache,
     rows: Rows,
-    sinks: int,
     layout: Layout,
     scratch: Scratch,
     parts: Look,
@@ -66,67 +60,63 @@ def look(
     Args:
         cache: the layer's paged cache.
         rows: where each row's keys lie.
-        sinks: keys at the start that are always read.
         layout: the launch's sizes.
         scratch: what the scan left.
         parts: memory for what is found.
         positions: of the keys met, where the cache's scores depend on distance.
     """
     overlaps = overlap.possible(parts.query.device)
-    _look[layout.lines, parts.outputs.shape[2]](
-        parts.query, cache.kv, rows.block_tables, rows.starts, rows.lengths, slopes_of(cache),
-        scratch.marks, scratch.met, scratch.counts if positions is None else positions,
-        scratch.counts, parts.outputs, parts.lses, parts.owns,
-        parts.scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, layout.spans,
-        layout.parts, scratch.met.shape[2], rows.block_tables.stride(0), cache.kv.shape[1],
+    _look[layout.kv_heads, len(rows.lengths), parts.outputs.shape[2]](
+        parts.query, cache.kv, rows.starts, rows.lengths, slopes_of(cache), scratch.marks,
+        scratch.met, scratch.counts if positions is None else positions, scratch.counts,
+        scratch.always, parts.outputs, parts.lses, parts.owns,
+        parts.scale * LOG2E.value, layout.spans, layout.parts, scratch.met.shape[2],
+        cache.kv.shape[1],
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=layout.head_dim,
-        WIDTH=triton.next_power_of_2(layout.head_dim), EACH=EACH, BLOCK=BLOCK, PAGE=PAGE,
-        BIASED=cache.slopes is not None, OVERLAP=overlaps,
+        WIDTH=triton.next_power_of_2(layout.head_dim), HELD=HELD, EACH=EACH, BLOCK=BLOCK,
+        PAGE=PAGE, BIASED=cache.slopes is not None, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=128,
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "sinks", "queries", "kv_heads", "spans", "parts", "places", "table_stride", "cache_pages"
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["spans", "parts", "places", "cache_pages"])
 def _look(
-    query, kv, tables, starts, lengths, slopes, marks, met, positions, counts, outputs, lses, owns,
-    scale, sinks, queries, kv_heads, spans, parts, places, table_stride, cache_pages,
+    query, kv, starts, lengths, slopes, marks, met, positions, counts, always, outputs, lses, owns,
+    scale, spans, parts, places, cache_pages,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+    BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line over a part of what was met in a span, or some of the keys always read."""
     overlap.begin(OVERLAP)
-    line, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, kv_head = line // kv_heads, line % kv_heads
+    kv_head, row, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    line = row * tl.num_programs(0) + kv_head
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     overlap.wait(OVERLAP)
     span = split // parts
     place = line * spans + span
     look_here(
         query + line * (GROUP * DIM), kv + kv_head * cache_pages * (PAGE * 2 * DIM),
-        tables + (row // queries) * table_stride, met + place * places, positions + place * places,
-        slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, split, spans, parts,
-        start, length, tl.load(marks + line) == 0, tl.load(counts + place, span < spans, 0), sinks,
+        met + place * places, positions + place * places, always + line * HELD,
+        slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, split,
+        tl.num_programs(2), spans, parts, start, length, tl.load(marks + line) == 0,
+        tl.load(counts + place, span < spans, 0),
         GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
     )  # fmt: skip
 
 
 @triton.jit
 def always_read(start, length, sinks, PAGE: tl.constexpr):
-    """How many sinks a row sees before its recent window, and how many keys with the window's."""
+    """How many keys are always read: sinks that a row sees, and its recent window."""
     stop = tl.maximum(length // PAGE - 1, 0) * PAGE
     early = tl.maximum(tl.minimum(stop, sinks) - start, 0)
-    return early, early + length - tl.maximum(start, stop)
+    return early + length - tl.maximum(start, stop)
 
 
 @triton.jit
 def look_here(
-    query, kv, table, met, positions, slopes, outputs, lses, owns, scale,
-    first_head, split, spans, parts, start, length, lost, noted, sinks,
+    query, kv, met, positions, always, slopes, outputs, lses, owns, scale,
+    first_head, split, splits, spans, parts, start, length, lost, noted,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
@@ -138,31 +128,23 @@ def look_here(
     head, channel, member = tl.arange(0, HEADS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     there = head < GROUP
     wide = (channel < DIM)[:, None] & there[None]
-    early, certain = always_read(start, length, sinks, PAGE)
-    recent = tl.maximum(start, tl.maximum(length // PAGE - 1, 0) * PAGE) - early
     drawn, part = split < spans * parts, split - spans * parts
+    notes = tl.where(drawn, met, always)
     begin = tl.where(drawn, split % parts * BLOCK, part * EACH)
-    end = tl.where(drawn, noted, tl.minimum(part * EACH + EACH, certain))
+    end = tl.where(drawn, noted, tl.where(length > start, part * EACH + EACH, 0))
     each = tl.where(drawn, parts * BLOCK, BLOCK)
-    # Where the mass is not finite nothing was drawn, and that shows.
-    plain = tl.where(lost, float("nan"), CERTAIN * 1.0)
     mine = tl.load(query + head[None] * DIM + channel[:, None], wide, 0.0)  # [WIDTH, HEADS]
     peak = tl.full((HEADS,), float("-inf"), tl.float32)
-    mass, own_mass = tl.zeros((HEADS,), tl.float32), tl.zeros((HEADS,), tl.float32)
+    mass, own_mass = tl.zeros((BLOCK, HEADS), tl.float32), tl.zeros((BLOCK, HEADS), tl.float32)
     sums = tl.zeros((WIDTH, HEADS), tl.float32)
     # Behind the last key it is read again, and counts nothing: that asks for no mask.
     last = tl.maximum(end - 1, 0)
-    met_here = split + 0 * member < spans * parts  # [BLOCK]
-    coming = tl.load(met + tl.minimum(begin + member, last), met_here, 0)
+    coming = tl.load(notes + tl.minimum(begin + member, last))
     for block in range(begin, end, each):
-        place = tl.minimum(block + member, last)
-        note = coming
-        coming = tl.load(met + tl.minimum(block + each + member, last), met_here, 0)
-        position = tl.where(place < early, start + place, recent + place)
-        page = tl.load(table + position // PAGE, ~met_here, 0).to(tl.int32)
-        slot = tl.where(met_here, (note & SLOTS).to(tl.int32), page * PAGE + position % PAGE)
-        size = tl.where(met_here, (note >> SLOT_BITS).to(tl.float32), plain)
-        data = kv + slot.to(tl.int64)[:, None] * (2 * DIM) + channel[None]
+        note, place = coming, block + member
+        coming = tl.load(notes + tl.minimum(place + each, last))
+        size = tl.where(place < end, (note >> SLOT_BITS).to(tl.int32).to(tl.float32), 0.0)
+        data = kv + (note & SLOTS)[:, None] * (2 * DIM) + channel[None]
         if DIM == WIDTH:
             keys, values = tl.load(data), tl.load(data + DIM)  # [BLOCK, WIDTH]
         else:
@@ -170,26 +152,31 @@ def look_here(
             values = tl.load(data + DIM, (channel < DIM)[None], 0.0)
         score = tl.dot(keys, mine, input_precision="ieee") * scale  # [BLOCK, HEADS]
         if BIASED:
-            position = tl.load(positions + place, met_here, position)
+            window = tl.maximum(length // PAGE - 1, 0) * PAGE - PAGE
+            position = tl.where(place < PAGE, place, window + place)
+            position = tl.load(positions + place, place < tl.where(drawn, end, 0), position)
             distance = (position - (length - 1)).to(tl.float32)
             score += load_slopes(slopes, 0, head, GROUP)[None] * distance[:, None]
         # Each key counts 1 / p times.
-        score -= tl.log2(size / CERTAIN)[:, None]
-        score = tl.where((block + member < end)[:, None], score, float("-inf"))
+        score -= log2(size * (1.0 / CERTAIN))[:, None]
+        score = tl.where((size > 0.0)[:, None], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp2(peak - safe)
         share = tl.exp2(score - safe[None])
-        mass = mass * shrink + tl.sum(share, 0)
-        own_mass = own_mass * shrink + tl.sum(share * size[:, None], 0)
+        mass = mass * shrink[None] + share
+        own_mass = own_mass * shrink[None] + share * size[:, None]
         sums = tl.dot(
             tl.trans(values), share.to(values.dtype), sums * shrink[None], input_precision="ieee"
         )
         peak = higher
-    place = (first_head + head) * tl.num_programs(1) + split
-    output = sums / tl.where(mass == 0.0, 1.0, mass)[None]
+    # Where the mass is not finite nothing was drawn, and that shows.
+    extra = tl.where(lost, float("nan"), 0.0)
+    mass, own_mass = tl.sum(mass, 0) + extra, tl.sum(own_mass, 0) + extra
+    place = (first_head + head) * splits + split
+    output = sums * (1.0 / tl.where(mass == 0.0, 1.0, mass))[None]
     output = output.to(outputs.dtype.element_ty)
     tl.store(outputs + place[None] * DIM + channel[:, None], output, wide)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    tl.store(lses + place, peak + tl.log2(mass), there)
-    tl.store(owns + place, peak + tl.log2(own_mass / CERTAIN), there)
+    tl.store(lses + place, peak + log2(mass), there)
+    tl.store(owns + place, peak + log2(own_mass * (1.0 / CERTAIN)), there)

@@ -12,9 +12,9 @@ import triton.language as tl
 from kernels.codes import NOISE, rotation
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
-from kernels.gpu.lanes import PLANES, WORD
+from kernels.gpu.lanes import HEADS, PLANES, WORD
 from kernels.gpu.launch import tile_of
-from kernels.gpu.layout import HELD
+from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -38,15 +38,18 @@ def prepare(
     layout: Layout,
     scratch: Scratch,
 ) -> None:
-    """Rotate and quantise the queries, and score the sinks and the recent window exactly."""
+    """Rotate and quantise the queries; find and score the sinks and the recent window."""
     wide = query.dtype if query.dtype != torch.float64 else torch.float32
     overlaps = overlap.possible(query.device)
-    _prepare[layout.lines, 1 + HELD // PAGE](
+    tile, room = tile_of(layout.group), layout.sets * HEADS
+    turns = triton.cdiv(layout.lines, tile // room)
+    _prepare[(turns + layout.lines * (HELD // PAGE),)](
         query, rotation(layout.head_dim, wide, query.device), cache.kv, rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors, scratch.held,
-        scale, sinks, rows.queries, layout.kv_heads, rows.block_tables.stride(0),
-        cache.kv.shape[1],
-        GROUP=layout.group, PADDED=layout.padded, TILE=tile_of(layout.group),
+        scratch.always,
+        scale, sinks, rows.queries, layout.lines, turns, layout.kv_heads,
+        rows.block_tables.stride(0), cache.kv.shape[1],
+        GROUP=layout.group, PADDED=layout.padded, ROOM=room, TILE=tile,
         DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim),
         STEPS=layout.steps, SETS=layout.sets, HELD=HELD, PAGE=PAGE,
         CHANNELS=min(CHANNELS, triton.next_power_of_2(layout.head_dim)),
@@ -54,28 +57,33 @@ def prepare(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sinks", "queries", "kv_heads", "table_stride", "cache_pages"])
+@triton.jit(
+    do_not_specialize=[
+        "sinks", "queries", "lines", "turns", "kv_heads", "table_stride", "cache_pages"
+    ]
+)  # fmt: skip
 def _prepare(
-    query, rotated, kv, tables, starts, lengths, slopes, planes, factors, held,
-    scale, sinks, queries, kv_heads, table_stride, cache_pages,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, STEPS: tl.constexpr, SETS: tl.constexpr, HELD: tl.constexpr,
-    PAGE: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
+    query, rotated, kv, tables, starts, lengths, slopes, planes, factors, held, always,
+    scale, sinks, queries, lines, turns, kv_heads, table_stride, cache_pages,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, SETS: tl.constexpr,
+    HELD: tl.constexpr, PAGE: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One line: its query, or a page of the keys always read."""
+    """Some lines' queries, or a page of one line's keys always read."""
     overlap.begin(OVERLAP)
     overlap.wait(OVERLAP)
-    line, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    head, channel = tl.arange(0, TILE), tl.arange(0, WIDTH)
-    inside = channel < DIM
-    if part == 0:
+    number, place = tl.program_id(0), tl.arange(0, TILE)
+    if number < turns:
+        owner = number.to(tl.int64) * (TILE // ROOM) + place // ROOM
+        mate = tl.where(owner < lines, place % ROOM, ROOM)
         across = tl.arange(0, STEPS * 128)
         turned = tl.zeros((TILE, STEPS * 128), tl.float32)
         for first in tl.static_range(0, WIDTH, CHANNELS):
             some = first + tl.arange(0, CHANNELS)
             piece = tl.load(
-                query + (line * GROUP + head)[:, None] * DIM + some[None],
-                (head < GROUP)[:, None] & (some < DIM)[None],
+                query + (owner * GROUP + mate)[:, None] * DIM + some[None],
+                (mate < GROUP)[:, None] & (some < DIM)[None],
                 0.0,
             )  # [TILE, CHANNELS]
             matrix = tl.load(
@@ -85,10 +93,14 @@ def _prepare(
             )  # [CHANNELS, channels]
             turned = tl.dot(piece, matrix, turned, input_precision="ieee")
         _quantise(
-            turned * (scale * LOG2E), head, planes + line * (SETS * STEPS * 2 * 32),
-            factors + line * (3 * PADDED), PADDED, TILE, STEPS,
+            turned * (scale * LOG2E), mate, planes + owner * (SETS * STEPS * 2 * 32),
+            factors + owner * (3 * PADDED), PADDED, ROOM, TILE, STEPS,
         )  # fmt: skip
     else:
+        pages: tl.constexpr = HELD // PAGE
+        line, part = ((number - turns) // pages).to(tl.int64), (number - turns) % pages
+        head, channel = place, tl.arange(0, WIDTH)
+        inside = channel < DIM
         mine = tl.load(
             query + (line * GROUP + head)[:, None] * DIM + channel[None],
             (head < GROUP)[:, None] & inside[None],
@@ -98,9 +110,9 @@ def _prepare(
         start, length = tl.load(starts + row), tl.load(lengths + row)
         stop = tl.maximum(length // PAGE - 1, 0)  # page of the recent window
         key = tl.arange(0, PAGE)
-        page = tl.where(part == 1, 0, stop + part - 2)
+        page = tl.where(part == 0, 0, stop + part - 1)
         position = page * PAGE + key
-        end = tl.where(part == 1, tl.minimum(stop * PAGE, sinks), length)
+        end = tl.where(part == 0, tl.minimum(stop * PAGE, sinks), length)
         seen = (position >= start) & (position < end)
         table = tables + (row // queries) * table_stride
         cached = tl.load(table + position // PAGE, seen, 0)
@@ -113,14 +125,20 @@ def _prepare(
             distance = (position - (length - 1)).to(tl.float32)
             score += load_slopes(slopes, kv_head, head, GROUP)[:, None] * distance[None]
         score = tl.where(seen[None], score, float("-inf"))  # [TILE, PAGE]
-        place = (line * PADDED + head)[:, None] * HELD + (part - 1) * PAGE + key[None]
-        tl.store(held + place, score, (head < PADDED)[:, None])
+        target = (line * PADDED + head)[:, None] * HELD + part * PAGE + key[None]
+        tl.store(held + target, score, (head < PADDED)[:, None])
+        # Where there is none stands the newest, of no length.
+        newest = tl.maximum(length - 1, 0)
+        newest = tl.load(table + newest // PAGE) * PAGE + newest % PAGE
+        certain = tl.full((PAGE,), CERTAIN, tl.int64) << SLOT_BITS
+        note = tl.where(seen, certain | (cached * PAGE + key), newest)
+        tl.store(always + line * HELD + part * PAGE + key, note)
 
 
 @triton.jit
 def _quantise(
     turned, head, planes, factors,
-    PADDED: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
+    PADDED: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The rotated query in whole steps, bit by bit, as `kernels.gpu.lanes` takes it."""
     most: tl.constexpr = 2**PLANES // 2
@@ -128,15 +146,16 @@ def _quantise(
     whole = tl.floor(turned / step[:, None] + 0.5)  # [TILE, channels]
     whole = tl.minimum(tl.maximum(whole, -most), most - 1).to(tl.int32)
     words: tl.constexpr = STEPS * 128 // WORD
-    word, bit = tl.arange(0, words)[None], tl.arange(0, WORD)[None, None]
-    place = ((head // 4)[:, None] * STEPS + word // 4) * (2 * 32)
-    place += (head % 4)[:, None] * 8 + word % 4
-    for plane in tl.static_range(PLANES):
-        signs = tl.reshape((whole >> plane) & 1, (TILE, words, WORD))
-        signs = tl.sum(signs << bit, 2)  # [TILE, words]
-        target = planes + place + (plane % 2 * 32 + plane // 2 * 4)
-        tl.store(target, signs, (head < max(PADDED, 4))[:, None])
-    size = tl.sum(turned * turned, 1)
+    # All planes at once: each sum over lanes of other warps would be waited for.
+    bit, plane = tl.arange(0, WORD)[None, None, :, None], tl.arange(0, PLANES)[None, None]
+    signs = tl.reshape(whole, (TILE, words, WORD, 1)) >> plane[:, :, None]
+    signs = tl.sum((signs & 1) << bit, 2)  # [TILE, words, PLANES]
+    word, place = tl.arange(0, words)[None, :, None], head[:, None, None]
+    target = planes[:, None, None] + (place // 4 * STEPS + word // 4) * (2 * 32)
+    target += place % 4 * 8 + word % 4 + plane % 2 * 32 + plane // 2 * 4
+    tl.store(target, signs, place < ROOM)
+    both = tl.sum(tl.join(turned * turned, whole.to(tl.float32)), 1)
+    size, total = tl.split(both)
     tl.store(factors + head, step * 2, head < PADDED)
-    tl.store(factors + PADDED + head, step * -tl.sum(whole, 1).to(tl.float32), head < PADDED)
+    tl.store(factors + PADDED + head, step * -total, head < PADDED)
     tl.store(factors + 2 * PADDED + head, size * (HALF_NOISE / LOG2E), head < PADDED)

@@ -17,6 +17,8 @@ from kernels.gpu.lanes import (
     load_factors,
     load_four,
     load_planes,
+    log2,
+    multiply,
     signed_sums,
 )
 from kernels.gpu.launch import PROGRAMS
@@ -56,11 +58,12 @@ def probe(
     """
     chunks = scratch.masses.shape[1]
     each = max(1, min(CHUNKS, layout.lines * chunks // PROGRAMS))
-    # Narrow numbers would be waited for where they are put together.
-    packed = 2 if cache.key_mean.itemsize == 2 and layout.head_dim % 32 == 0 else 1
+    # As they lie in memory they are multiplied.
+    direct = cache.key_mean.itemsize == 2 and layout.head_dim % 32 == 0
     overlaps = overlap.possible(query.device)
     _probe[layout.lines, triton.cdiv(chunks, each)](
-        query, cache.key_mean.view(torch.int32) if packed == 2 else cache.key_mean,
+        query.view(torch.int32) if direct else query,
+        cache.key_mean.view(torch.int32) if direct else cache.key_mean,
         cache.codes.view(torch.int32), cache.scale.view(torch.int64), rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors,
         scratch.centres, scratch.probes, scratch.masses,
@@ -68,8 +71,9 @@ def probe(
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), SETS=layout.sets,
-        STEPS=layout.steps, WORDS=layout.words, PACKED=packed, CHUNK=CHUNK, CHUNKS=CHUNKS,
-        PROBE=PROBE, EACH=EACH, PAGE=PAGE,
+        STEPS=layout.steps, WORDS=layout.words, DIRECT=direct,
+        BFLOAT=query.dtype == torch.bfloat16, CHUNK=CHUNK, CHUNKS=CHUNKS, PROBE=PROBE, EACH=EACH,
+        PAGE=PAGE,
         BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
     )  # fmt: skip
 
@@ -83,9 +87,9 @@ def _probe(
     query, means, codes, scales, tables, starts, lengths, slopes, planes, factors, centres, probes,
     masses, scale, sinks, queries, kv_heads, pages, chunks, each, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, PACKED: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr,
-    PAGE: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
+    SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, DIRECT: tl.constexpr,
+    BFLOAT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PROBE: tl.constexpr,
+    EACH: tl.constexpr, PAGE: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A part of one line's pages, by one warp: see `kernels.gpu.lanes`.
 
@@ -110,32 +114,40 @@ def _probe(
         tl.store(masses + chunk * PADDED + padded, float("-inf"), left)
         return
     table = tables + (row // queries) * table_stride
-    means += kv_head * cache_pages * (DIM // PACKED)
+    wide: tl.constexpr = DIM // 2 if DIRECT else DIM
+    means += kv_head * cache_pages * wide
     codes += kv_head * cache_pages * (WORDS * PAGE)
     scales += kv_head * cache_pages * (PAGE // PROBE)
     centres += line * pages * PADDED
     probes += line * pages * (PADDED * PROBE)
     # Lanes (g, t) have the probed keys of pages g and 8 + g, one product each.
-    lane, channel = tl.arange(0, 32), tl.arange(0, WIDTH // PACKED)
+    lane, channel = tl.arange(0, 32), tl.arange(0, WIDTH)
     column, member = lane // 4, lane % 4
     last = tl.maximum(stop - 1, 0)  # behind it it is loaded again: that asks for no mask
     loaded = _load_chunk(
         means, codes, scales, table, low, last, column, member, channel,
-        STEPS, WORDS, DIM, PACKED, CHUNK, PROBE, EACH, PAGE,
+        STEPS, WORDS, DIM, DIRECT, CHUNK, PROBE, EACH, PAGE,
     )  # fmt: skip
     overlap.wait(OVERLAP)
     tl.store(masses + chunk * PADDED + padded, float("-inf"), left)
     heads, set_planes, set_factors = (), (), ()
     for some in tl.static_range(SETS):
         # Each head stands in two columns: so its scores lie where its lanes want them.
-        twice = some * 4 + tl.arange(0, 8) // 2
-        for place in tl.static_range(PACKED):
-            packed = tl.arange(0, WIDTH // PACKED) * PACKED + place
+        if DIRECT:
+            twice = tl.minimum(some * 4 + column // 2, GROUP - 1)
+            words = ()
+            for place in tl.static_range(DIM // 2):
+                if place % 16 < 4:
+                    part = place + member * 4
+                    words += (tl.load(query + (line * GROUP + twice) * wide + part),)  # type: ignore[assignment]
+            heads += (words,)  # type: ignore[assignment]
+        else:
+            twice = some * 4 + tl.arange(0, 8) // 2
             one = tl.load(
-                query + (line * GROUP + twice)[None] * DIM + packed[:, None],
-                (twice < GROUP)[None] & (packed < DIM)[:, None],
+                query + (line * GROUP + twice)[None] * DIM + channel[:, None],
+                (twice < GROUP)[None] & (channel < DIM)[:, None],
                 0.0,
-            )  # [WIDTH / PACKED, 8]
+            )  # [WIDTH, 8]
             heads += (one,)  # type: ignore[assignment]
         set_planes += (load_planes(planes + (line * SETS + some) * (STEPS * 2 * 32), lane, STEPS),)  # type: ignore[assignment]
         set_factors += (load_factors(factors, line, member, PADDED, some),)  # type: ignore[assignment]
@@ -143,7 +155,7 @@ def _probe(
         mean, low_words, high_words, low_size, high_size = loaded
         loaded = _load_chunk(
             means, codes, scales, table, first + CHUNK, last, column, member, channel,
-            STEPS, WORDS, DIM, PACKED, CHUNK, PROBE, EACH, PAGE,
+            STEPS, WORDS, DIM, DIRECT, CHUNK, PROBE, EACH, PAGE,
         )  # fmt: skip
         low_sizes, high_sizes = _unpacked(low_size), _unpacked(high_size)
         low_page, high_page = first + column, first + CHUNK // 2 + column
@@ -152,17 +164,14 @@ def _probe(
         low_key = low_page * PAGE + low_page * 7 % EACH * PROBE
         high_key = high_page * PAGE + high_page * 7 % EACH * PROBE
         for some in tl.static_range(SETS):
-            if PACKED == 2:
-                low_half, high_half = mean.to(tl.int16), (mean >> 16).to(tl.int16)
-                low_half = low_half.to(query.dtype.element_ty, bitcast=True)
-                high_half = high_half.to(query.dtype.element_ty, bitcast=True)
-                centre = tl.dot(low_half, heads[2 * some])
-                centre = tl.dot(high_half, heads[2 * some + 1], centre)
+            if DIRECT:
+                low_centre, high_centre = multiply(mean[0], mean[1], heads[some], BFLOAT)
             else:
                 centre = tl.dot(mean, heads[some], input_precision="ieee")
-            centre *= scale * LOG2E
-            centre, _ = tl.split(tl.reshape(centre, (2, 8, 4, 2)))  # of [CHUNK, 8]
-            low_centre, high_centre = tl.split(tl.reshape(tl.permute(centre, (1, 2, 0)), (32, 2)))
+                centre, _ = tl.split(tl.reshape(centre, (2, 8, 4, 2)))  # of [CHUNK, 8]
+                centre = tl.reshape(tl.permute(centre, (1, 2, 0)), (32, 2))
+                low_centre, high_centre = tl.split(centre)
+            low_centre, high_centre = low_centre * (scale * LOG2E), high_centre * (scale * LOG2E)
             head = some * 4 + member
             if BIASED:
                 slope = load_slopes(slopes, kv_head, head, GROUP)
@@ -206,18 +215,20 @@ def _probe(
             total = tl.sum(tl.reshape(total, (8, 4)) * tl.exp2(peak - most[None]), 0)
             head = some * 4 + tl.arange(0, 4)
             target = masses + first // CHUNK * PADDED + head
-            tl.store(target, most + tl.log2(total), head < PADDED)
+            tl.store(target, most + log2(total), head < PADDED)
 
 
 @inlined
 def _load_chunk(
     means, codes, scales, table, first, last, column, member, channel,
-    STEPS: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr, PACKED: tl.constexpr,
+    STEPS: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr, DIRECT: tl.constexpr,
     CHUNK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Means of some pages [CHUNK, channels], and codes and scales of the keys probed in them."""
+    """Means of some pages, and codes and scales of the keys probed in them.
+
+    Means are [CHUNK, WIDTH], or words of pages g and 8 + g as `multiply` takes them.
+    """
     low, high = first + column, first + CHUNK // 2 + column
-    own = tl.load(table + tl.minimum(first + tl.arange(0, CHUNK), last))
     low_cached = tl.load(table + tl.minimum(low, last))
     high_cached = tl.load(table + tl.minimum(high, last))
     low_key, high_key = low * 7 % EACH * PROBE, high * 7 % EACH * PROBE
@@ -229,9 +240,24 @@ def _load_chunk(
     )
     low_size = tl.load(scales + low_cached * (PAGE // PROBE) + low_key // PROBE)
     high_size = tl.load(scales + high_cached * (PAGE // PROBE) + high_key // PROBE)
-    wide: tl.constexpr = DIM // PACKED
-    mean = tl.load(means + own[:, None] * wide + channel[None], (channel < wide)[None], 0)
+    if DIRECT:
+        mean = (
+            _load_mean(means + low_cached * (DIM // 2), member, DIM),
+            _load_mean(means + high_cached * (DIM // 2), member, DIM),
+        )
+    else:
+        own = tl.load(table + tl.minimum(first + tl.arange(0, CHUNK), last))
+        mean = tl.load(means + own[:, None] * DIM + channel[None], (channel < DIM)[None], 0.0)
     return mean, low_words, high_words, low_size, high_size
+
+
+@inlined
+def _load_mean(means, member, DIM: tl.constexpr):
+    """Lane t's part of `DIM` numbers of 16 bits from each of `means` on: int32 [32], two each."""
+    words = ()
+    for place in tl.static_range(0, DIM // 2, 16):
+        words += load_four(means + (place + member * 4))
+    return words
 
 
 @inlined

@@ -21,8 +21,8 @@ from kernels.gpu.lanes import (
     running_sum,
     signed_sums,
 )
-from kernels.gpu.layout import HELD
-from kernels.gpu.look import CERTAIN, EACH, SLOT_BITS, look_here
+from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
+from kernels.gpu.look import EACH, look_here
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 from kernels.sample import SEGMENT, STRIDE
@@ -77,9 +77,16 @@ def scan(
     overlaps = overlap.possible(cache.codes.device)
     unused, looks = scratch.norm, look is not None
     parts = (
-        (unused, unused, unused, unused, 0.0)
+        (unused, unused, unused, unused, unused, 0.0)
         if look is None
-        else (look.query, look.outputs, look.lses, look.owns, look.scale * LOG2E.value)
+        else (
+            look.query,
+            scratch.always,
+            look.outputs,
+            look.lses,
+            look.owns,
+            look.scale * LOG2E.value,
+        )
     )
     width = triton.next_power_of_2(layout.head_dim)
     warps = WARPS if looks else 1
@@ -94,8 +101,8 @@ def scan(
         GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
         WORDS=layout.words, SPAN=layout.span, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
         PLACED=positions is not None, SHARES=shares is not None, MASSES=masses is not None,
-        LOOKS=looks, HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, EACH=EACH,
-        BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
+        LOOKS=looks, HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, HELD=HELD,
+        EACH=EACH, BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
         BIASED=cache.slopes is not None, WARPS=warps, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=warps, num_stages=1, maxnreg=128 if looks else REGISTERS,
     )  # fmt: skip
@@ -108,14 +115,14 @@ def scan(
 )  # fmt: skip
 def _scan(
     codes, scales, tables, starts, lengths, slopes, planes, factors, centres, norm, marks,
-    met, counts, positions, shares, masses, query, kv, outputs, lses, owns,
+    met, counts, positions, shares, masses, query, kv, always, outputs, lses, owns,
     scale, sinks, queries, kv_heads, pages, spans, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr,
     PAGE: tl.constexpr, PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
     LOOKS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    EACH: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, BIASED: tl.constexpr,
-    WARPS: tl.constexpr, OVERLAP: tl.constexpr,
+    HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+    BIASED: tl.constexpr, WARPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some segments of one line, or some of its keys always read: see `kernels.gpu.lanes`.
 
@@ -239,21 +246,22 @@ def _scan(
                     tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0), inside)
                     free = key + STRIDE >= taken
                     tl.store(share + STRIDE, tl.where(free, total[2] / GROUP, 0.0), inside)
-                both = drawn + next_drawn
-                end = end_of_line + running_sum(both, WARPS)
-                position, slot = page * PAGE + key, own * PAGE + key
-                hit, mark = _marked(drawn, end - next_drawn)
-                next_hit, next_mark = _marked(next_drawn, end)
-                _note(met + noted + mark, slot, drawn, hit)
-                _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
-                if PLACED:
-                    tl.store(positions + noted + mark, position, hit)
-                    tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
-                if LOOKS and OVERLAP:
-                    data = kv + slot.to(tl.int64) * (2 * DIM)
-                    _fetch(data, hit, BYTES)
-                    _fetch(data + STRIDE * (2 * DIM), next_hit, BYTES)
+                both, begin_of_page = drawn + next_drawn, end_of_line
                 end_of_line += tl.sum(both, 0)
+                if (end_of_line >> BITS) != (begin_of_page >> BITS):
+                    end = begin_of_page + running_sum(both, WARPS)
+                    position, slot = page * PAGE + key, own * PAGE + key
+                    hit, mark = _marked(drawn, end - next_drawn)
+                    next_hit, next_mark = _marked(next_drawn, end)
+                    _note(met + noted + mark, slot, drawn, hit)
+                    _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
+                    if PLACED:
+                        tl.store(positions + noted + mark, position, hit)
+                        tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
+                    if LOOKS and OVERLAP:
+                        data = kv + slot.to(tl.int64) * (2 * DIM)
+                        _fetch(data, hit, BYTES)
+                        _fetch(data + STRIDE * (2 * DIM), next_hit, BYTES)
         segment += 1
         noted += end_of_line >> BITS
     if MASSES:
@@ -265,9 +273,10 @@ def _scan(
     if LOOKS:
         tl.debug_barrier()
         look_here(
-            query + line * (GROUP * DIM), kv, table, met, positions, slopes + kv_head * GROUP,
-            outputs, lses, owns, scale, line * GROUP, span, spans, 1, start, length, number == 0,
-            noted, sinks, GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
+            query + line * (GROUP * DIM), kv, met, positions, always + line * HELD,
+            slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, span,
+            tl.num_programs(1), spans, 1, start, length, number == 0, noted,
+            GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
         )  # fmt: skip
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.gpu.decode import choose, look_over
-from kernels.gpu.layout import HELD
-from kernels.gpu.look import CERTAIN, SLOT_BITS
+from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.gpu.scan import scan
 from kernels.page import PAGE
 from kernels.sample import greatest

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kernels.budget import EACH, PROBE
 from kernels.gpu import overlap
+from kernels.gpu.lanes import log2
 from kernels.gpu.layout import HELD
 from kernels.gpu.look import always_read
 from kernels.page import PAGE
@@ -79,14 +80,14 @@ def _settle(
     for third in tl.static_range(3):
         near = tl.load(held + (line * PADDED + head)[:, None] * HELD + third * PAGE + key[None])
         certain += tl.sum(tl.exp2(near - safe[:, None]), 1)
-    whole = safe + tl.log2(total + certain)  # [PADDED]
+    whole = safe + log2(total + certain)  # [PADDED]
     tl.store(norm + line * PADDED + head, whole)
     share = tl.where(head < GROUP, certain / (total + certain), 0.0)
     always_mass = tl.sum(share, 0) / GROUP
 
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     stop = tl.maximum(length // PAGE - 1, 0) * PAGE
-    _, always = always_read(start, length, sinks, PAGE)
+    always = always_read(start, length, sinks, PAGE)
     free = tl.maximum(stop - tl.maximum(start, sinks), 0)
     limits += row * stride
     coverage, worth = tl.load(limits), tl.load(limits + 1) / (length - start).to(tl.float32)
