@@ -139,10 +139,9 @@ def look_here(
     sums = tl.zeros((WIDTH, HEADS), tl.float32)
     # Behind the last key it is read again, and counts nothing: that asks for no mask.
     last = tl.maximum(end - 1, 0)
-    coming = tl.load(notes + tl.minimum(begin + member, last))
     for block in range(begin, end, each):
-        note, place = coming, block + member
-        coming = tl.load(notes + tl.minimum(place + each, last))
+        place = block + member
+        note = tl.load(notes + tl.minimum(place, last))
         size = tl.where(place < end, (note >> SLOT_BITS).to(tl.int32).to(tl.float32), 0.0)
         data = kv + (note & SLOTS)[:, None] * (2 * DIM) + channel[None]
         if DIM == WIDTH:
