@@ -23,7 +23,7 @@ from kernels.gpu.layout import Layout, Scratch
 from kernels.gpu.look import Look, always_read, look
 from kernels.gpu.prepare import LOG2E, prepare
 from kernels.gpu.probe import probe
-from kernels.gpu.scan import scan
+from kernels.gpu.scan import WARPS, scan
 from kernels.gpu.settle import settle
 from kernels.page import PAGE
 
@@ -95,7 +95,7 @@ def attend(
     with phases.time("score", query.device):
         layout, scratch = look_over(query, cache, rows, policy, scale, limits)
     at_once = layout.parts == 1 and layout.lines * layout.spans <= AT_ONCE
-    parts = Look.of(query, scale, layout)
+    parts = Look.of(query, scale, layout, WARPS if at_once else 1)
     # Where scores depend on distance.
     positions = None if cache.slopes is None else scratch.positions()
     looks = parts if at_once else None

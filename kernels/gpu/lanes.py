@@ -91,65 +91,163 @@ def add_heads(low, high, chosen, sums):
     return sums
 
 
-@inlined
-def multiply(low, high, column, BFLOAT: tl.constexpr):
-    """Products of rows of 16-bit numbers with columns, on the tensor cores.
+BFLOAT_PRODUCT = tl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+)
+HALF_PRODUCT = tl.constexpr(BFLOAT_PRODUCT.value.replace(".bf16", ".f16"))
 
-    Which channels a lane has does not matter, as long as row and column have the same there.
+
+@inlined
+def multiply(low, high, columns, sums, BFLOAT: tl.constexpr):
+    """Add products of rows of 16-bit numbers with columns, on the tensor cores.
+
+    Which channels a lane has does not matter, as long as rows and columns have the same there.
 
     Args:
         low: int32 [lanes] each, two channels; an even number of them, of row g.
         high: likewise of row 8 + g.
-        column: likewise of column g.
+        columns: likewise of column g.
+        sums: four float32 [lanes], of row g with columns 2 t and 2 t + 1, and of row 8 + g.
         BFLOAT: whether they are bfloat16, else float16.
 
     Returns:
-        float32 [lanes] and [lanes]: of row g and of row 8 + g with column 2 t.
+        `sums` with the products.
     """
-    zero = tl.zeros(low[0].shape, tl.float32)
-    sums = (zero, zero, zero, zero)
-    for place in tl.static_range(0, len(low), 2):
-        some = low[place], high[place], low[place + 1], high[place + 1]
-        if INTERPRETED:
-            more = _products(some, (column[place], column[place + 1]), BFLOAT)
-            sums = (sums[0] + more[0], zero, sums[2] + more[1], zero)
-        elif BFLOAT:
+    if INTERPRETED:
+        products = (*_products(low, columns, BFLOAT), *_products(high, columns, BFLOAT))
+        sums = tuple(one + more for one, more in zip(sums, products, strict=True))
+    else:
+        product: tl.constexpr = BFLOAT_PRODUCT if BFLOAT else HALF_PRODUCT
+        for place in tl.static_range(0, len(low), 2):
             sums = tl.inline_asm_elementwise(
-                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-                " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+                product,
                 "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                [some[0], some[1], some[2], some[3], column[place], column[place + 1],
-                 sums[0], sums[1], sums[2], sums[3]],
+                [low[place], high[place], low[place + 1], high[place + 1],
+                 columns[place], columns[place + 1], sums[0], sums[1], sums[2], sums[3]],
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
                 is_pure=True,
                 pack=1,
             )  # fmt: skip
-        else:
-            sums = tl.inline_asm_elementwise(
-                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-                " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                [some[0], some[1], some[2], some[3], column[place], column[place + 1],
-                 sums[0], sums[1], sums[2], sums[3]],
-                dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-                is_pure=True,
-                pack=1,
-            )  # fmt: skip
-    return sums[0], sums[2]
+    return sums
 
 
 @inlined
 def _products(rows, columns, BFLOAT: tl.constexpr):
-    """What one product of `multiply` adds, without tensor cores."""
-    sums, shape = [0.0, 0.0], rows[0].shape
-    for part, word in enumerate(rows):
-        for row, column in zip(
-            _halves(word, BFLOAT), _halves(columns[part // 2], BFLOAT), strict=True
-        ):
-            every = tl.dot(tl.reshape(row, (8, 4)), tl.trans(tl.reshape(column, (8, 4))))
-            even, _ = tl.split(tl.reshape(every, (8, 4, 2)))
-            sums[part % 2] += tl.reshape(even, shape)
-    return sums
+    """Products of rows g with columns 2 t and 2 t + 1, without tensor cores."""
+    every, shape = 0.0, rows[0].shape
+    warps = shape[0] // 32
+    for row, column in zip(rows, columns, strict=True):
+        for one, other in zip(_halves(row, BFLOAT), _halves(column, BFLOAT), strict=True):
+            turned = tl.permute(tl.reshape(other, (warps, 8, 4)), (0, 2, 1))
+            every += tl.dot(tl.reshape(one, (warps, 8, 4)), turned)
+    even, odd = tl.split(tl.reshape(every, (warps, 8, 4, 2)))
+    return tl.reshape(even, shape), tl.reshape(odd, shape)
+
+
+@inlined
+def turn(words):
+    """Of 8 x 8 16-bit numbers, columns 2 t and 2 t + 1 of row g: rows 2 t and 2 t + 1 of column g.
+
+    `words` are int32 [lanes].
+    """
+    if INTERPRETED:
+        warps = words.shape[0] // 32
+        square = tl.reshape(tl.join(words & 65535, (words >> 16) & 65535), (warps, 8, 8))
+        low, high = tl.split(tl.reshape(tl.permute(square, (0, 2, 1)), (warps, 8, 4, 2)))
+        turned = tl.reshape(low | (high << 16), words.shape)
+    else:
+        turned = tl.inline_asm_elementwise(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [words],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return turned
+
+
+@inlined
+def of_pairs(x):
+    """What lanes of g = 2 t, and of g = 2 t + 1, have: int32 [lanes] each.
+
+    `x`, int32 [lanes], is the same in lanes of the same g.
+    """
+    if INTERPRETED:
+        warps = x.shape[0] // 32
+        pairs = tl.split(tl.reshape(tl.max(tl.reshape(x, (warps, 8, 4)), 2), (warps, 4, 2)))
+        even, odd = (
+            tl.reshape(tl.broadcast_to(pair[:, None], (warps, 8, 4)), x.shape) for pair in pairs
+        )
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            "{ .reg .u32 l; mov.u32 l, %laneid; shl.b32 l, l, 3; and.b32 l, l, 31;"
+            " shfl.sync.idx.b32 $0, $2, l, 31, -1; add.u32 l, l, 4;"
+            " shfl.sync.idx.b32 $1, $2, l, 31, -1; }",
+            "=&r,=r,r", [x], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return even, odd
+
+
+@inlined
+def pack(low, high, BFLOAT: tl.constexpr):
+    """Two float32 [lanes] as 16-bit numbers in one int32 [lanes], `low` in the lower half."""
+    if INTERPRETED:
+        dtype = tl.bfloat16 if BFLOAT else tl.float16
+        parts = [x.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) for x in (low, high)]
+        words = (parts[0] & 65535) | (parts[1] << 16)
+    elif BFLOAT:
+        words = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        words = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return words
+
+
+@inlined
+def lower_halves(low, high):
+    """The lower 16 bits of two int32 [lanes] in one, those of `low` in the lower half."""
+    return (low & 65535) | (high << 16)
+
+
+@inlined
+def upper_halves(low, high):
+    """Likewise of the upper 16 bits."""
+    return ((low >> 16) & 65535) | (high & -65536)
+
+
+@inlined
+def most_of_rows(x):
+    """The greatest over the lanes of the same t of a warp, float32 [lanes], in each."""
+    if INTERPRETED:
+        rows = tl.reshape(x, (x.shape[0] // 32, 8, 4))
+        most = tl.reshape(tl.broadcast_to(tl.max(rows, 1)[:, None], rows.shape), x.shape)
+    else:
+        most = tl.inline_asm_elementwise(
+            "{ .reg .f32 t, u; shfl.sync.bfly.b32 t, $1, 4, 31, -1; max.f32 u, $1, t;"
+            " shfl.sync.bfly.b32 t, u, 8, 31, -1; max.f32 u, u, t;"
+            " shfl.sync.bfly.b32 t, u, 16, 31, -1; max.f32 $0, u, t; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return most
+
+
+@inlined
+def sum_of_rows(x):
+    """The sum over the lanes of the same t of a warp, float32 [lanes], in each."""
+    if INTERPRETED:
+        rows = tl.reshape(x, (x.shape[0] // 32, 8, 4))
+        total = tl.reshape(tl.broadcast_to(tl.sum(rows, 1)[:, None], rows.shape), x.shape)
+    else:
+        total = tl.inline_asm_elementwise(
+            "{ .reg .f32 t, u; shfl.sync.bfly.b32 t, $1, 4, 31, -1; add.f32 u, $1, t;"
+            " shfl.sync.bfly.b32 t, u, 8, 31, -1; add.f32 u, u, t;"
+            " shfl.sync.bfly.b32 t, u, 16, 31, -1; add.f32 $0, u, t; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return total
 
 
 @inlined
@@ -267,9 +365,10 @@ def log2(x):
 
 @inlined
 def load_half(pointers):
-    """A bfloat16 from each of `pointers` [lanes], its bits int32; what `load_four` says.
+    """A bfloat16 from each of `pointers` [lanes], its bits int32.
 
-    Two narrow numbers would share a register, and be waited for where they are put together.
+    What is read must be there before the kernel begins. Two narrow numbers would share a register,
+    and be waited for where they are put together.
     """
     if INTERPRETED:
         bits = tl.load(pointers).to(tl.int16, bitcast=True).to(tl.int32) & 65535
@@ -282,14 +381,14 @@ def load_half(pointers):
 
 
 @inlined
-def load_four(pointers):
+def load_four(pointers, FIXED: tl.constexpr):
     """Four int32 on end from each of `pointers` [lanes], 16 bytes at once: int32 [lanes] each.
 
-    What is read must be there before the kernel begins.
+    FIXED says that what is read was there before the kernel began.
     """
     if INTERPRETED:
         words = tuple(tl.load(pointers + number) for number in range(4))
-    else:
+    elif FIXED:
         words = tl.inline_asm_elementwise(
             "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
             "=r,=r,=r,=r,l",
@@ -298,7 +397,34 @@ def load_four(pointers):
             is_pure=False,
             pack=1,
         )
+    else:
+        words = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointers.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
     return words
+
+
+@inlined
+def store_four(pointers, words, there):
+    """Four int32 [lanes] on end to each of `pointers` [lanes], 16 bytes at once, where `there`."""
+    if INTERPRETED:
+        for number, word in enumerate(words):
+            tl.store(pointers + number, word, there)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $6, 0;"
+            " @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; } // $0",
+            "=r,l,r,r,r,r,r",
+            [pointers.to(tl.int64), words[0], words[1], words[2], words[3], there.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @inlined

@@ -13,6 +13,7 @@ from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import log2
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS, SLOTS
+from kernels.gpu.look_lanes import look_in_lanes
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 BLOCK = 16
 """Keys that a warp reads at once."""
+REGISTERS = 128
+"""Of a thread, at the most: how many programs a multiprocessor has room for."""
+MOST_HEADS = 16
+"""Of a group, that are looked for in lanes."""
 EACH = 32
 """Keys of a program that reads keys always read."""
 
@@ -37,14 +42,20 @@ class Look:
     outputs: Tensor  # [rows, heads, splits, head_dim]  a line's program each, of the query's dtype
     lses: Tensor  # float32 [rows, heads, splits]  to base 2, each key counted 1 / p times
     owns: Tensor  # likewise, each key counted once
+    lanes: bool  # whether each warp looks for itself
 
     @staticmethod
-    def of(query: Tensor, scale: float, layout: Layout) -> Look:
-        """Memory for all programs' parts."""
-        splits = layout.spans * layout.parts + HELD // EACH
+    def of(query: Tensor, scale: float, layout: Layout, warps: int) -> Look:
+        """Memory for the parts of all programs, of so many warps."""
+        lanes = query.itemsize == 2 and layout.head_dim % 64 == 0 and layout.group <= MOST_HEADS
+        splits = (layout.spans * layout.parts + HELD // EACH) * (warps if lanes else 1)
         outputs = query.new_empty(*query.shape[:2], splits, query.shape[2])
         lses = torch.empty(2, *query.shape[:2], splits, device=query.device)
-        return Look(query, scale, outputs, lses[0], lses[1])
+        return Look(query, scale, outputs, lses[0], lses[1], lanes)
+
+    def words(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors as they are read and written: in lanes by words of two channels."""
+        return [x.view(torch.int32) if self.lanes else x for x in tensors]
 
 
 def look(
@@ -66,16 +77,18 @@ def look(
         positions: of the keys met, where the cache's scores depend on distance.
     """
     overlaps = overlap.possible(parts.query.device)
+    query, kv, outputs = parts.words(parts.query, cache.kv, parts.outputs)
     _look[layout.kv_heads, len(rows.lengths), parts.outputs.shape[2]](
-        parts.query, cache.kv, rows.starts, rows.lengths, slopes_of(cache), scratch.marks,
+        query, kv, rows.starts, rows.lengths, slopes_of(cache), scratch.marks,
         scratch.met, scratch.counts if positions is None else positions, scratch.counts,
-        scratch.always, parts.outputs, parts.lses, parts.owns,
+        scratch.always, outputs, parts.lses, parts.owns,
         parts.scale * LOG2E.value, layout.spans, layout.parts, scratch.met.shape[2],
         cache.kv.shape[1],
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), HELD=HELD, EACH=EACH, BLOCK=BLOCK,
-        PAGE=PAGE, BIASED=cache.slopes is not None, OVERLAP=overlaps,
-        launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=128,
+        PAGE=PAGE, BIASED=cache.slopes is not None, LANES=parts.lanes,
+        BFLOAT=parts.query.dtype == torch.bfloat16, OVERLAP=overlaps,
+        launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -85,7 +98,7 @@ def _look(
     scale, spans, parts, places, cache_pages,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    BIASED: tl.constexpr, OVERLAP: tl.constexpr,
+    BIASED: tl.constexpr, LANES: tl.constexpr, BFLOAT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line over a part of what was met in a span, or some of the keys always read."""
     overlap.begin(OVERLAP)
@@ -95,14 +108,26 @@ def _look(
     overlap.wait(OVERLAP)
     span = split // parts
     place = line * spans + span
-    look_here(
-        query + line * (GROUP * DIM), kv + kv_head * cache_pages * (PAGE * 2 * DIM),
-        met + place * places, positions + place * places, always + line * HELD,
-        slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, split,
-        tl.num_programs(2), spans, parts, start, length, tl.load(marks + line) == 0,
-        tl.load(counts + place, span < spans, 0),
-        GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
-    )  # fmt: skip
+    lost, noted = tl.load(marks + line) == 0, tl.load(counts + place, span < spans, 0)
+    wide: tl.constexpr = DIM // 2 if LANES else DIM
+    query += line * (GROUP * wide)
+    kv += kv_head * cache_pages * (PAGE * 2 * wide)
+    met += place * places
+    positions += place * places
+    always += line * HELD
+    slopes += kv_head * GROUP
+    if LANES:
+        look_in_lanes(
+            query, kv, met, positions, always, slopes, outputs, lses, owns, scale, line * GROUP,
+            split, tl.num_programs(2), spans, parts, start, length, lost, noted,
+            GROUP, DIM, EACH, PAGE, BIASED, BFLOAT, 1,
+        )  # fmt: skip
+    else:
+        look_here(
+            query, kv, met, positions, always, slopes, outputs, lses, owns, scale, line * GROUP,
+            split, tl.num_programs(2), spans, parts, start, length, lost, noted,
+            GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -165,7 +165,10 @@ def _probe(
         high_key = high_page * PAGE + high_page * 7 % EACH * PROBE
         for some in tl.static_range(SETS):
             if DIRECT:
-                low_centre, high_centre = multiply(mean[0], mean[1], heads[some], BFLOAT)
+                zero = tl.zeros((32,), tl.float32)
+                four = (zero, zero, zero, zero)
+                four = multiply(mean[0], mean[1], heads[some], four, BFLOAT)
+                low_centre, high_centre = four[0], four[2]
             else:
                 centre = tl.dot(mean, heads[some], input_precision="ieee")
                 centre, _ = tl.split(tl.reshape(centre, (2, 8, 4, 2)))  # of [CHUNK, 8]
@@ -256,7 +259,7 @@ def _load_mean(means, member, DIM: tl.constexpr):
     """Lane t's part of `DIM` numbers of 16 bits from each of `means` on: int32 [32], two each."""
     words = ()
     for place in tl.static_range(0, DIM // 2, 16):
-        words += load_four(means + (place + member * 4))
+        words += load_four(means + (place + member * 4), True)
     return words
 
 
@@ -273,7 +276,7 @@ def _load_words(codes, member, STEPS: tl.constexpr, WORDS: tl.constexpr, PAGE: t
         there = step * 4 + member < WORDS
         # A word of 64 bits has two of ours, of each key side by side.
         pair = codes + tl.where(there, step * (4 * PAGE) + member // 2 * (2 * PAGE), 0)
-        one, two = load_four(pair), load_four(pair + 4)
+        one, two = load_four(pair, True), load_four(pair + 4, True)
         for number in tl.static_range(2):
             word = tl.where(member % 2 == 0, one[2 * number], one[2 * number + 1])
             words += (tl.where(there, word, 0),)  # type: ignore[assignment]

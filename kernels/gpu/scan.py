@@ -23,6 +23,7 @@ from kernels.gpu.lanes import (
 )
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.gpu.look import EACH, look_here
+from kernels.gpu.look_lanes import look_in_lanes
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 from kernels.sample import SEGMENT, STRIDE
@@ -40,7 +41,7 @@ TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
 ROUND = tl.constexpr(1.0 * 2**23)
 """Added to it, a number is rounded to a whole one, which its last bits then are."""
-REGISTERS = 80
+REGISTERS = 72
 """Of a thread, at the most: how many programs a multiprocessor has room for."""
 DEPTH = tl.constexpr(2)
 """Pages of a warp that are on their way at once, each in registers of its own."""
@@ -76,18 +77,11 @@ def scan(
     """
     overlaps = overlap.possible(cache.codes.device)
     unused, looks = scratch.norm, look is not None
-    parts = (
-        (unused, unused, unused, unused, unused, 0.0)
-        if look is None
-        else (
-            look.query,
-            scratch.always,
-            look.outputs,
-            look.lses,
-            look.owns,
-            look.scale * LOG2E.value,
-        )
-    )
+    parts = (unused, cache.kv, unused, unused, unused, unused, 0.0)
+    if look is not None:
+        query, kv, outputs = look.words(look.query, cache.kv, look.outputs)
+        scale = look.scale * LOG2E.value
+        parts = (query, kv, scratch.always, outputs, look.lses, look.owns, scale)
     width = triton.next_power_of_2(layout.head_dim)
     warps = WARPS if looks else 1
     _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
@@ -95,7 +89,7 @@ def scan(
         slopes_of(cache), scratch.planes, scratch.factors, scratch.centres, scratch.norm,
         scratch.marks, scratch.met, scratch.counts,
         unused if positions is None else positions, unused if shares is None else shares,
-        unused if masses is None else masses, parts[0], cache.kv, *parts[1:],
+        unused if masses is None else masses, *parts,
         sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
@@ -103,7 +97,8 @@ def scan(
         PLACED=positions is not None, SHARES=shares is not None, MASSES=masses is not None,
         LOOKS=looks, HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, HELD=HELD,
         EACH=EACH, BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
-        BIASED=cache.slopes is not None, WARPS=warps, OVERLAP=overlaps,
+        BIASED=cache.slopes is not None, LANES=look is not None and look.lanes,
+        BFLOAT=cache.kv.dtype == torch.bfloat16, WARPS=warps, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=warps, num_stages=1, maxnreg=128 if looks else REGISTERS,
     )  # fmt: skip
 
@@ -122,7 +117,8 @@ def _scan(
     PAGE: tl.constexpr, PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
     LOOKS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
-    BIASED: tl.constexpr, WARPS: tl.constexpr, OVERLAP: tl.constexpr,
+    BIASED: tl.constexpr, LANES: tl.constexpr, BFLOAT: tl.constexpr, WARPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some segments of one line, or some of its keys always read: see `kernels.gpu.lanes`.
 
@@ -151,7 +147,8 @@ def _scan(
     place = line * spans + span
     met += place * (SPAN * SEGMENT * PAGE)
     positions += place * (SPAN * SEGMENT * PAGE)
-    kv += kv_head * cache_pages * (PAGE * 2 * DIM)
+    wide: tl.constexpr = DIM // 2 if LANES else DIM
+    kv += kv_head * cache_pages * (PAGE * 2 * wide)
     # Pages that were full before this step need not be waited for. Behind the last one it is loaded
     # again: that asks for no mask.
     last = tl.maximum(high - 1, 0)
@@ -184,13 +181,14 @@ def _scan(
     for turn in tl.static_range(DEPTH):
         page = tl.minimum(begin + turn * WARPS + warp, last)
         means += (_load_means(centres, page, member, PADDED, SETS),)  # type: ignore[assignment]
-    segment, noted = low // SEGMENT, low * 0
-    for first_page in range(low // SEGMENT * SEGMENT, high, SEGMENT):
+    noted = low * 0
+    for part in range(SPAN):
+        segment = span * SPAN + part
         end_of_line = ((segment * STEP + phase) >> DROPPED) & (CERTAIN - 1)
-        begin = tl.maximum(low, first_page) // every * every
-        for some_page in range(begin, tl.minimum(high, first_page + SEGMENT), every):
+        begin = tl.maximum(low, segment * SEGMENT) // every * every
+        for some_page in range(begin, tl.minimum(high, (segment + 1) * SEGMENT), every):
             before, pages_before, means_before = pending, coming, means
-            pending, coming, means = (), (), ()
+            pending, coming, means, found = (), (), (), ()
             for turn in tl.static_range(DEPTH):
                 page = some_page + turn * WARPS + warp
                 own, words, sizes = before[turn]  # type: ignore[var-annotated]
@@ -246,10 +244,18 @@ def _scan(
                     tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0), inside)
                     free = key + STRIDE >= taken
                     tl.store(share + STRIDE, tl.where(free, total[2] / GROUP, 0.0), inside)
-                both, begin_of_page = drawn + next_drawn, end_of_line
-                end_of_line += tl.sum(both, 0)
-                if (end_of_line >> BITS) != (begin_of_page >> BITS):
-                    end = begin_of_page + running_sum(both, WARPS)
+                found += ((own, drawn, next_drawn),)  # type: ignore[assignment]
+            begin_of_pages = end_of_line
+            for turn in tl.static_range(DEPTH):
+                end_of_line += tl.sum(found[turn][1] + found[turn][2], 0)
+            # All pages' marks at once: what one waits for another uses.
+            if (end_of_line >> BITS) != (begin_of_pages >> BITS):
+                for turn in tl.static_range(DEPTH):
+                    own, drawn, next_drawn = found[turn]
+                    both = drawn + next_drawn  # type: ignore[var-annotated]
+                    end = begin_of_pages + running_sum(both, WARPS)
+                    begin_of_pages += tl.sum(both, 0)
+                    page = some_page + turn * WARPS + warp
                     position, slot = page * PAGE + key, own * PAGE + key
                     hit, mark = _marked(drawn, end - next_drawn)
                     next_hit, next_mark = _marked(next_drawn, end)
@@ -259,10 +265,9 @@ def _scan(
                         tl.store(positions + noted + mark, position, hit)
                         tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
                     if LOOKS and OVERLAP:
-                        data = kv + slot.to(tl.int64) * (2 * DIM)
+                        data = kv + slot.to(tl.int64) * (2 * wide)
                         _fetch(data, hit, BYTES)
-                        _fetch(data + STRIDE * (2 * DIM), next_hit, BYTES)
-        segment += 1
+                        _fetch(data + STRIDE * (2 * wide), next_hit, BYTES)
         noted += end_of_line >> BITS
     if MASSES:
         head = tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None]
@@ -272,12 +277,22 @@ def _scan(
         tl.store(counts + place, noted)
     if LOOKS:
         tl.debug_barrier()
-        look_here(
-            query + line * (GROUP * DIM), kv, met, positions, always + line * HELD,
-            slopes + kv_head * GROUP, outputs, lses, owns, scale, line * GROUP, span,
-            tl.num_programs(1), spans, 1, start, length, number == 0, noted,
-            GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
-        )  # fmt: skip
+        query += line * (GROUP * wide)
+        always += line * HELD
+        slopes += kv_head * GROUP
+        lost = number == 0
+        if LANES:
+            look_in_lanes(
+                query, kv, met, positions, always, slopes, outputs, lses, owns, scale,
+                line * GROUP, span, tl.num_programs(1) * WARPS, spans, 1, start, length, lost,
+                noted, GROUP, DIM, EACH, PAGE, BIASED, BFLOAT, WARPS,
+            )  # fmt: skip
+        else:
+            look_here(
+                query, kv, met, positions, always, slopes, outputs, lses, owns, scale,
+                line * GROUP, span, tl.num_programs(1), spans, 1, start, length, lost, noted,
+                GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
+            )  # fmt: skip
 
 
 @inlined
