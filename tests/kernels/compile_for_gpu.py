@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kernels import dynamic, judge, prefill
-from kernels.attention import MOST_HEADS, Impl, selected_attention
+from kernels.attention import MOST_HEADS, Impl, dense_decode, selected_attention
 from kernels.cache import LayerCache, Rows, Segment
 from kernels.gpu import overlap
 from kernels.gpu.decode import attend
@@ -88,14 +88,17 @@ def run(
     *,
     biased: bool = False,
     wide: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Everything that a step launches."""
     pages, context = 12, 700
-    cache = LayerCache.allocate(pages, kv_heads, head_dim, dtype, "cpu")
-    cache = cache.biased(torch.ones(kv_heads * group) if biased else None)
-    lengths = context - torch.arange(queries - 1, -1, -1)
-    rows = Rows(torch.arange(pages)[None], lengths, torch.zeros_like(lengths))
-    query = torch.randn(queries, kv_heads * group, head_dim).to(dtype)
+    cache = LayerCache.allocate(pages, kv_heads, head_dim, dtype, device)
+    cache = cache.biased(torch.ones(kv_heads * group, device=device) if biased else None)
+    lengths = context - torch.arange(queries - 1, -1, -1, device=device)
+    tables = torch.arange(pages, device=device)[None]
+    rows = Rows(tables, lengths, torch.zeros_like(lengths))
+    query = torch.randn(queries, kv_heads * group, head_dim, device=device).to(dtype)
+    dense_decode(query, cache, rows, 0.1, Impl.TRITON)
     attend(query, cache, rows, Dynamic(), 0.1, Phases())
     if wide:  # where few programs scan they read as well
         tables = F.pad(rows.block_tables, (0, 600))
@@ -103,41 +106,55 @@ def run(
     selection = dynamic.select(query, cache, rows, Dynamic(sampled=False), 0.1)
     _, _, own = selected_attention(query, cache, rows, selection, 0.1, Impl.TRITON)
     judge.true_coverage(query, cache, rows, selection, own, 0.1, Impl.TRITON)
-    segment = Segment.of(list(range(pages)), context - queries, queries, torch.device("cpu"))
+    segment = Segment.of(list(range(pages)), context - queries, queries, torch.device(device))
     tiles = prefill.choose(query, cache, segment, 0.02, 0.1, Impl.TRITON)
     for listed in (tiles, replace(tiles, left=None)):
         prefill.tile_attention(query, cache, segment, listed, 0.1, Impl.TRITON)
 
 
-def layer(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, *, normed: bool) -> None:
+def layer(
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    normed: bool,
+    device: str = "cpu",
+) -> None:
     """What a captured step launches around attention."""
-    hidden = torch.zeros(3, 640, dtype=dtype)
-    weight = torch.ones(640, dtype=dtype)
+    with torch.device(device):
+        hidden = torch.zeros(3, 640, dtype=dtype)
+        weight = torch.ones(640, dtype=dtype)
+        matrix = torch.zeros(320, 640, dtype=dtype)
+        qkv = torch.zeros(3, kv_heads * (group + 2) * head_dim, dtype=dtype)
+        cosines = torch.ones(3, 1, head_dim // 2)
+        norms = (torch.ones(head_dim, dtype=dtype),) * 2 if normed else None
+        slots = torch.tensor([-1, 63, 64])
+    cache = LayerCache.allocate(2, kv_heads, head_dim, dtype, device)
     add_norm(hidden, hidden, weight, 1e-5)
     add_norm(hidden, None, weight, 1e-5)
     silu_mul(hidden)
-    matrix = torch.zeros(320, 640, dtype=dtype)
     linear(hidden, matrix, matrix[0, :320])
     gated_linear(hidden, matrix)
-    cache = LayerCache.allocate(2, kv_heads, head_dim, dtype, "cpu")
-    qkv = torch.zeros(3, kv_heads * (group + 2) * head_dim, dtype=dtype)
-    cosines = torch.ones(3, 1, head_dim // 2)
-    norms = (torch.ones(head_dim, dtype=dtype),) * 2 if normed else None
-    slots = torch.tensor([-1, 63, 64])
     rotate_and_write(qkv, (cosines, cosines), slots, cache, norms, 1e-5)
+
+
+def every(device: str = "cpu") -> None:
+    """All kernels, in the shapes that compile differently."""
+    run(2, 2, 128, torch.bfloat16, 1, wide=True, device=device)
+    run(1, 7, 96, torch.float16, 3, device=device)
+    run(1, 1, 64, torch.float32, 1, device=device)
+    run(1, 16, 128, torch.bfloat16, 1, biased=True, device=device)
+    # The least and the most that `Impl.of` says they take.
+    run(1, 1, 16, torch.float16, 1, device=device)
+    run(1, MOST_HEADS, 256, torch.bfloat16, 1, wide=True, device=device)
+    layer(8, 4, 128, torch.bfloat16, normed=False, device=device)
+    layer(2, 16, 256, torch.float16, normed=True, device=device)
+    layer(3, 1, 80, torch.float32, normed=True, device=device)
 
 
 if __name__ == "__main__":
     JITFunction.run = compile_only
     overlap.possible = lambda device: True
     assert PAGE == 64
-    run(2, 2, 128, torch.bfloat16, 1, wide=True)
-    run(1, 7, 96, torch.float16, 3)
-    run(1, 1, 64, torch.float32, 1)
-    run(2, 1, 128, torch.bfloat16, 1, biased=True)
-    # The least and the most that `Impl.of` says they take.
-    run(1, 1, 16, torch.float16, 1)
-    run(1, MOST_HEADS, 256, torch.bfloat16, 1, wide=True)
-    layer(8, 4, 128, torch.bfloat16, normed=False)
-    layer(2, 16, 256, torch.float16, normed=True)
-    layer(3, 1, 80, torch.float32, normed=True)
+    every()
