@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from service.envelope import as_json, current_commit, envelope  # noqa: E402  (runs uninstalled)
+from tests.kernels.compile_for_gpu import JOBS  # noqa: E402
 
 TOOLS = {
     "memcheck": "addresses outside of memory, or not aligned",
     "racecheck": "shared memory that is written while others read it",
     "synccheck": "barriers that not all reach",
 }
-EVERY = "from tests.kernels.compile_for_gpu import every; every('cuda')"
+JOB = "from tests.kernels.compile_for_gpu import JOBS; JOBS[{}](device='cuda')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,14 @@ def main() -> None:
     parser.add_argument("--commit")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    # What is compiled here need not be compiled under each tool.
-    subprocess.run([sys.executable, "-c", EVERY], cwd=ROOT, check=True)
-    records = [_run(tool) for tool in tqdm(TOOLS, unit="tool")]
+    jobs = [[sys.executable, "-c", JOB.format(number)] for number in range(len(JOBS))]
+    _outputs(jobs)  # what is compiled here need not be compiled under each tool
+    records = [_run(tool, jobs) for tool in tqdm(TOOLS, unit="tool")]
     for record in records:
         print(record)
     if given.output is not None:
         command = shlex.join(["python", *sys.argv])
-        version = _output(["compute-sanitizer", "--version"]).strip().splitlines()[-1]
+        version = _outputs([["compute-sanitizer", "--version"]])[0].strip().splitlines()[-1]
         head = envelope(
             command,
             given.commit or current_commit(),
@@ -64,27 +65,40 @@ def main() -> None:
     sys.exit(any(record.errors for record in records))
 
 
-def _run(tool: str) -> Record:
-    """All kernels under one tool.
+def _run(tool: str, jobs: list[list[str]]) -> Record:
+    """All jobs under one tool.
 
     Raises:
-        RuntimeError: if the tool came to no end.
+        RuntimeError: if it came to no end.
     """
-    begin = time.perf_counter()
-    output = _output(["compute-sanitizer", "--tool", tool, sys.executable, "-c", EVERY])
-    found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
-    if found is None:
-        raise RuntimeError(f"{tool} came to no end:\n{output[-2000:]}")
-    if int(found[1]):
-        print(output[-4000:])
-    return Record(tool, TOOLS[tool], int(found[1]), round(time.perf_counter() - begin, 1))
+    begin, errors = time.perf_counter(), 0
+    for output in _outputs([["compute-sanitizer", "--tool", tool, *job] for job in jobs]):
+        found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+        if found is None:
+            raise RuntimeError(f"{tool} came to no end:\n{output[-2000:]}")
+        errors += int(found[1])
+        if int(found[1]):
+            print(output[-4000:])
+    return Record(tool, TOOLS[tool], errors, round(time.perf_counter() - begin, 1))
 
 
-def _output(command: list[str]) -> str:
-    done = subprocess.run(
-        command, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    return done.stdout
+def _outputs(commands: list[list[str]]) -> list[str]:
+    """What commands print that run at once.
+
+    Raises:
+        RuntimeError: if one fails.
+    """
+    running = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command in commands
+    ]
+    outputs = [each.communicate()[0] for each in running]
+    for each, output in zip(running, outputs, strict=True):
+        if each.returncode:
+            raise RuntimeError(f"{shlex.join(each.args)} failed:\n{output[-2000:]}")
+    return outputs
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -139,22 +140,24 @@ def layer(
     rotate_and_write(qkv, (cosines, cosines), slots, cache, norms, 1e-5)
 
 
-def every(device: str = "cpu") -> None:
-    """All kernels, in the shapes that compile differently."""
-    run(2, 2, 128, torch.bfloat16, 1, wide=True, device=device)
-    run(1, 7, 96, torch.float16, 3, device=device)
-    run(1, 1, 64, torch.float32, 1, device=device)
-    run(1, 16, 128, torch.bfloat16, 1, biased=True, device=device)
+JOBS = (
+    partial(run, 2, 2, 128, torch.bfloat16, 1, wide=True),
+    partial(run, 1, 7, 96, torch.float16, 3),
+    partial(run, 1, 1, 64, torch.float32, 1),
+    partial(run, 1, 16, 128, torch.bfloat16, 1, biased=True),
     # The least and the most that `Impl.of` says they take.
-    run(1, 1, 16, torch.float16, 1, device=device)
-    run(1, MOST_HEADS, 256, torch.bfloat16, 1, wide=True, device=device)
-    layer(8, 4, 128, torch.bfloat16, normed=False, device=device)
-    layer(2, 16, 256, torch.float16, normed=True, device=device)
-    layer(3, 1, 80, torch.float32, normed=True, device=device)
+    partial(run, 1, 1, 16, torch.float16, 1),
+    partial(run, 1, MOST_HEADS, 256, torch.bfloat16, 1, wide=True),
+    partial(layer, 8, 4, 128, torch.bfloat16, normed=False),
+    partial(layer, 2, 16, 256, torch.float16, normed=True),
+    partial(layer, 3, 1, 80, torch.float32, normed=True),
+)
+"""All kernels, in the shapes that compile differently; `device` may be given."""
 
 
 if __name__ == "__main__":
     JITFunction.run = compile_only
     overlap.possible = lambda device: True
     assert PAGE == 64
-    every()
+    for job in JOBS:
+        job()
