@@ -41,9 +41,8 @@ TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
 ROUND = tl.constexpr(1.0 * 2**23)
 """Added to it, a number is rounded to a whole one, which its last bits then are."""
-REGISTERS = (80, 72)
-"""Of a thread, at the most, for programs of one segment and of several: how many programs a
-multiprocessor has room for."""
+REGISTERS = 72
+"""Of a thread, at the most: how many programs a multiprocessor has room for."""
 DEPTH = tl.constexpr(2)
 """Pages of a warp that are on their way at once, each in registers of its own."""
 WARPS = 2
@@ -85,7 +84,6 @@ def scan(
         parts = (query, kv, scratch.always, outputs, look.lses, look.owns, scale)
     width = triton.next_power_of_2(layout.head_dim)
     warps = WARPS if looks else 1
-    registers = 128 if looks else REGISTERS[layout.span > 1]
     _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
         cache.codes.view(torch.int32), cache.scale, rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), scratch.planes, scratch.factors, scratch.centres, scratch.norm,
@@ -101,7 +99,7 @@ def scan(
         EACH=EACH, BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
         BIASED=cache.slopes is not None, LANES=look is not None and look.lanes,
         BFLOAT=cache.kv.dtype == torch.bfloat16, WARPS=warps, OVERLAP=overlaps,
-        launch_pdl=overlaps, num_warps=warps, num_stages=1, maxnreg=registers,
+        launch_pdl=overlaps, num_warps=warps, num_stages=1, maxnreg=128 if looks else REGISTERS,
     )  # fmt: skip
 
 
