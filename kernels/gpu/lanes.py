@@ -218,36 +218,25 @@ def upper_halves(low, high):
     return ((low >> 16) & 65535) | (high & -65536)
 
 
-@inlined
-def most_of_rows(x):
-    """The greatest over the lanes of the same t of a warp, float32 [lanes], in each."""
-    if INTERPRETED:
-        rows = tl.reshape(x, (x.shape[0] // 32, 8, 4))
-        most = tl.reshape(tl.broadcast_to(tl.max(rows, 1)[:, None], rows.shape), x.shape)
-    else:
-        most = tl.inline_asm_elementwise(
-            "{ .reg .f32 t, u; shfl.sync.bfly.b32 t, $1, 4, 31, -1; max.f32 u, $1, t;"
-            " shfl.sync.bfly.b32 t, u, 8, 31, -1; max.f32 u, u, t;"
-            " shfl.sync.bfly.b32 t, u, 16, 31, -1; max.f32 $0, u, t; }",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return most
+MOST_OF_ROWS = tl.constexpr(
+    "{ .reg .f32 t, u; shfl.sync.bfly.b32 t, $1, 4, 31, -1; max.f32 u, $1, t;"
+    " shfl.sync.bfly.b32 t, u, 8, 31, -1; max.f32 u, u, t;"
+    " shfl.sync.bfly.b32 t, u, 16, 31, -1; max.f32 $0, u, t; }"
+)
+SUM_OF_ROWS = tl.constexpr(MOST_OF_ROWS.value.replace("max.f32", "add.f32"))
 
 
 @inlined
-def sum_of_rows(x):
-    """The sum over the lanes of the same t of a warp, float32 [lanes], in each."""
+def over_rows(x, SUM: tl.constexpr):
+    """The greatest or the sum over the lanes of the same t of a warp, float32 [lanes], in each."""
     if INTERPRETED:
         rows = tl.reshape(x, (x.shape[0] // 32, 8, 4))
-        total = tl.reshape(tl.broadcast_to(tl.sum(rows, 1)[:, None], rows.shape), x.shape)
+        one = tl.sum(rows, 1) if SUM else tl.max(rows, 1)
+        one = tl.reshape(tl.broadcast_to(one[:, None], rows.shape), x.shape)
     else:
-        total = tl.inline_asm_elementwise(
-            "{ .reg .f32 t, u; shfl.sync.bfly.b32 t, $1, 4, 31, -1; add.f32 u, $1, t;"
-            " shfl.sync.bfly.b32 t, u, 8, 31, -1; add.f32 u, u, t;"
-            " shfl.sync.bfly.b32 t, u, 16, 31, -1; add.f32 $0, u, t; }",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return total
+        how: tl.constexpr = SUM_OF_ROWS if SUM else MOST_OF_ROWS
+        one = tl.inline_asm_elementwise(how, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return one
 
 
 @inlined

@@ -17,12 +17,11 @@ from kernels.gpu.lanes import (
     load_four,
     log2,
     lower_halves,
-    most_of_rows,
     multiply,
     of_pairs,
+    over_rows,
     pack,
     store_four,
-    sum_of_rows,
     turn,
     upper_halves,
 )
@@ -76,7 +75,7 @@ def look_in_lanes(
         head = number // 2 * COLUMNS + member * 2 + number % 2
         place = (first_head + head) * splits + split * WARPS + warp
         peak, mass, own_mass = states[number]
-        mass, own_mass = sum_of_rows(mass) + extra, sum_of_rows(own_mass) + extra
+        mass, own_mass = over_rows(mass, SUM=True) + extra, over_rows(own_mass, SUM=True) + extra
         inverse = 1.0 / tl.where(mass == 0.0, 1.0, mass)
         target = outputs + place * (DIM // 2) + column * 4
         _store(target, sums, inverse, head < GROUP, number, DIM, BFLOAT)
@@ -117,10 +116,10 @@ def _load_keys(kv, notes, place, end, column, member, DIM: tl.constexpr):
         size = (note >> SLOT_BITS).to(tl.int32).to(tl.float32)
         sizes += (tl.where(place + half * 8 < end, size, 0.0),)  # type: ignore[assignment]
         slot = note.to(tl.int32)
-        keys += (_load_rows(kv, _wide(slot) * 2, member, DIM),)  # type: ignore[assignment]
+        keys += (_load_part(kv, _wide(slot) * 2, member, 4, DIM),)  # type: ignore[assignment]
         even, odd = of_pairs(slot)
-        values += (_load_columns(kv, _wide(even) * 2 + 1, column, DIM),)  # type: ignore[assignment]
-        values += (_load_columns(kv, _wide(odd) * 2 + 1, column, DIM),)  # type: ignore[assignment]
+        values += (_load_part(kv, _wide(even) * 2 + 1, column, 8, DIM),)  # type: ignore[assignment]
+        values += (_load_part(kv, _wide(odd) * 2 + 1, column, 8, DIM),)  # type: ignore[assignment]
     return keys, values, sizes
 
 
@@ -135,7 +134,7 @@ def _add_keys(
     for some in tl.static_range((GROUP + COLUMNS - 1) // COLUMNS):
         # Where there is no such head another stands, and is not stored.
         head = tl.minimum(some * COLUMNS + column, GROUP - 1)
-        heads = _load_rows(query, head, member, DIM)
+        heads = _load_part(query, head, member, 4, DIM)
         zero = tl.zeros(column.shape, tl.float32)
         four = multiply(keys[0], keys[1], heads, (zero, zero, zero, zero), BFLOAT)
         scores = (four[0] * scale, four[1] * scale, four[2] * scale, four[3] * scale)
@@ -173,7 +172,7 @@ def _weighed(low, high, sizes, state):
     # Each key counts 1 / p times.
     low = tl.where(sizes[0] > 0.0, low - log2(sizes[0] * (1.0 / CERTAIN)), float("-inf"))
     high = tl.where(sizes[1] > 0.0, high - log2(sizes[1] * (1.0 / CERTAIN)), float("-inf"))
-    peak = tl.maximum(state[0], most_of_rows(tl.maximum(low, high)))
+    peak = tl.maximum(state[0], over_rows(tl.maximum(low, high), SUM=False))
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     low, high, shrink = tl.exp2(low - safe), tl.exp2(high - safe), tl.exp2(state[0] - safe)
     mass = state[1] * shrink + (low + high)
@@ -197,20 +196,11 @@ def _store(
 
 
 @inlined
-def _load_rows(data, row, member, DIM: tl.constexpr):
-    """Lane t's part of rows of `DIM` channels: int32 [lanes] each, two channels."""
+def _load_part(data, row, lane, LANES: tl.constexpr, DIM: tl.constexpr):
+    """What one of some lanes has of rows of `DIM` channels: int32 [lanes] each, two channels."""
     words = ()
-    for place in tl.static_range(0, DIM // 2, 16):
-        words += load_four(data + row * (DIM // 2) + (place + member * 4), False)
-    return words
-
-
-@inlined
-def _load_columns(data, row, column, DIM: tl.constexpr):
-    """Lane g's part of rows of `DIM` channels: int32 [lanes] each, two channels."""
-    words = ()
-    for place in tl.static_range(0, DIM // 2, 32):
-        words += load_four(data + row * (DIM // 2) + (place + column * 4), False)
+    for place in tl.static_range(0, DIM // 2, 4 * LANES):
+        words += load_four(data + row * (DIM // 2) + (place + lane * 4), False)
     return words
 
 
