@@ -369,6 +369,10 @@ def load_half(pointers):
     return bits
 
 
+FOUR = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+FIXED_FOUR = tl.constexpr(FOUR.value.replace("global", "global.nc"))
+
+
 @inlined
 def load_four(pointers, FIXED: tl.constexpr):
     """Four int32 on end from each of `pointers` [lanes], 16 bytes at once: int32 [lanes] each.
@@ -377,18 +381,10 @@ def load_four(pointers, FIXED: tl.constexpr):
     """
     if INTERPRETED:
         words = tuple(tl.load(pointers + number) for number in range(4))
-    elif FIXED:
-        words = tl.inline_asm_elementwise(
-            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l",
-            [pointers.to(tl.int64)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
     else:
+        load: tl.constexpr = FIXED_FOUR if FIXED else FOUR
         words = tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            load,
             "=r,=r,=r,=r,l",
             [pointers.to(tl.int64)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),

@@ -39,10 +39,10 @@ class Look:
 
     query: Tensor  # [rows, heads, head_dim]  contiguous, of the cache's dtype
     scale: float
-    outputs: Tensor  # [rows, heads, splits, head_dim]  a line's program each, of the query's dtype
+    outputs: Tensor  # [rows, heads, splits, head_dim]  of the query's dtype
     lses: Tensor  # float32 [rows, heads, splits]  to base 2, each key counted 1 / p times
     owns: Tensor  # likewise, each key counted once
-    lanes: bool  # whether each warp looks for itself
+    lanes: bool  # whether each warp leaves a part, not each program
 
     @staticmethod
     def of(query: Tensor, scale: float, layout: Layout, warps: int) -> Look:
