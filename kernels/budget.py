@@ -1,6 +1,6 @@
 """The budget: how many marks are put on a row's line (`kernels.sample`), between two bounds.
 
-A few of the keys tell: `PROBE` neighbours in every page, of which each stands for `EACH`.
+A few of the keys tell, neighbours in a page, of which each stands for many.
 """
 
 from __future__ import annotations
@@ -21,18 +21,44 @@ SAMPLE = 512
 """Fewest marks: a sample of fewer keys would know too little of those that they stand for."""
 PROBE = 4
 """Keys of a page that are probed."""
-EACH = PAGE // PROBE
-"""Keys for which a probed one stands."""
+PLACES = PAGE // PROBE
+"""Places in a page where they may lie."""
+APART = 4
+"""One page of so many is probed at the least."""
+FAR = 32_768
+"""Keys of a row from which on one page of two is probed; one of four from twice as many on.
+
+A thousand probed keys tell how much mass there is.
+"""
 
 
-def probed(first: int, pages: int, device: torch.device) -> Tensor:
-    """Which keys of pages `first` to `first + pages` are probed: int64 [pages * PROBE].
+def apart(visible: Tensor) -> Tensor:
+    """Of how many pages one is probed in rows that see `visible` keys: int64 1, 2 or `APART`."""
+    return 1 + (visible >= FAR).long() + 2 * (visible >= 2 * FAR).long()
 
-    Counted from the first page's first key. Those of 16 pages on end are at 16 different places.
+
+def probed(first: int, pages: int, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Which keys of pages `first` to `first + pages` are probed.
+
+    In each page it is `PROBE` neighbours, those of 16 pages on end at 16 different places. Where
+    one page of four is probed it is every fourth of 16, of the next 16 those behind them: of 64
+    pages on end they are at 16 different places, too. Likewise one page of two.
+
+    Args:
+        first: the first page.
+        pages: how many.
+        visible: int64 [rows], keys each row sees.
+
+    Returns:
+        Positions that are probed in some row, counted from the first page's first key: int64
+        [pages * PROBE]; and whether they are in each row: bool [rows, pages * PROBE].
     """
-    page = torch.arange(first, first + pages, device=device)
-    place = (page - first) * PAGE + page * 7 % EACH * PROBE
-    return (place[:, None] + torch.arange(PROBE, device=device)).flatten()
+    page = torch.arange(first, first + pages, device=visible.device)
+    place = (page - first) * PAGE + page * 7 % PLACES * PROBE
+    position = (place[:, None] + torch.arange(PROBE, device=visible.device)).flatten()
+    each = apart(visible)[:, None]
+    there = page % each == page // PLACES % each  # [rows, pages]
+    return position, there.repeat_interleave(PROBE, dim=1)
 
 
 def marks(share: Tensor, held: Tensor, always: Tensor, visible: Tensor, policy: Dynamic) -> Tensor:
@@ -42,7 +68,7 @@ def marks(share: Tensor, held: Tensor, always: Tensor, visible: Tensor, policy: 
     keys carry on average; `kernels.reference_sample.marks` is its meaning.
 
     Args:
-        share: [rows, kv_heads, probed], shares of the attention mass; 0 where there is none.
+        share: [rows, kv_heads, probed], shares of the attention mass; 0 where none is probed.
         held: [rows, kv_heads], share of the keys that are always read.
         always: int64 [rows], how many these are.
         visible: int64 [rows], keys each row sees.
@@ -57,10 +83,11 @@ def marks(share: Tensor, held: Tensor, always: Tensor, visible: Tensor, policy: 
     chosen = least[:, None].expand(held.shape)
     ended = torch.zeros_like(held, dtype=torch.bool)
     worth = (policy.worth / visible)[:, None]
-    keys, mass = _expected(share, held, chosen)
+    each = (apart(visible) * PLACES)[:, None]  # keys for which a probed one stands
+    keys, mass = _expected(share, held, chosen, each)
     while True:
         more = torch.minimum(2 * chosen, most[:, None])
-        keys_of_more, mass_of_more = _expected(share, held, more)
+        keys_of_more, mass_of_more = _expected(share, held, more, each)
         enough = (mass >= policy.coverage) | (more == chosen)
         ended = ended | enough | (mass_of_more - mass < worth * (keys_of_more - keys))
         if bool(ended.all()):
@@ -71,7 +98,7 @@ def marks(share: Tensor, held: Tensor, always: Tensor, visible: Tensor, policy: 
         )
 
 
-def _expected(share: Tensor, held: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+def _expected(share: Tensor, held: Tensor, number: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     """How many keys `number` marks meet, and the share of the mass on them and the held keys."""
     met = (share * number[..., None]).clamp_max(1.0)
-    return EACH * met.sum(-1), held + EACH * (share * met).sum(-1)
+    return each * met.sum(-1), held + each * (share * met).sum(-1)

@@ -139,7 +139,8 @@ def _choose(found: Masses, rows: Rows, policy: Dynamic) -> Selection:
     share = found.shares()  # [rows, kv_heads, keys]
     always = found.seen.sum(-1)  # [rows]
     page, pages = found.first // PAGE, share.shape[-1] // PAGE
-    some = share[..., probed(page, pages, share.device)]
+    position, there = probed(page, pages, rows.visible)
+    some = share[..., position].masked_fill(~there[:, None], 0.0)
     number = marks(some, found.held_share(), always, rows.visible, policy)  # [rows, kv_heads]
     if policy.sampled:
         # No more marks than keys: then all are read.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.alibi import bias_at
-from kernels.budget import EACH, probed
+from kernels.budget import PLACES, apart, probed
 from kernels.codes import estimate
 from kernels.page import PAGE
 from kernels.sample import SEGMENT
@@ -87,6 +86,8 @@ def estimate_masses(
     if cache.slopes is not None:
         scores.add_(bias_at(cache, position.expand(1, 1, -1), rows.lengths - 1))
     scores.masked_fill_(~free[:, None, None], -torch.inf)
-    some = scores[..., probed(first, last - first, query.device)] + math.log(EACH)
+    position, there = probed(first, last - first, rows.visible)
+    some = scores[..., position] + (apart(rows.visible) * PLACES).log()[:, None, None, None]
+    some.masked_fill_(~there[:, None, None], -torch.inf)
     norm = torch.cat((held, some), dim=-1).logsumexp(-1)
     return Masses(scores, held, norm, first * PAGE, free, kept, seen)

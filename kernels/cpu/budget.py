@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kernels.budget import EACH, SAMPLE
+from kernels.budget import PLACES, SAMPLE
 from kernels.cpu.launch import jit
 from kernels.cpu.number import long_vectors
 from kernels.cpu.vectors import exponentials, greatest_score, total_of
@@ -14,7 +14,7 @@ from kernels.cpu.vectors import exponentials, greatest_score, total_of
 if TYPE_CHECKING:
     from kernels.cpu.keys import Place
 
-_ZERO, _ONE, _EACH = np.float32(0), np.float32(1), np.float32(EACH)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 class Budget(NamedTuple):
@@ -44,6 +44,7 @@ def spend(place: Place, budget: Budget, score: Any, probes: int, always: int, no
         there are free keys, or more, where all of them are read.
     """
     share, held, lost = np.zeros(probes, np.float32), _ZERO, False
+    each = np.float32(place.apart * PLACES)
     for head in range(score.shape[0]):
         own = score[head, : probes + always]
         most = greatest_score(own)
@@ -54,17 +55,17 @@ def spend(place: Place, budget: Budget, score: Any, probes: int, always: int, no
         part = _ONE / (total * np.float32(score.shape[0]))
         held += total_of(own[probes:]) * part
         for probe in range(probes):
-            share[probe] += own[probe] * (part / _EACH)
+            share[probe] += own[probe] * (part / each)
     free = place.coded - place.low
     most_marks = max(budget.max_keys - always, SAMPLE)
     number = min(max(budget.min_keys - always, SAMPLE), most_marks)
     if lost:
         return most_marks if most_marks >= free else 0
-    keys, mass = _expected(share, held, number)
+    keys, mass = _expected(share, held, number, each)
     worth = np.float32(budget.worth / (place.length - place.start))
     while number < min(most_marks, free) and mass < np.float32(budget.coverage):
         more = min(2 * number, most_marks)
-        keys_of_more, mass_of_more = _expected(share, held, more)
+        keys_of_more, mass_of_more = _expected(share, held, more, each)
         if mass_of_more - mass < worth * (keys_of_more - keys):
             break
         number, keys, mass = more, keys_of_more, mass_of_more
@@ -72,7 +73,7 @@ def spend(place: Place, budget: Budget, score: Any, probes: int, always: int, no
 
 
 @jit
-def _expected(share: Any, held: Any, number: int) -> Any:
+def _expected(share: Any, held: Any, number: int, each: Any) -> Any:
     """How many keys `number` marks meet, and the share of the mass on them and the held keys."""
     long_vectors()
     keys, mass, marks = _ZERO, _ZERO, np.float32(number)
@@ -81,4 +82,4 @@ def _expected(share: Any, held: Any, number: int) -> Any:
         met = met if met < _ONE else _ONE
         keys += met
         mass += share[probe] * met
-    return _EACH * keys, held + _EACH * mass
+    return each * keys, held + each * mass

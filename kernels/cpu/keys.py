@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from kernels.budget import FAR
 from kernels.codes import words
 from kernels.cpu.launch import jit
 from kernels.page import PAGE
@@ -48,6 +49,7 @@ class Place(NamedTuple):
     coded: int  # number behind the last free key: where the recent window begins
     since: int  # position of the first recent key that the row sees
     length: int  # position behind the last
+    apart: int  # one page of so many is probed
 
 
 @jit
@@ -58,9 +60,10 @@ def place_of(keys: Keys, head: int, row: int, sinks: int) -> Place:
     coded = max(recent - first, 0) * 64
     low = min(max(start, sinks) - first * 64, coded)
     since = max(start, recent * 64)
-    return Place(
-        head, row, start, max(start, min(sinks, recent * 64)), first, low, coded, since, length
-    )
+    visible = length - start
+    apart = 1 if visible < FAR else 2 if visible < 2 * FAR else 4
+    end = max(start, min(sinks, recent * 64))
+    return Place(head, row, start, end, first, low, coded, since, length, apart)
 
 
 @jit

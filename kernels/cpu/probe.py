@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels.budget import EACH, PROBE
+from kernels.budget import PLACES, PROBE
 from kernels.cpu.keys import fall, fall_of_pages, kept_of, pages_of, slots_of
 from kernels.cpu.launch import jit
 from kernels.cpu.scan import estimate_page
@@ -16,8 +15,6 @@ from kernels.sample import SEGMENT
 
 if TYPE_CHECKING:
     from kernels.cpu.keys import Keys, Place
-
-_LOG_EACH = np.float32(math.log(EACH))
 
 
 @jit
@@ -36,7 +33,7 @@ def probe_pages(
         planes: see `level_query`.
         level: likewise.
         centre: float32 [group, pages], out.
-        score: float32 [group, pages * PROBE ..], out: log of the mass for which a probed key
+        score: float32 [group, probes_of(place) ..], out: log of the mass for which a probed key
             stands, -inf where it is not free.
     """
     low, pages = pages_of(keys, place, first, last)
@@ -47,40 +44,56 @@ def probe_pages(
     group, codes = score.shape[0], np.empty((1, keys.codes.shape[1], 64), np.int64)
     scales, out = np.empty((1, 64), np.uint16), np.empty((group, 64), np.float32)
     sums = np.empty((2, 64), np.int64)
-    for begin in range(0, pages.shape[0], EACH):
-        many = min(EACH, pages.shape[0] - begin)
+    each = SEGMENT // place.apart  # probed pages of a segment
+    stands = np.log(np.float32(place.apart * PLACES))
+    stop = min(last * each, probes_of(place) // PROBE)
+    for begin in range(first * each, stop, PLACES):
+        many = min(PLACES, stop - begin)
         for index in range(many):
-            page, source = pages[begin + index], _probed(place, low + begin + index)
-            for probe in range(PROBE):
-                scales[0, index * PROBE + probe] = sizes[page, source + probe]
-            for word in range(codes.shape[1]):
+            page = _page(place, begin + index)
+            if low <= page < low + pages.shape[0]:
+                cached, source = pages[page - low], _probed(place, page)
                 for probe in range(PROBE):
-                    codes[0, word, index * PROBE + probe] = stored[page, word, source + probe]
+                    scales[0, index * PROBE + probe] = sizes[cached, source + probe]
+                for word in range(codes.shape[1]):
+                    for probe in range(PROBE):
+                        code = stored[cached, word, source + probe]
+                        codes[0, word, index * PROBE + probe] = code
         # Not a literal 0, of which a version of its own would be compiled.
         estimate_page(codes, scales, np.int64(0), planes, level, sums, out)
         for head in range(group):
+            own = score[head, begin * PROBE : (begin + many) * PROBE]
+            own[:] = -np.inf
             for index in range(many):
-                page = low + begin + index
-                middle = centre[head, page] + _LOG_EACH
-                for probe in range(PROBE):
-                    score[head, page * PROBE + probe] = out[head, index * PROBE + probe] + middle
-                if keys.slopes.shape[0] > 0:
-                    slope = keys.slopes[place.head * group + head]
+                page = _page(place, begin + index)
+                if low <= page < low + pages.shape[0]:
+                    source, middle = _probed(place, page), centre[head, page] + stands
                     for probe in range(PROBE):
-                        key = np.float32(_probed(place, page) + probe)
-                        score[head, page * PROBE + probe] += slope * key
-    for head in range(group):
-        for probe in range(first * SEGMENT * PROBE, min(low, place.coded // 64) * PROBE):
-            score[head, probe] = -np.inf
-        for probe in range(PROBE if pages.shape[0] > 0 else 0):
-            if low * 64 + _probed(place, low) + probe < place.low:
-                score[head, low * PROBE + probe] = -np.inf
+                        key = index * PROBE + probe
+                        if page * 64 + source + probe >= place.low:
+                            own[key] = out[head, key] + middle
+                        if keys.slopes.shape[0] > 0:
+                            slope = keys.slopes[place.head * group + head]
+                            own[key] += slope * np.float32(source + probe)
+
+
+@jit
+def probes_of(place: Place) -> int:
+    """How many keys are probed, with those that the last pages may lack."""
+    return (place.coded // 64 + place.apart - 1) // place.apart * PROBE
+
+
+@jit
+def _page(place: Place, number: int) -> int:
+    """A probed page, as `place` numbers them."""
+    page = number * place.apart
+    return page + (place.first + page) // PLACES % place.apart
 
 
 @jit
 def _probed(place: Place, page: int) -> Any:
     """The first probed key of a page: its place there."""
-    return (place.first + page) * 7 % EACH * PROBE
+    return (place.first + page) * 7 % PLACES * PROBE
 
 
 @jit

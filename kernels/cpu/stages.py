@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels.budget import PROBE
 from kernels.cpu.budget import spend
 from kernels.cpu.keys import kept_of, place_of
 from kernels.cpu.launch import entry, sources
-from kernels.cpu.probe import probe_pages, score_kept
+from kernels.cpu.probe import probe_pages, probes_of, score_kept
 from kernels.cpu.sample import draw_keys
 from kernels.cpu.scan import level_query, load_query
 from kernels.page import PAGE
@@ -62,7 +61,7 @@ def _kernels(version: int) -> tuple[Any, Any, Any, Any]:
             head, row = unit // rows, unit % rows
             place = place_of(keys, head, row, budget.sinks)
             load_query(queries, row, head * group, scale, query)
-            score, probes = work.score[unit], place.coded // 64 * PROBE
+            score, probes = work.score[unit], probes_of(place)
             always = score_kept(keys, place, query, score, probes)
             work.marks[unit] = spend(place, budget, score, probes, always, work.norm[unit])
             work.always[unit] = always

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels import sample
-from kernels.budget import PROBE
+from kernels.budget import APART, PROBE
 from kernels.codes import words
 from kernels.gpu.lanes import HEADS
 from kernels.page import PAGE
@@ -29,7 +29,9 @@ SLOT_BITS = tl.constexpr(32)
 """Of a key's place in the cache; its length stands above."""
 SLOTS = tl.constexpr((1 << 32) - 1)
 CHUNK = 16
-"""Pages that are probed at once."""
+"""Pages whose means are multiplied at once."""
+BLOCK = APART * CHUNK
+"""Pages of which a chunk is probed, where it is one in `APART`."""
 PARTS = 32
 """Programs that read what is met on a line, at least."""
 SPANS = 512
@@ -102,13 +104,13 @@ class Scratch:
     factors: Tensor  # float32 [lines, 3, padded]  of a code's sum, of its scale and its square
     held: Tensor  # float32 [lines, padded, HELD]  exact scores of the keys always read
     centres: Tensor  # float32 [lines, pages, padded]  scores of the pages' means
-    probes: Tensor  # float32 [lines, pages, padded, PROBE]  scores of the probed keys
-    masses: Tensor  # float32 [lines, chunks, padded]  logs of the probed keys' masses
+    probes: Tensor  # float32 [lines, blocks * BLOCK, padded, PROBE]  scores of the probed keys
+    masses: Tensor  # float32 [lines, blocks, padded]  logs of the probed keys' masses
     always: Tensor  # int64 [lines, HELD]  of these keys what `met` says of others; length 0: none
     norm: Tensor  # float32 [lines, padded]
     marks: Tensor  # int32 [lines]  -1 where all keys are read
     met: Tensor  # int64 [lines, spans, span * SEGMENT * 64]  slot in the cache and length of keys
-    counts: Tensor  # int32 [lines, spans]  how many these are
+    counts: Tensor  # int32 [lines, spans]  how many these are, -1 until it is known
 
     def positions(self) -> Tensor:
         """Memory for the positions of the keys met, int32."""
@@ -118,6 +120,7 @@ class Scratch:
     def of(layout: Layout, device: torch.device) -> Scratch:
         """Memory for one step's selection in one layer."""
         lines, padded, pages = layout.lines, layout.padded, layout.pages
+        blocks = -(-pages // BLOCK)
         places = (lines, layout.spans, layout.span * SEGMENT * PAGE)
 
         def floats(*size: int) -> Tensor:
@@ -131,8 +134,8 @@ class Scratch:
             factors=floats(3, padded),
             held=floats(padded, HELD),
             centres=floats(pages, padded),
-            probes=floats(pages, padded, PROBE),
-            masses=floats(-(-pages // CHUNK), padded),
+            probes=floats(blocks * BLOCK, padded, PROBE),
+            masses=floats(blocks, padded),
             always=torch.empty(lines, HELD, dtype=torch.int64, device=device),
             norm=floats(padded),
             marks=whole(),

@@ -105,10 +105,11 @@ def _look(
     kv_head, row, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     line = row * tl.num_programs(0) + kv_head
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-    overlap.wait(OVERLAP)
-    span = split // parts
-    place = line * spans + span
-    lost, noted = tl.load(marks + line) == 0, tl.load(counts + place, span < spans, 0)
+    # Not for the whole scan, whose last programs leave room for others.
+    drawn = split < spans * parts
+    place = line * spans + tl.where(drawn, split // parts, 0)
+    noted = overlap.published(counts + place)
+    lost = tl.load(marks + line) == 0
     wide: tl.constexpr = DIM // 2 if LANES else DIM
     query += line * (GROUP * wide)
     kv += kv_head * cache_pages * (PAGE * 2 * wide)

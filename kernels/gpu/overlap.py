@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.lanes import INTERPRETED, inlined
+
 
 def possible(device: torch.device) -> bool:
     """Whether kernels on this device can overlap: what their `launch_pdl` and OVERLAP say."""
@@ -26,11 +28,41 @@ def begin(OVERLAP: tl.constexpr):
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
     """Wait for all kernels before this one: nothing they write may be read, nothing be written,
-    before this has been called. Every kernel that is launched so must call it, since the next one
-    waits for this one alone.
+    before this has been called, or what takes its place. Every kernel that is launched so must call
+    it, since the next one waits for this one alone.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+@inlined
+def publish(pointer, number):
+    """Write a number that is not negative, and let it be seen by who finds it in `published` that
+    this program has written all that it will.
+    """
+    if INTERPRETED:  # it has no masks for atomics
+        tl.store(pointer, number)
+    else:
+        tl.debug_barrier()
+        tl.atomic_xchg(pointer, number, sem="release")
+
+
+@inlined
+def published(pointer):
+    """Wait for a program of the kernel before this one, all of whose programs have begun: for a
+    number in place of one that is negative, int32.
+
+    What had to be waited for by that program, this one may read, too.
+    """
+    if INTERPRETED:
+        number = tl.load(pointer)
+    else:
+        number = tl.inline_asm_elementwise(
+            "{ .reg .pred p; again: ld.acquire.gpu.global.b32 $0, [$1]; setp.lt.s32 p, $0, 0;"
+            " @p nanosleep.u32 64; @p bra again; }",
+            "=r,l", [pointer.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return number
 
 
 @triton.jit

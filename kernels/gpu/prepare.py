@@ -46,33 +46,35 @@ def prepare(
     _prepare[(turns + layout.lines * (HELD // PAGE),)](
         query, rotation(layout.head_dim, wide, query.device), cache.kv, rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors, scratch.held,
-        scratch.always,
-        scale, sinks, rows.queries, layout.lines, turns, layout.kv_heads,
+        scratch.always, scratch.counts,
+        scale, sinks, rows.queries, layout.lines, turns, layout.kv_heads, layout.spans,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, ROOM=room, TILE=tile,
         DIM=layout.head_dim, WIDTH=triton.next_power_of_2(layout.head_dim),
         STEPS=layout.steps, SETS=layout.sets, HELD=HELD, PAGE=PAGE,
         CHANNELS=min(CHANNELS, triton.next_power_of_2(layout.head_dim)),
+        SPANS=triton.next_power_of_2(layout.spans),
         BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        "sinks", "queries", "lines", "turns", "kv_heads", "table_stride", "cache_pages"
+        "sinks", "queries", "lines", "turns", "kv_heads", "spans", "table_stride", "cache_pages"
     ]
 )  # fmt: skip
 def _prepare(
     query, rotated, kv, tables, starts, lengths, slopes, planes, factors, held, always,
-    scale, sinks, queries, lines, turns, kv_heads, table_stride, cache_pages,
+    counts, scale, sinks, queries, lines, turns, kv_heads, spans, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, SETS: tl.constexpr,
-    HELD: tl.constexpr, PAGE: tl.constexpr, CHANNELS: tl.constexpr, BIASED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HELD: tl.constexpr, PAGE: tl.constexpr, CHANNELS: tl.constexpr, SPANS: tl.constexpr,
+    BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some lines' queries, or a page of one line's keys always read."""
-    overlap.begin(OVERLAP)
+    # The next kernel reads the query without waiting for this one: it may begin when that is there.
     overlap.wait(OVERLAP)
+    overlap.begin(OVERLAP)
     number, place = tl.program_id(0), tl.arange(0, TILE)
     if number < turns:
         owner = number.to(tl.int64) * (TILE // ROOM) + place // ROOM
@@ -133,6 +135,8 @@ def _prepare(
         certain = tl.full((PAGE,), CERTAIN, tl.int64) << SLOT_BITS
         note = tl.where(seen, certain | (cached * PAGE + key), newest)
         tl.store(always + line * HELD + part * PAGE + key, note)
+        span = tl.arange(0, SPANS)  # of which nothing is known yet
+        tl.store(counts + line * spans + span, -1, span < tl.where(part == 0, spans, 0))
 
 
 @triton.jit

@@ -126,7 +126,6 @@ def _scan(
     column g in lanes 4 g to 4 g + 3, and the sum over heads leaves two keys in each, so that the
     lanes' keys follow each other as on the line.
     """
-    overlap.begin(OVERLAP)
     line, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, kv_head = line // kv_heads, line % kv_heads
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
@@ -162,6 +161,7 @@ def _scan(
         words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
         pending += ((cached, words, sizes),)  # type: ignore[assignment]
     overlap.wait(OVERLAP)
+    overlap.begin(OVERLAP)  # not before: what follows waits for programs of this kernel alone
     number = tl.load(marks + line)
     high = tl.where(number == 0, 0, high)
     # Units of the line for a mass of 1 in one head; where all keys are read, whatever the mass.
@@ -274,7 +274,7 @@ def _scan(
         mass = tl.sum(tl.reshape(by_head, (SETS, 8 * WARPS, 4)), 1)
         tl.store(masses + place * PADDED + head, mass, head < PADDED)
     if span < spans:
-        tl.store(counts + place, noted)
+        overlap.publish(counts + place, noted)
     if LOOKS:
         tl.debug_barrier()
         query += line * (GROUP * wide)

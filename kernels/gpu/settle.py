@@ -8,11 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.budget import EACH, PROBE
+from kernels import budget
+from kernels.budget import PLACES, PROBE
 from kernels.gpu import overlap
 from kernels.gpu.lanes import log2
-from kernels.gpu.layout import HELD
+from kernels.gpu.layout import BLOCK, HELD
 from kernels.gpu.look import always_read
+from kernels.gpu.probe import apart_of
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from kernels.cache import Rows
     from kernels.gpu.layout import Layout, Scratch
 
-BLOCK = 2048
+SUMMED = 2048
 """Probed keys whose shares are added up at once."""
 
 
@@ -38,38 +40,42 @@ def settle(
         scratch: what the probe left, and what is written.
         fewest: marks that a line gets at the least.
     """
-    overlaps, parts = overlap.possible(limits.device), scratch.masses.shape[1]
-    shares = torch.empty(layout.lines, layout.pages * PROBE, device=limits.device)
+    overlaps, blocks = overlap.possible(limits.device), scratch.masses.shape[1]
+    shares = torch.empty(layout.lines, blocks * BLOCK * PROBE, device=limits.device)
     _settle[(layout.lines,)](
         scratch.masses, scratch.held, scratch.probes, rows.starts, rows.lengths, limits, shares,
         scratch.norm, scratch.marks,
-        sinks, parts, layout.kv_heads, layout.pages, 4 if limits.shape[0] > 1 else 0,
-        GROUP=layout.group, PADDED=layout.padded, PARTS=triton.next_power_of_2(parts),
-        HELD=HELD, BLOCK=BLOCK, PROBE=PROBE, EACH=EACH, SAMPLE=fewest, PAGE=PAGE,
+        sinks, blocks, layout.kv_heads, 4 if limits.shape[0] > 1 else 0,
+        GROUP=layout.group, PADDED=layout.padded, BLOCKS=triton.next_power_of_2(blocks),
+        HELD=HELD, SUMMED=SUMMED, PROBE=PROBE, PLACES=PLACES, FAR=budget.FAR, SAMPLE=fewest,
+        BLOCK=BLOCK, PAGE=PAGE,
         OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sinks", "parts", "kv_heads", "pages", "stride"])
+@triton.jit(do_not_specialize=["sinks", "blocks", "kv_heads", "stride"])
 def _settle(
     masses, held, probes, starts, lengths, limits, shares, norm, marks,
-    sinks, parts, kv_heads, pages, stride,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr,
-    BLOCK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr, SAMPLE: tl.constexpr,
-    PAGE: tl.constexpr, OVERLAP: tl.constexpr,
+    sinks, blocks, kv_heads, stride,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr, HELD: tl.constexpr,
+    SUMMED: tl.constexpr, PROBE: tl.constexpr, PLACES: tl.constexpr, FAR: tl.constexpr,
+    SAMPLE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line: `kernels.masses` norm, `kernels.budget.marks`."""
     overlap.begin(OVERLAP)
     overlap.wait(OVERLAP)
     line = tl.program_id(0).to(tl.int64)
     row = line // kv_heads
-    head, part, key = tl.arange(0, PADDED), tl.arange(0, PARTS), tl.arange(0, HELD // 3)
+    head, block, key = tl.arange(0, PADDED), tl.arange(0, BLOCKS), tl.arange(0, HELD // 3)
     some = tl.load(
-        masses + (line * parts + part[:, None]) * PADDED + head[None],
-        (part < parts)[:, None],
+        masses + (line * blocks + block[:, None]) * PADDED + head[None],
+        (block < blocks)[:, None],
         float("-inf"),
-    )  # [PARTS, PADDED]
-    some += tl.log2(EACH * 1.0)
+    )  # [BLOCKS, PADDED]
+    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+    apart = apart_of(length - start, FAR)
+    each = (PLACES * apart).to(tl.float32)  # keys for which a probed one stands
+    some += log2(each)
     top = tl.max(some, 0)
     for third in tl.static_range(3):
         near = tl.load(held + (line * PADDED + head)[:, None] * HELD + third * PAGE + key[None])
@@ -85,7 +91,6 @@ def _settle(
     share = tl.where(head < GROUP, certain / (total + certain), 0.0)
     always_mass = tl.sum(share, 0) / GROUP
 
-    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     stop = tl.maximum(length // PAGE - 1, 0) * PAGE
     always = always_read(start, length, sinks, PAGE)
     free = tl.maximum(stop - tl.maximum(start, sinks), 0)
@@ -95,18 +100,18 @@ def _settle(
     most = tl.maximum(most - always, SAMPLE)
     chosen = tl.minimum(tl.maximum(fewest - always, max(SAMPLE, 1)), most)
     if chosen < tl.minimum(most, free):
-        first, last = start // PAGE * PROBE, stop // PAGE * PROBE
-        _share_out(
-            probes, shares, whole, line, pages, first, last, head, GROUP, PADDED, BLOCK, PROBE
-        )
+        probes += line * blocks * (BLOCK * PADDED * PROBE)
+        shares += line * blocks * (BLOCK * PROBE)
+        # Probed keys: of whole blocks, of no mass where there are none.
+        first = start // (PAGE * BLOCK) * (BLOCK // apart * PROBE)
+        last = tl.cdiv(stop, PAGE * BLOCK) * (BLOCK // apart * PROBE)
+        _share_out(probes, shares, whole, first, last, head, GROUP, PADDED, SUMMED, PROBE)
         tl.debug_barrier()
-        keys, mass = _met(shares, line, pages, first, last, chosen, BLOCK, PROBE, EACH)
+        keys, mass = _met(shares, first, last, chosen, each, SUMMED)
         going = mass + always_mass < coverage
         while going:
             more = tl.minimum(2 * chosen, most)
-            keys_of_more, mass_of_more = _met(
-                shares, line, pages, first, last, more, BLOCK, PROBE, EACH
-            )
+            keys_of_more, mass_of_more = _met(shares, first, last, more, each, SUMMED)
             going = (more > chosen) & (mass_of_more - mass >= worth * (keys_of_more - keys))
             if going:
                 chosen, keys, mass = more, keys_of_more, mass_of_more
@@ -119,14 +124,14 @@ def _settle(
 
 @triton.jit
 def _share_out(
-    probes, shares, whole, line, pages, first, last, head,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PROBE: tl.constexpr,
+    probes, shares, whole, first, last, head,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, SUMMED: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
     """Shares of the probed keys, mean over the group's heads."""
     probed = tl.arange(0, PROBE)
-    for block in range(first // PROBE, last // PROBE, BLOCK // PROBE):
-        page = line * pages + block + tl.arange(0, BLOCK // PROBE)
-        there = page < line * pages + last // PROBE
+    for begin in range(first // PROBE, last // PROBE, SUMMED // PROBE):
+        page = begin + tl.arange(0, SUMMED // PROBE)
+        there = page < last // PROBE
         place = (page[:, None] * PADDED + head[None]) * PROBE
         score = tl.load(
             probes + place[:, :, None] + probed[None, None],
@@ -138,16 +143,13 @@ def _share_out(
 
 
 @triton.jit
-def _met(
-    shares, line, pages, first, last, number,
-    BLOCK: tl.constexpr, PROBE: tl.constexpr, EACH: tl.constexpr,
-):  # fmt: skip
+def _met(shares, first, last, number, each, SUMMED: tl.constexpr):
     """How many keys `number` marks meet, and the share of the mass on them."""
-    keys, mass = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for block in range(first, last, BLOCK):
-        key = block + tl.arange(0, BLOCK)
-        share = tl.load(shares + line * pages * PROBE + key, key < last, 0.0)
+    keys, mass = tl.zeros((SUMMED,), tl.float32), tl.zeros((SUMMED,), tl.float32)
+    for begin in range(first, last, SUMMED):
+        key = begin + tl.arange(0, SUMMED)
+        share = tl.load(shares + key, key < last, 0.0)
         met = tl.minimum(share * number.to(tl.float32), 1.0)
         keys += met
         mass += share * met
-    return EACH * tl.sum(keys, 0), EACH * tl.sum(mass, 0)
+    return each * tl.sum(keys, 0), each * tl.sum(mass, 0)

@@ -10,7 +10,7 @@ import torch
 
 from kernels import dynamic, judge
 from kernels.attention import Impl, selected_attention
-from kernels.budget import EACH, PROBE, SAMPLE
+from kernels.budget import FAR, PLACES, PROBE, SAMPLE
 from kernels.codes import rotation
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
@@ -194,10 +194,18 @@ def test_a_budget_of_about_all_keys(paged, spare):
 def unprobed(count, pages):
     """Positions that no probe meets, a few in each page but the first."""
     return [
-        page * PAGE + (page * 7 % EACH * PROBE + PROBE + place) % PAGE
+        page * PAGE + (page * 7 % PLACES * PROBE + PROBE + place) % PAGE
         for page in range(1, pages)
         for place in range(count)
     ]
+
+
+@pytest.mark.parametrize("window", [None, FAR - 100, FAR, 2 * FAR])
+def test_rows_of_which_not_every_page_is_probed(paged, window):
+    case = paged([FAR - 1, FAR, 900, 2 * FAR + 3000], 1, 32)
+    case.rows = case.rows.within(window)
+    query = on_grid(case, 2)
+    assert_alike(*both(query, case, Dynamic(coverage=1.0, min_keys=0, max_keys=3000)))
 
 
 def test_more_keys_than_the_budget_where_probes_miss_them(paged):

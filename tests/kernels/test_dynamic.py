@@ -7,6 +7,7 @@ import torch
 
 from kernels import dynamic, judge
 from kernels.attention import Impl, dense_attention, selected_attention
+from kernels.budget import FAR
 from kernels.cache import Segment
 from kernels.errors import KernelError
 from kernels.page import PAGE
@@ -246,7 +247,7 @@ def test_rows_too_short_for_a_choice_read_all(paged, impl):
 @pytest.mark.parametrize("most", [1000, 2000])
 def test_at_most_about_max_keys_are_read(paged, impl, gain, most):
     """Shares are estimates, and sum to about 1."""
-    case = paged([8192, 20_000], 2, 64, queries=4)
+    case = paged([8192, 20_000, FAR + 100], 2, 64, queries=4)
     query = case.query(2) * gain
     policy = Dynamic(coverage=1.0, min_keys=0, max_keys=most, worth=0.0)
     counts = dynamic.select(query, case.cache, case.rows, policy, 0.125, impl=impl).counts

@@ -22,7 +22,7 @@ OTHER = {
 CONSTANTS = [
     *((codes, name) for name in ("NOISE", "WORD", "SEED")),
     (masses, "MOST"),
-    *((budget, name) for name in ("SAMPLE", "PROBE", "EACH")),
+    *((budget, name) for name in ("SAMPLE", "PROBE", "PLACES", "APART", "FAR")),
     *((sample, name) for name in ("SEGMENT", "BITS", "STEP", "TURN", "STRIDE")),
     (lanes, "PLANES"),
     (fingerprint, "SURVIVORS"),

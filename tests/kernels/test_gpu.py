@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from kernels import dynamic, judge, sample
+from kernels import budget, dynamic, judge, sample
 from kernels.attention import Impl, dense_decode, selected_attention
 from kernels.budget import marks, probed
 from kernels.cache import LayerCache, Rows
@@ -206,7 +206,9 @@ def test_attention_reads_what_is_selected(found):
     assert torch.equal(actual.keys.long(), found.selection.counts)
 
 
-def test_the_budget_is_torchs_on_the_same_probes(make):
+@pytest.mark.parametrize("far", [640, 900, budget.FAR])
+def test_the_budget_is_torchs_on_the_same_probes(make, monkeypatch, far):
+    monkeypatch.setattr(budget, "FAR", far)
     case = make(2, 2, 64, lengths=(2500, 1300), starts=(0, 700), gain=0.4)
     # What keys carry does not depend on the budget.
     _, scratch, share = estimated(case, POLICIES["mass"])
@@ -218,10 +220,10 @@ def test_the_budget_is_torchs_on_the_same_probes(make):
     numbers = []
     for name, policy in POLICIES.items():
         _, scratch = look_over(*case.layout, policy, SCALE)
-        expected = marks(
-            share[..., probed(0, pages, DEVICE)], held.view(2, 2), known.seen.sum(-1),
-            case.rows.visible, policy,
-        )  # fmt: skip
+        position, there = probed(0, pages, case.rows.visible)
+        some = share[..., position].masked_fill(~there[:, None], 0.0)
+        always = known.seen.sum(-1)
+        expected = marks(some, held.view(2, 2), always, case.rows.visible, policy)
         expected = torch.where(expected >= known.free.sum(-1)[:, None], -1, expected)
         assert torch.equal(scratch.marks.view(2, 2).long(), expected), name
         numbers += expected.flatten().tolist()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels import budget, dynamic, reference_sample, sample
 from kernels.attention import Impl, dense_decode
-from kernels.budget import EACH, PROBE, SAMPLE
+from kernels.budget import FAR, PLACES, PROBE, SAMPLE
 from kernels.page import PAGE
 from kernels.policy import Dynamic
 from kernels.sample import BITS, SEGMENT
@@ -185,7 +185,7 @@ policies = st.builds(
 )
 probes = st.builds(
     lambda seed, keys, sharpness, held: (
-        some_shares(seed, keys, sharpness) * (1 - held) / EACH,
+        some_shares(seed, keys, sharpness) * (1 - held) / PLACES,
         torch.full((3, 2), held, dtype=torch.float64),
     ),
     st.integers(0, 10**6),
@@ -196,10 +196,16 @@ probes = st.builds(
 
 
 @settings(max_examples=100, deadline=None)
-@given(probes, policies, st.lists(st.integers(1, 400), min_size=3, max_size=3))
-def test_the_budget_is_the_reference_budget(probe, policy, always):
+@given(
+    probes,
+    policies,
+    st.lists(st.integers(1, 400), min_size=3, max_size=3),
+    st.sampled_from([0, 1, 2]),
+)
+def test_the_budget_is_the_reference_budget(probe, policy, always, far):
     share, held = probe
-    visible = [EACH * share.shape[-1] + one for one in always]
+    visible = [PLACES * share.shape[-1] + one + far * FAR for one in always]
+    share, each = share / 2**far, PLACES * 2**far
     actual = budgets(share, held, always, visible, policy)
     fewest = SAMPLE if policy.sampled else 0  # plain top-k takes as many keys as it is told
     for row in range(3):
@@ -212,7 +218,7 @@ def test_the_budget_is_the_reference_budget(probe, policy, always):
                 visible[row],
                 policy,
                 fewest,
-                EACH,
+                each,
             )
             assert int(actual[row, head]) == marks
             assert min(max(policy.min_keys - always[row], fewest), most) <= marks <= most
@@ -233,8 +239,8 @@ def test_more_marks_for_more_coverage_and_more_keys(probe, one, two):
 
 
 def test_marks_end_where_coverage_is_reached_or_more_are_not_worth_it():
-    level = torch.full((1, 1, 500), 1 / (500 * EACH))
-    sharp = torch.tensor([[[0.5, *[1e-4] * 499]]]) / EACH
+    level = torch.full((1, 1, 500), 1 / (500 * PLACES))
+    sharp = torch.tensor([[[0.5, *[1e-4] * 499]]]) / PLACES
     none = torch.zeros(1, 1)
 
     def of(share, **changes):
@@ -249,13 +255,19 @@ def test_marks_end_where_coverage_is_reached_or_more_are_not_worth_it():
     assert of(sharp, worth=0.0, coverage=0.49) == SAMPLE
 
 
-@given(st.integers(0, 1000))
-def test_probed_keys_are_at_every_place_of_a_page_once_in_16_pages(first):
-    position = budget.probed(first, EACH, torch.device("cpu"))
-    assert torch.equal(position // PAGE, torch.arange(EACH).repeat_interleave(PROBE))
-    assert (position % PAGE).sort().values.tolist() == list(range(PAGE))
-    late = budget.probed(first + 3, EACH - 3, torch.device("cpu"))
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 4]))
+def test_probed_keys_are_at_every_place_of_a_page(first, apart):
+    visible = torch.tensor([FAR * apart // 2, 1])
+    assert budget.apart(visible).tolist() == [apart, 1]
+    first, pages = first * apart * PLACES if apart > 1 else first, apart * PLACES
+    position, there = budget.probed(first, pages, visible)
+    assert bool(there[1].all())
+    found = position[there[0]]
+    assert (found % PAGE).sort().values.tolist() == list(range(PAGE))
+    assert (found // PAGE // apart)[::PROBE].tolist() == list(range(PLACES))
+    late, still = budget.probed(first + 3, pages - 3, visible)
     assert torch.equal(position[3 * PROBE :], late + 3 * PAGE)
+    assert torch.equal(there[:, 3 * PROBE :], still)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def spoil_key(value):
 
 
 def spoil_code(cache, pages):
-    cache.scale[0, pages[1], probed(1, 1, DEVICE)[0]] = torch.nan
+    cache.scale[0, pages[1], probed(1, 1, torch.tensor([0]))[0][0]] = torch.nan
 
 
 def spoil_mean(cache, pages):
