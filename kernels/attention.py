@@ -62,8 +62,8 @@ def _triton_takes(dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """
     return (
         dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and 16 <= head_dim <= 4 * WORD
-        and words(head_dim) != 3
+        and 16 <= head_dim <= 8 * WORD
+        and words(head_dim) != 6
         and group <= MOST_HEADS
     )
 

@@ -22,7 +22,7 @@ SAMPLE = 512
 PROBE = 4
 """Keys of a page that are probed."""
 PLACES = PAGE // PROBE
-"""Places in a page where they may lie."""
+"""Fours of a page."""
 APART = 4
 """One page of so many is probed at the least."""
 FAR = 32_768
@@ -40,9 +40,9 @@ def apart(visible: Tensor) -> Tensor:
 def probed(first: int, pages: int, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Which keys of pages `first` to `first + pages` are probed.
 
-    In each page it is `PROBE` neighbours, those of 16 pages on end at 16 different places. Where
-    one page of four is probed it is every fourth of 16, of the next 16 those behind them: of 64
-    pages on end they are at 16 different places, too. Likewise one page of two.
+    In each page they are one of its fours (`kernels.codes`), in 16 pages on end 16 different ones.
+    Where one page of four is probed it is every fourth of 16, of the next 16 those behind them: of
+    64 pages on end they are 16 different ones, too. Likewise one page of two.
 
     Args:
         first: the first page.
@@ -54,8 +54,9 @@ def probed(first: int, pages: int, visible: Tensor) -> tuple[Tensor, Tensor]:
         [pages * PROBE]; and whether they are in each row: bool [rows, pages * PROBE].
     """
     page = torch.arange(first, first + pages, device=visible.device)
-    place = (page - first) * PAGE + page * 7 % PLACES * PROBE
-    position = (place[:, None] + torch.arange(PROBE, device=visible.device)).flatten()
+    four = page * 7 % PLACES
+    place = (page - first) * PAGE + four // 8 * 32 + four % 8
+    position = (place[:, None] + 8 * torch.arange(PROBE, device=visible.device)).flatten()
     each = apart(visible)[:, None]
     there = page % each == page // PLACES % each  # [rows, pages]
     return position, there.repeat_interleave(PROBE, dim=1)

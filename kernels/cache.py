@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.codes import encode, words
+from kernels.codes import FOURS, encode, words
 from kernels.page import PAGE, PAGE_BITS
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class LayerCache:
 
     kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
     key_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
-    codes: Tensor  # int64 [kv_heads, pages, words, 64]  signs of the keys' rotated rest
-    scale: Tensor  # bfloat16 [kv_heads, pages, 64]  of the keys' codes
+    codes: Tensor  # int32 [kv_heads, pages, 16, words, 4]  signs of the keys' rotated rest
+    scale: Tensor  # bfloat16 [kv_heads, pages, 16, 4]  of the keys' codes
     value_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
     spread: Tensor  # float32 [kv_heads, pages]  variance of a page's keys, mean over channels
     # [heads], float32 or wider: what each position is worth in each query head (`kernels.alibi`)
@@ -46,9 +46,9 @@ class LayerCache:
             kv=torch.zeros(kv_heads, pages, PAGE, 2, head_dim, dtype=dtype, device=device),
             key_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
             codes=torch.zeros(
-                kv_heads, pages, words(head_dim), PAGE, dtype=torch.int64, device=device
+                kv_heads, pages, FOURS, words(head_dim), 4, dtype=torch.int32, device=device
             ),
-            scale=torch.zeros(kv_heads, pages, PAGE, dtype=torch.bfloat16, device=device),
+            scale=torch.zeros(kv_heads, pages, FOURS, 4, dtype=torch.bfloat16, device=device),
             value_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
             spread=torch.zeros(kv_heads, pages, device=device),
         )
@@ -57,7 +57,7 @@ class LayerCache:
     def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes in one layer, its codes and means included."""
         numbers = 2 * (PAGE + 1) * head_dim  # keys and values, and their means
-        return kv_heads * (numbers * dtype.itemsize + PAGE * (8 * words(head_dim) + 2) + 4)
+        return kv_heads * (numbers * dtype.itemsize + PAGE * (4 * words(head_dim) + 2) + 4)
 
     @property
     def kv_heads(self) -> int:

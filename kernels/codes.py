@@ -6,6 +6,10 @@ With the signs b, <q, k> is estimated as <q, m> + s <R q, b>: RaBitQ's estimator
 "RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound"), with the page's mean
 as the centre. Its error is unbiased and nearly normal, and its variance is known beforehand:
 (1 - 2 / pi) |q|^2 s^2, and (1 - 2 / pi) <q, q'> s^2 is the covariance for two queries q and q'.
+
+Codes and scales of a page lie by fours, of keys 8 apart: a word of 32 signs of each of the four,
+then the next word of the same, and so on; then the next four's. A GPU's lane takes four words at
+once, and its neighbours what lies beside them (`kernels.gpu.lanes`).
 """
 
 from __future__ import annotations
@@ -26,15 +30,27 @@ if TYPE_CHECKING:
 
 NOISE = 1 - 2 / math.pi
 """Variance of an estimate over |q|^2 s^2: what signs alone lose of a rotated vector."""
-WORD = 64
-"""Signs that share an int64."""
+WORD = 32
+"""Signs that share an int32."""
+FOURS = PAGE // 4
+"""Fours of keys of a page."""
 SEED = 0
 """Of the rotation."""
 
 
 def words(head_dim: int) -> int:
-    """int64 words of one key's code."""
-    return -(-head_dim // WORD)
+    """int32 words of one key's code: an even number."""
+    return 2 * -(-head_dim // (2 * WORD))
+
+
+def by_fours(x: Tensor) -> Tensor:
+    """What belongs to a page's keys [..., 64] in the order of their codes: [..., 16, 4]."""
+    return x.reshape(*x.shape[:-1], 2, 4, 8).transpose(-1, -2).flatten(-3, -2)
+
+
+def by_keys(x: Tensor) -> Tensor:
+    """What is stored of a page's keys [..., 16, 4], key by key: [..., 64]."""
+    return x.reshape(*x.shape[:-2], 2, 8, 4).transpose(-1, -2).flatten(-3)
 
 
 _GATHER_BITS = sum(1 << 56 - 7 * bit for bit in range(8))
@@ -59,8 +75,8 @@ def encode(keys: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
             then part of the code.
 
     Returns:
-        The signs int64 [..., words, 64] (bit i of word w is set where channel 64 w + i is not
-        negative) and the scales, float32 [..., 64].
+        The signs int32 [..., 16, words, 4] (bit i of word w is set where channel 32 w + i is not
+        negative) and the scales, float32 [..., 16, 4].
     """
     rest = keys - mean.to(keys.dtype)[..., None, :]
     turned = rest @ rotation(keys.shape[-1], keys.dtype, keys.device)  # [..., 64, head_dim]
@@ -69,8 +85,8 @@ def encode(keys: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     bits = F.pad(turned >= 0, (0, width - keys.shape[-1]))  # [..., 64, width]
     # The product's last byte has the eight bytes of a word, 0 or 1 each, for its bits.
     octets = (bits.view(torch.int64) * _GATHER_BITS >> 56).to(torch.uint8)
-    signs = octets.view(torch.int64)  # [..., 64, words]
-    return signs.transpose(-1, -2), scale.float()
+    signs = octets.view(torch.int32).transpose(-1, -2)  # [..., words, 64]
+    return by_fours(signs).transpose(-2, -3), by_fours(scale.float())
 
 
 def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int) -> Tensor:
@@ -103,7 +119,7 @@ def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
     centre = torch.bmm(mean, grouped.to(dtype).flatten(0, 1).mT).to(query.dtype).mT
     centre = centre.reshape(*penalty.shape, -1)  # [kv_heads, sequences, queries * group, pages]
     signs = signs_of(cache.codes[:, tables], dtype, head_dim)
-    scale = cache.scale[:, tables][:, :, None]  # [kv_heads, sequences, 1, pages, 64]
+    scale = by_keys(cache.scale[:, tables])[:, :, None]  # [kv_heads, sequences, 1, pages, 64]
     scores = (turned.to(dtype) @ signs.mT).to(query.dtype).view(*centre.shape, PAGE)
     scores = scores.sub_(penalty[..., None, None] * scale).mul_(scale).add_(centre[..., None])
     scores = scores.view(kv_heads, sequences, queries, group, -1)
@@ -111,9 +127,10 @@ def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
 
 
 def signs_of(codes: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:
-    """Codes [..., pages, words, 64] as 1 and -1: [..., pages * 64, head_dim]."""
-    octets = codes.contiguous().view(torch.uint8).view(*codes.shape, 8)  # little-endian
-    octets = octets.transpose(-3, -2).flatten(-2)  # [..., pages, 64, words * 8]
+    """Codes [..., pages, 16, words, 4] as 1 and -1: [..., pages * 64, head_dim]."""
+    keys = by_keys(codes.transpose(-2, -3)).transpose(-1, -2)  # [..., pages, 64, words]
+    # A clone, since of no pages everything is contiguous whatever its strides.
+    octets = keys.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # little-endian
     place = torch.arange(8, dtype=torch.uint8, device=codes.device)
     bits = ((octets[..., None] >> place) & 1).flatten(-2)[..., :head_dim]
     return bits.to(dtype).mul_(2).sub_(1).flatten(-3, -2)

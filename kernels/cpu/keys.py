@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from kernels.budget import FAR
-from kernels.codes import words
-from kernels.cpu.launch import jit
+from kernels.codes import FOURS, words
+from kernels.cpu.launch import inlined, jit
 from kernels.page import PAGE
 from kernels.sample import SEGMENT
 
@@ -27,8 +27,8 @@ class Keys(NamedTuple):
 
     kv: Any  # [kv_heads * pages * 64 * 2, head_dim]  a key and its value, key after key
     key_mean: Any  # [kv_heads * pages, head_dim]
-    codes: Any  # int64 [kv_heads * pages, words, 64]
-    scale: Any  # bfloat16 [kv_heads * pages, 64]
+    codes: Any  # uint32 [kv_heads * pages, 16, words, 4]
+    scale: Any  # bfloat16 [kv_heads * pages, 64], by fours
     tables: Any  # int64 [sequences, pages]
     lengths: Any  # int64 [rows]
     starts: Any  # int64 [rows]
@@ -124,15 +124,21 @@ def fall(keys: Keys, place: Place, positions: Any, out: Any, offset: int) -> Non
             out[head, offset + index] += slope * np.float32(positions[index] - (place.length - 1))
 
 
+@inlined
+def key_of(place: Any) -> Any:
+    """A page's key at a place in the order of its codes (`kernels.codes`)."""
+    return place & 32 | (place & 3) << 3 | place >> 2 & 7
+
+
 @jit
 def fall_in_page(keys: Keys, place: Place, out: Any) -> None:
-    """Add what distance from a page's first key is worth to scores of its keys [group, 64]."""
+    """Add what distance from a page's first key is worth to its scores [group, 64], by fours."""
     if keys.slopes.shape[0] == 0:
         return
     for head in range(out.shape[0]):
         slope = keys.slopes[place.head * out.shape[0] + head]
         for key in range(64):
-            out[head, key] += slope * np.float32(key)
+            out[head, key] += slope * np.float32(key_of(key))
 
 
 @jit
@@ -162,7 +168,7 @@ def arrays(cache: LayerCache, rows: Rows) -> Keys:
     return Keys(
         numbers(cache.kv.view(-1, head_dim)),
         numbers(cache.key_mean.view(-1, head_dim)),
-        cache.codes.view(-1, words(head_dim), PAGE).numpy(),
+        cache.codes.view(-1, FOURS, words(head_dim), 4).numpy().view(np.uint32),
         numbers(cache.scale.view(-1, PAGE)),
         rows.block_tables.contiguous().numpy(),
         rows.lengths.contiguous().numpy(),

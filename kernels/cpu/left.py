@@ -54,7 +54,7 @@ def _kernel(version: int) -> Any:
         rows, kv_heads = counts.shape
         group = queries.shape[1] // kv_heads
         query = np.empty((group, queries.shape[2]), np.float32)
-        planes = np.empty((group, 4, words_), np.int64)
+        planes = np.empty((group, 4, words_ // 2), np.int64)
         level = np.empty((3, group), np.float32)
         size = SEGMENT * PAGE
         scores = np.empty((group, size), np.float32)

@@ -118,6 +118,32 @@ def _add_columns(_typing: Any, table: Any, columns: Any) -> Any:
     return types.none(table, columns), generate
 
 
+def _join_words(_typing: Any, source: Any, _word: Any, target: Any, _place: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row = ir.VectorType(_WORD, 4).as_pointer()
+        words, keys = (
+            builder.bitcast(
+                context.make_array(signature.args[n])(context, builder, arguments[n]).data, row
+            )
+            for n in (0, 2)
+        )
+        first = builder.shl(arguments[1], arguments[1].type(1))
+        low, high = (
+            builder.load(builder.gep(words, [builder.add(first, first.type(n))]), align=4)
+            for n in (0, 1)
+        )
+        target = builder.shl(arguments[3], arguments[3].type(1))
+        for half in (0, 1):
+            order = ir.Constant(
+                ir.VectorType(_WORD, 4), [2 * half, 4 + 2 * half, 2 * half + 1, 5 + 2 * half]
+            )
+            place = builder.gep(keys, [builder.add(target, target.type(half))])
+            builder.store(builder.shuffle_vector(low, high, order), place, align=4)
+        return context.get_dummy_value()
+
+    return types.none(source, types.int64, target, types.int64), generate
+
+
 def _long_vectors(_typing: Any) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
         # llvmlite's own method takes no attribute that it does not know.
@@ -159,6 +185,8 @@ prefetch_row: Any = intrinsic(_prefetch_row)
 """Start to read a row of a two-dimensional array: what is read in no order is not foreseen."""
 add_columns: Any = intrinsic(_add_columns)
 """The sums of an 8 x 8 table's columns, int32 [64] to [8]: LLVM takes the numbers one by one."""
+join_words: Any = intrinsic(_join_words)
+"""Of four keys, uint32 [words, 4], words 2 n and 2 n + 1 as one: to int64 [64], by fours."""
 long_vectors: Any = intrinsic(_long_vectors)
 """The calling function runs in vectors of 512 bits: LLVM takes half on Intel's processors."""
 _scaled: Any = intrinsic(_times_power)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.budget import PLACES, PROBE
-from kernels.cpu.keys import fall, fall_of_pages, kept_of, pages_of, slots_of
+from kernels.cpu.keys import fall, fall_of_pages, kept_of, key_of, pages_of, slots_of
 from kernels.cpu.launch import jit
-from kernels.cpu.scan import estimate_page
+from kernels.cpu.scan import estimate_page, sums_of
 from kernels.cpu.vectors import dot_rows
 from kernels.sample import SEGMENT
 
@@ -41,9 +41,9 @@ def probe_pages(
     dot_rows(query, keys.key_mean, pages, centre, low)
     fall_of_pages(keys, place, low, pages.shape[0], centre, low)
     # The probed keys of several pages, as if they were one page's.
-    group, codes = score.shape[0], np.empty((1, keys.codes.shape[1], 64), np.int64)
+    group, codes = score.shape[0], np.empty((1, *stored.shape[1:]), np.uint32)
     scales, out = np.empty((1, 64), np.uint16), np.empty((group, 64), np.float32)
-    sums = np.empty((2, 64), np.int64)
+    sums = sums_of(planes)
     each = SEGMENT // place.apart  # probed pages of a segment
     stands = np.log(np.float32(place.apart * PLACES))
     stop = min(last * each, probes_of(place) // PROBE)
@@ -52,13 +52,10 @@ def probe_pages(
         for index in range(many):
             page = _page(place, begin + index)
             if low <= page < low + pages.shape[0]:
-                cached, source = pages[page - low], _probed(place, page)
+                cached, four = pages[page - low], _four(place, page)
+                codes[0, index] = stored[cached, four]
                 for probe in range(PROBE):
-                    scales[0, index * PROBE + probe] = sizes[cached, source + probe]
-                for word in range(codes.shape[1]):
-                    for probe in range(PROBE):
-                        code = stored[cached, word, source + probe]
-                        codes[0, word, index * PROBE + probe] = code
+                    scales[0, index * PROBE + probe] = sizes[cached, four * PROBE + probe]
         # Not a literal 0, of which a version of its own would be compiled.
         estimate_page(codes, scales, np.int64(0), planes, level, sums, out)
         for head in range(group):
@@ -67,14 +64,14 @@ def probe_pages(
             for index in range(many):
                 page = _page(place, begin + index)
                 if low <= page < low + pages.shape[0]:
-                    source, middle = _probed(place, page), centre[head, page] + stands
-                    for probe in range(PROBE):
-                        key = index * PROBE + probe
-                        if page * 64 + source + probe >= place.low:
-                            own[key] = out[head, key] + middle
+                    four, middle = _four(place, page), centre[head, page] + stands
+                    for probe in range(index * PROBE, (index + 1) * PROBE):
+                        key = key_of(four * PROBE + probe - index * PROBE)
+                        if page * 64 + key >= place.low:
+                            own[probe] = out[head, probe] + middle
                         if keys.slopes.shape[0] > 0:
                             slope = keys.slopes[place.head * group + head]
-                            own[key] += slope * np.float32(source + probe)
+                            own[probe] += slope * np.float32(key)
 
 
 @jit
@@ -91,9 +88,9 @@ def _page(place: Place, number: int) -> int:
 
 
 @jit
-def _probed(place: Place, page: int) -> Any:
-    """The first probed key of a page: its place there."""
-    return (place.first + page) * 7 % PLACES * PROBE
+def _four(place: Place, page: int) -> Any:
+    """Which keys of a page are probed."""
+    return (place.first + page) * 7 % PLACES
 
 
 @jit

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels.cpu.keys import fall_in_page, pages_of
+from kernels.cpu.keys import fall_in_page, key_of, pages_of
 from kernels.cpu.launch import inlined, jit
 from kernels.cpu.number import add_columns, exp, long_vectors, popcount
-from kernels.cpu.scan import estimate_page
+from kernels.cpu.scan import estimate_page, sums_of
 from kernels.sample import BITS, SEGMENT, STEP, STRIDE, TURN
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def draw_keys(keys: Keys, work: Work, unit: int, place: Place, first: int, last:
     group, everything = work.norm.shape[1], work.marks[unit] >= place.coded - place.low
     factor = np.float32(work.marks[unit]) / np.float32(group)
     scores, length = np.empty((group, 64), np.float32), np.empty(64, np.int32)
-    sums, share = np.empty((2, 64), np.int64), np.empty(64, np.float32)
+    sums, share = sums_of(work.planes[unit]), np.empty(64, np.float32)
     columns, end = np.empty(STRIDE, np.int32), 0
     begin = total = first * SEGMENT * 64
     # Views are made once: each counts a reference.
@@ -80,7 +80,7 @@ def _measure(
     """A page's scores to lengths on the line.
 
     Args:
-        scores: float32 [group, 64], without those of the page's mean.
+        scores: float32 [group, 64], without those of the page's mean, by fours.
         centre: see `probe_pages`.
         page: which one.
         norm: see `spend`.
@@ -97,7 +97,7 @@ def _measure(
     for key in range(64):
         part = share[key] * factor
         part = part if part < _ONE else _ONE  # of what is no number, too
-        length[key] = np.int32(np.rint(part * _UNITS))
+        length[key_of(key)] = np.int32(np.rint(part * _UNITS))
 
 
 @inlined

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.codes import NOISE
-from kernels.cpu.keys import fall_in_page, fall_of_pages, pages_of
+from kernels.cpu.keys import fall_in_page, fall_of_pages, key_of, pages_of
 from kernels.cpu.launch import jit
-from kernels.cpu.number import long_vectors, number, popcount
+from kernels.cpu.number import join_words, long_vectors, number, popcount
 from kernels.cpu.vectors import add_rows, dot_rows
 from kernels.sample import SEGMENT
 
@@ -41,7 +41,7 @@ def level_query(query: Any, rotation: Any, planes: Any, level: Any) -> None:
     Args:
         query: float32 [group, head_dim].
         rotation: float32 [head_dim, head_dim].
-        planes: int64 [group, 4, words], out: the levels' bits.
+        planes: int64 [group, 4, words / 2], out: the levels' bits.
         level: float32 [3, group], out: the step; what a product lacks for the grid's middle, over
             the step; half the variance of an estimate, over the square of the key's scale.
     """
@@ -76,24 +76,33 @@ def level_query(query: Any, rotation: Any, planes: Any, level: Any) -> None:
 
 
 @jit
+def sums_of(planes: Any) -> Any:
+    """Room for the sums of `estimate_page`."""
+    return np.empty((planes.shape[2] + 2, 64), np.int64)
+
+
+@jit
 def estimate_page(
     codes: Any, scales: Any, page: Any, planes: Any, level: Any, sums: Any, out: Any
 ) -> None:
     """What the codes of a page's 64 keys add to the score of the page's mean.
 
     Args:
-        codes: int64 [pages, words, 64].
-        scales: [pages, 64].
+        codes: uint32 [pages, 16, words, 4].
+        scales: [pages, 64], by fours, as all below.
         page: which of them.
         planes: see `level_query`.
         level: likewise.
-        sums: int64 [2, 64], of any content.
+        sums: int64 [words / 2 + 2, 64], of any content.
         out: float32 [group, 64], out.
     """
     long_vectors()
-    words = codes.shape[1]
-    ones, total = sums[0], sums[1]
-    code, size = codes[page], scales[page]
+    words = codes.shape[2] // 2
+    code, ones, total = sums[:words], sums[words], sums[words + 1]
+    size = scales[page]
+    for word in range(words):
+        for four in range(16):
+            join_words(codes[page, four], word, code[word], four)
     for key in range(64):
         ones[key] = -15 * popcount(code[0, key])
     for word in range(1, words):
@@ -143,7 +152,7 @@ def scan_segment(
     """
     low, pages = pages_of(keys, place, segment, segment + 1)
     first = low - segment * SEGMENT
-    centre, sums = np.empty((scores.shape[0], SEGMENT), np.float32), np.empty((2, 64), np.int64)
+    centre, sums = np.empty((scores.shape[0], SEGMENT), np.float32), sums_of(planes)
     out = np.empty((scores.shape[0], 64), np.float32)
     scores[:] = -np.inf
     dot_rows(query, keys.key_mean, pages, centre, first)
@@ -154,5 +163,5 @@ def scan_segment(
         page = first + index
         for head in range(scores.shape[0]):
             for key in range(64):
-                scores[head, page * 64 + key] = out[head, key] + centre[head, page]
+                scores[head, page * 64 + key_of(key)] = out[head, key] + centre[head, page]
     scores[:, : max(place.low - segment * SEGMENT * 64, 0)] = -np.inf

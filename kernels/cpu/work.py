@@ -20,7 +20,7 @@ KEPT = 3 * PAGE
 class Work(NamedTuple):
     """Arrays by unit: a row and KV head, the rows of the first KV head in front."""
 
-    planes: Any  # int64 [units, group, 4, words]  see `kernels.cpu.scan.level_query`
+    planes: Any  # int64 [units, group, 4, words / 2]  see `kernels.cpu.scan.level_query`
     level: Any  # float32 [units, 3, group]  likewise
     centre: Any  # float32 [units, group, pages]  scores of the pages' means
     score: Any  # float32 [units, group, probed and kept keys]
@@ -34,7 +34,7 @@ class Work(NamedTuple):
     @staticmethod
     def of(keys: Keys, kv_heads: int, group: int) -> Work:
         """Room for every row; what is never touched of it takes no memory."""
-        units, words = kv_heads * len(keys.lengths), keys.codes.shape[1]
+        units, words = kv_heads * len(keys.lengths), keys.codes.shape[2] // 2
         segments = -(-keys.lengths // (PAGE * SEGMENT)) - keys.starts // (PAGE * SEGMENT)
         segments = int(segments.max(initial=0))
         pages = segments * SEGMENT

@@ -352,23 +352,6 @@ def log2(x):
     return log
 
 
-@inlined
-def load_half(pointers):
-    """A bfloat16 from each of `pointers` [lanes], its bits int32.
-
-    What is read must be there before the kernel begins. Two narrow numbers would share a register,
-    and be waited for where they are put together.
-    """
-    if INTERPRETED:
-        bits = tl.load(pointers).to(tl.int16, bitcast=True).to(tl.int32) & 65535
-    else:
-        bits = tl.inline_asm_elementwise(
-            "ld.global.nc.u16 $0, [$1];", "=r,l", [pointers.to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    return bits
-
-
 FOUR = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 FIXED_FOUR = tl.constexpr(FOUR.value.replace("global", "global.nc"))
 
@@ -392,6 +375,54 @@ def load_four(pointers, FIXED: tl.constexpr):
             pack=1,
         )
     return words
+
+
+@inlined
+def load_two(pointers):
+    """Two int32 on end from each of `pointers` [lanes], there before the kernel began."""
+    if INTERPRETED:
+        words = tuple(tl.load(pointers + number) for number in range(2))
+    else:
+        words = tl.inline_asm_elementwise(
+            "ld.global.nc.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l",
+            [pointers.to(tl.int64)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return words
+
+
+@inlined
+def own_word(member, WORDS: tl.constexpr):
+    """Where in codes of four keys lane t's first word is; the last one's, where they have none."""
+    return tl.minimum(member, WORDS - 1) * 4
+
+
+@inlined
+def load_words(codes, member, STEPS: tl.constexpr, WORDS: tl.constexpr):
+    """Of four keys word t of each step (`kernels.codes`): four int32 [lanes], step by step.
+
+    Args:
+        codes: where the lanes' own words are, [lanes].
+        member: t.
+    """
+    words = ()
+    for step in tl.static_range(STEPS):
+        four = load_four(codes + step * 16, True)
+        for key in tl.static_range(4):
+            if WORDS % 4 == 0:
+                words += (four[key],)  # type: ignore[assignment]
+            else:
+                words += (tl.where(step * 4 + member < WORDS, four[key], 0),)  # type: ignore[assignment]
+    return words
+
+
+@inlined
+def two_sizes(words):
+    """Two bfloat16 of an int32, as float32 each."""
+    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
 
 
 @inlined

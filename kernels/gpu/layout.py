@@ -63,7 +63,7 @@ class Layout:
     @property
     def words(self) -> int:
         """Words of 32 bits of a key's code."""
-        return 2 * words(self.head_dim)
+        return words(self.head_dim)
 
     @property
     def steps(self) -> int:

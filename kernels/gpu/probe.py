@@ -18,9 +18,13 @@ from kernels.gpu.lanes import (
     load_factors,
     load_four,
     load_planes,
+    load_two,
+    load_words,
     log2,
     multiply,
+    own_word,
     signed_sums,
+    two_sizes,
 )
 from kernels.gpu.launch import PROGRAMS
 from kernels.gpu.layout import BLOCK, CHUNK
@@ -65,7 +69,7 @@ def probe(
     _probe[layout.lines, triton.cdiv(blocks, each)](
         query.view(torch.int32) if direct else query,
         cache.key_mean.view(torch.int32) if direct else cache.key_mean,
-        cache.codes.view(torch.int32), cache.scale.view(torch.int64), rows.block_tables,
+        cache.codes, cache.scale.view(torch.int32), rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors,
         scratch.centres, scratch.probes, scratch.masses,
         scale, sinks, rows.queries, layout.kv_heads, layout.pages, blocks, each,
@@ -119,12 +123,12 @@ def _probe(
     table = tables + (row // queries) * table_stride
     wide: tl.constexpr = DIM // 2 if DIRECT else DIM
     means += kv_head * cache_pages * wide
-    codes += kv_head * cache_pages * (WORDS * PAGE)
-    scales += kv_head * cache_pages * (PAGE // PROBE)
-    centres += line * pages * PADDED
-    probes += line * blocks * (BLOCK * PADDED * PROBE)
     lane, channel = tl.arange(0, 32), tl.arange(0, WIDTH)
     column, member = lane // 4, lane % 4
+    codes += kv_head * cache_pages * (WORDS * PAGE) + own_word(member, WORDS)
+    scales += kv_head * cache_pages * (PAGE // 2)
+    centres += line * pages * PADDED
+    probes += line * blocks * (BLOCK * PADDED * PROBE)
     heads = ()
     for some in tl.static_range(SETS):
         # Each head stands in two columns: so its scores lie where its lanes want them.
@@ -199,7 +203,8 @@ def _probe(
                         STEPS, WORDS, CHUNK, PROBE, PLACES, PAGE,
                     )  # fmt: skip
                 low_words, low_size, high_words, high_size = found
-                low_sizes, high_sizes = _unpacked(low_size), _unpacked(high_size)
+                low_sizes = two_sizes(low_size[0]) + two_sizes(low_size[1])
+                high_sizes = two_sizes(high_size[0]) + two_sizes(high_size[1])
                 low_centre, high_centre = centre[some][0], centre[some][1]
                 for number in tl.static_range(1, APART):
                     low_centre = tl.where(chunk == number, centre[some][2 * number], low_centre)
@@ -207,8 +212,9 @@ def _probe(
                         chunk == number, centre[some][2 * number + 1], high_centre
                     )
                 high_page = low_page + CHUNK // 2
-                # Places of the first keys that are probed.
-                low_key, high_key = low_page * 7 % PLACES * PROBE, high_page * 7 % PLACES * PROBE
+                # Places of the first keys that are probed; the others are 8 apart.
+                low_key, high_key = low_page * 7 % PLACES, high_page * 7 % PLACES
+                low_key, high_key = low_key // 8 * 24 + low_key, high_key // 8 * 24 + high_key
                 low_free = tl.maximum(start, sinks) - low_page * PAGE - low_key
                 high_free = tl.maximum(start, sinks) - high_page * PAGE - high_key
                 low_scores, high_scores = (), ()
@@ -223,11 +229,11 @@ def _probe(
                     next_score = estimate(sums[1], high_sizes[probed], set_factors, high_centre)
                     if BIASED:
                         slope = load_slopes(slopes, kv_head, head, GROUP)
-                        score += slope * (low_key + probed).to(tl.float32)
-                        next_score += slope * (high_key + probed).to(tl.float32)
-                    free = (low_page < stop) & (probed >= low_free)
+                        score += slope * (low_key + 8 * probed).to(tl.float32)
+                        next_score += slope * (high_key + 8 * probed).to(tl.float32)
+                    free = (low_page < stop) & (8 * probed >= low_free)
                     score = tl.where(free, score, float("-inf"))
-                    free = (high_page < stop) & (probed >= high_free)
+                    free = (high_page < stop) & (8 * probed >= high_free)
                     next_score = tl.where(free, next_score, float("-inf"))
                     low_scores += (score,)  # type: ignore[assignment]
                     high_scores += (next_score,)  # type: ignore[assignment]
@@ -294,10 +300,10 @@ def _load_probed(
     found = ()
     for half in tl.static_range(2):
         own = page + half * (CHUNK // 2)
-        cached, key = tl.load(table + tl.minimum(own, last)), own * 7 % PLACES * PROBE
-        words = _load_words(codes + cached * (WORDS * PAGE) + key * 2, member, STEPS, WORDS, PAGE)
-        size = tl.load(scales + cached * (PAGE // PROBE) + key // PROBE)
-        found += (words, size)  # type: ignore[assignment]
+        cached, four = tl.load(table + tl.minimum(own, last)), own * 7 % PLACES
+        start = codes + cached * (WORDS * PAGE) + four * (WORDS * PROBE)
+        words = load_words(start, member, STEPS, WORDS)
+        found += (words, load_two(scales + cached * (PAGE // 2) + four * 2))  # type: ignore[assignment]
     return found
 
 
@@ -326,41 +332,6 @@ def _load_mean(means, member, DIM: tl.constexpr):
     for place in tl.static_range(0, DIM // 2, 16):
         words += load_four(means + (place + member * 4), True)
     return words
-
-
-@inlined
-def _load_words(codes, member, STEPS: tl.constexpr, WORDS: tl.constexpr, PAGE: tl.constexpr):
-    """Of four neighbouring keys word t of each step: int32 [32] each, step by step.
-
-    Args:
-        codes: where the first of the keys has its first word, [32].
-        member: t.
-    """
-    words = ()
-    for step in tl.static_range(STEPS):
-        there = step * 4 + member < WORDS
-        # A word of 64 bits has two of ours, of each key side by side.
-        pair = codes + tl.where(there, step * (4 * PAGE) + member // 2 * (2 * PAGE), 0)
-        one, two = load_four(pair, True), load_four(pair + 4, True)
-        for number in tl.static_range(2):
-            word = tl.where(member % 2 == 0, one[2 * number], one[2 * number + 1])
-            words += (tl.where(there, word, 0),)  # type: ignore[assignment]
-        for number in tl.static_range(2):
-            word = tl.where(member % 2 == 0, two[2 * number], two[2 * number + 1])
-            words += (tl.where(there, word, 0),)  # type: ignore[assignment]
-    return words
-
-
-@inlined
-def _unpacked(sizes):
-    """Four bfloat16 of an int64, as float32 each."""
-    low, high = sizes.to(tl.int32), (sizes >> 32).to(tl.int32)
-    return (
-        (low << 16).to(tl.float32, bitcast=True),
-        (low & -65536).to(tl.float32, bitcast=True),
-        (high << 16).to(tl.float32, bitcast=True),
-        (high & -65536).to(tl.float32, bitcast=True),
-    )
 
 
 @inlined

@@ -171,13 +171,14 @@ def _code(
     The page's last key comes from `head` and its last value from `value`: the cache may not have
     them yet. What is of the whole page all of its programs write, each the same.
     """
-    every, mine, bit = tl.arange(0, PAGE), low + tl.arange(0, CODED), tl.arange(0, WORD)
+    every, mine, bit = tl.arange(0, PAGE), low + tl.arange(0, CODED), tl.arange(0, 2 * WORD)
+    place = mine // 32 * 32 + mine % 8 * 4 + mine % 32 // 8  # in the order of the codes
     squares = tl.zeros((CODED,), tl.float32)
     lengths = tl.zeros((CODED,), tl.float32)
     variance = 0.0
-    for word in tl.static_range(WORDS):
-        across = word * WORD + bit
-        turned = tl.zeros((CODED, WORD), tl.float32)
+    for word in tl.static_range(WORDS // 2):  # two at once
+        across = word * (2 * WORD) + bit
+        turned = tl.zeros((CODED, 2 * WORD), tl.float32)
         for start in range(0, DIM, CHUNK):
             channel = start + tl.arange(0, CHUNK)
             last = _turned(head, norm, size, cosines, sines, channel, DIM, NORMED)
@@ -196,17 +197,20 @@ def _code(
                 rotated + channel[:, None] * DIM + across[None],
                 (channel < DIM)[:, None] & (across < DIM)[None],
                 0.0,
-            )  # [CHUNK, WORD]
+            )  # [CHUNK, 2 * WORD]
             turned = tl.dot(rest, matrix, turned, input_precision="ieee")
         signs = ((turned >= 0) & (across < DIM)[None]).to(tl.int64)
-        tl.store(codes + word * PAGE + mine, tl.sum(signs << bit[None].to(tl.int64), 1))
+        signs = tl.sum(signs << bit[None].to(tl.int64), 1)
+        target = codes + (place // 4 * WORDS + 2 * word) * 4 + place % 4
+        tl.store(target, signs.to(tl.int32))
+        tl.store(target + 4, (signs >> 32).to(tl.int32))
         squares += tl.sum(turned * turned, 1)
         lengths += tl.sum(tl.abs(turned), 1)
     tl.store(spread, variance / (PAGE * DIM))
     scale = (squares / tl.maximum(lengths, 1e-30)).to(tl.bfloat16)
     # See `kernels.cache.LayerCache.code`.
     scale = tl.where(scale.to(tl.float32) == float("inf"), float("nan"), scale)
-    tl.store(scales + mine, scale)
+    tl.store(scales + place, scale)
 
 
 @triton.jit

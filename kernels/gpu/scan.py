@@ -16,10 +16,13 @@ from kernels.gpu.lanes import (
     estimate,
     inlined,
     load_factors,
-    load_half,
     load_planes,
+    load_two,
+    load_words,
+    own_word,
     running_sum,
     signed_sums,
+    two_sizes,
 )
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.gpu.look import EACH, look_here
@@ -41,7 +44,7 @@ TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
 ROUND = tl.constexpr(1.0 * 2**23)
 """Added to it, a number is rounded to a whole one, which its last bits then are."""
-REGISTERS = 72
+REGISTERS = 64
 """Of a thread, at the most: how many programs a multiprocessor has room for."""
 DEPTH = tl.constexpr(2)
 """Pages of a warp that are on their way at once, each in registers of its own."""
@@ -85,7 +88,7 @@ def scan(
     width = triton.next_power_of_2(layout.head_dim)
     warps = WARPS if looks else 1
     _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
-        cache.codes.view(torch.int32), cache.scale, rows.block_tables, rows.starts, rows.lengths,
+        cache.codes, cache.scale.view(torch.int32), rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), scratch.planes, scratch.factors, scratch.centres, scratch.norm,
         scratch.marks, scratch.met, scratch.counts,
         unused if positions is None else positions, unused if shares is None else shares,
@@ -137,10 +140,9 @@ def _scan(
     warp, lane = thread // 32, thread % 32
     column, member = lane // 4, lane % 4
     table = tables + (row // queries) * table_stride
-    # Words of 64 bits stand one after another, each of all keys.
-    codes += kv_head * cache_pages * (WORDS * PAGE)
-    codes += member // 2 * (2 * PAGE) + column * 2 + member % 2
-    scales += kv_head * cache_pages * PAGE + column
+    codes += kv_head * cache_pages * (WORDS * PAGE) + column * (WORDS * 4)
+    codes += own_word(member, WORDS)
+    scales += kv_head * cache_pages * (PAGE // 2) + column * 2
     centres += line * pages * PADDED
     shares += line * pages * PAGE
     place = line * spans + span
@@ -158,7 +160,7 @@ def _scan(
         page = begin + turn * WARPS + warp
         cached = tl.load(table + tl.minimum(page, last)).to(tl.int32)
         coming += (tl.load(table + tl.minimum(page + every, last)).to(tl.int32),)  # type: ignore[assignment]
-        words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
+        words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
         pending += ((cached, words, sizes),)  # type: ignore[assignment]
     overlap.wait(OVERLAP)
     overlap.begin(OVERLAP)  # not before: what follows waits for programs of this kernel alone
@@ -198,10 +200,10 @@ def _scan(
                 for block in tl.static_range(PAGE // (2 * STRIDE)):
                     lows, highs = (), ()
                     for step in tl.static_range(STEPS):
-                        lows += (words[block * 2 * STEPS + step],)  # type: ignore[assignment]
-                        highs += (words[(block * 2 + 1) * STEPS + step],)  # type: ignore[assignment]
-                    low_size = (sizes[block * 2] << 16).to(tl.float32, bitcast=True)  # type: ignore[attr-defined]
-                    high_size = (sizes[block * 2 + 1] << 16).to(tl.float32, bitcast=True)  # type: ignore[attr-defined]
+                        # Of four rows of each half.
+                        lows += (words[block // 2][step * 4 + block % 2 * 2],)  # type: ignore[assignment]
+                        highs += (words[block // 2][step * 4 + block % 2 * 2 + 1],)  # type: ignore[assignment]
+                    low_size, high_size = two_sizes(sizes[block])
                     chosen = tl.where(column // 2 == block, 1.0, 0.0)
                     for some in tl.static_range(SETS):
                         low_sums, high_sums = signed_sums(lows, highs, line_planes[some], STEPS)
@@ -227,7 +229,7 @@ def _scan(
                 # Not loaded before the last product is done: what is loaded then takes the place of
                 # what was multiplied, and nothing has to be moved.
                 cached = pages_before[turn] + (high_sums.to(tl.int32, bitcast=True) & nothing)
-                words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, STRIDE, PAGE)
+                words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
                 pending += ((cached, words, sizes),)  # type: ignore[assignment]
                 following = tl.minimum(page + every, last)
                 means += (_load_means(centres, following, member, PADDED, SETS),)  # type: ignore[assignment]
@@ -317,21 +319,15 @@ def _load_means(centres, page, member, PADDED: tl.constexpr, SETS: tl.constexpr)
 
 @inlined
 def _load_page(
-    codes, scales, cached, member,
-    STEPS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr,
+    codes, scales, cached, member, STEPS: tl.constexpr, WORDS: tl.constexpr, PAGE: tl.constexpr
 ):  # fmt: skip
-    """Pages' codes and scales: of each row of keys a lane's words, int32 [lanes], and scale."""
+    """Pages' codes, as `load_words` has them, of each half of the keys; scales of each two rows."""
     words, sizes = (), ()
     codes += cached.to(tl.int64) * (WORDS * PAGE)
-    scales += cached.to(tl.int64) * PAGE
-    for row in tl.static_range(PAGE // STRIDE):
-        for step in tl.static_range(STEPS):
-            word = codes + (step * (4 * PAGE) + row * (2 * STRIDE))
-            if WORDS % 4 == 0:
-                words += (tl.load(word),)  # type: ignore[assignment]
-            else:
-                words += (tl.load(word, step * 4 + member < WORDS, 0),)  # type: ignore[assignment]
-        sizes += (load_half(scales + row * STRIDE),)  # type: ignore[assignment]
+    scales += cached.to(tl.int64) * (PAGE // 2)
+    for half in tl.static_range(2):
+        words += (load_words(codes + half * (WORDS * PAGE // 2), member, STEPS, WORDS),)  # type: ignore[assignment]
+        sizes += load_two(scales + half * (PAGE // 4))
     return words, sizes
 
 

@@ -166,7 +166,7 @@ class _Bench:
         line = keys * 2 * shape.head_dim * self.dtype.itemsize
         if name == "dynamic":  # a code, a scale, and a share of the page's mean
             line += context * (
-                8 * words(shape.head_dim) + 2 + shape.head_dim * self.dtype.itemsize / PAGE
+                4 * words(shape.head_dim) + 2 + shape.head_dim * self.dtype.itemsize / PAGE
             )
         return round(lines * line)
 

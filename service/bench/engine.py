@@ -138,7 +138,7 @@ def step_bytes(decoder: Decoder, cell: Cell, keys: float, *, dynamic: bool) -> i
     pair = 2 * config.head_dim * weight.itemsize
     line = keys * pair
     if dynamic:
-        code = 8 * words(config.head_dim) + 2 + config.head_dim * weight.itemsize / PAGE
+        code = 4 * words(config.head_dim) + 2 + config.head_dim * weight.itemsize / PAGE
         line += cell.context * code
     lines = cell.batch * config.layers * config.kv_heads
     return sum(one.nbytes for one in parameters.values()) + round(lines * line)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.codes import encode, rotation, signs_of
+from kernels.codes import by_keys, encode, rotation, signs_of
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -133,7 +133,9 @@ def centred_code(heads: Heads) -> Tensor:
     signs = signs_of(codes, torch.float32, HEAD_DIM)  # [heads, keys, head_dim]
     q = heads.queries
     rest = heads.dot(q @ rotation(HEAD_DIM, q.dtype, q.device), signs)
-    return rest * scale.flatten(1)[:, None, None] + heads.dot(q, mean).repeat_interleave(PAGE, -1)
+    return rest * by_keys(scale).flatten(1)[:, None, None] + heads.dot(q, mean).repeat_interleave(
+        PAGE, -1
+    )
 
 
 def label_channels(heads: Heads, *, count: int) -> Tensor:

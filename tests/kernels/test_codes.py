@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.codes import NOISE, WORD, encode, estimate, rotation, signs_of, words
+from kernels.codes import (
+    NOISE,
+    WORD,
+    by_fours,
+    by_keys,
+    encode,
+    estimate,
+    rotation,
+    signs_of,
+    words,
+)
 from kernels.page import PAGE
 
 
@@ -17,12 +27,13 @@ def test_a_code_is_the_signs_of_the_rotated_rest(head_dim):
     signs, scale = encode(keys, mean)
     turned = (keys - mean[:, :, None]) @ rotation(head_dim, keys.dtype, keys.device)
     torch.testing.assert_close(turned.norm(dim=-1), (keys - mean[:, :, None]).norm(dim=-1))
-    assert signs.shape == (2, 3, words(head_dim), PAGE)
+    assert signs.shape == (2, 3, 16, words(head_dim), 4)
+    signs = by_keys(signs.transpose(2, 3))  # [2, 3, words, 64]
     for channel in range(head_dim):
         bit = signs[:, :, channel // WORD] >> (channel % WORD) & 1
         assert torch.equal(bit == 1, turned[..., channel] >= 0)
     expected = turned.square().sum(-1) / turned.abs().sum(-1)
-    torch.testing.assert_close(scale, expected.float())
+    torch.testing.assert_close(by_keys(scale), expected.float())
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 128])
@@ -33,6 +44,13 @@ def test_signs_unpack_to_what_was_packed(head_dim):
     turned = (keys - keys.mean(2, keepdim=True)) @ rotation(head_dim, keys.dtype, keys.device)
     expected = torch.where(turned >= 0, 1.0, -1.0).flatten(1, 2)
     assert torch.equal(signs_of(codes, torch.bfloat16, head_dim).double(), expected.double())
+
+
+def test_codes_lie_by_fours_of_keys_eight_apart():
+    fours = by_fours(torch.arange(PAGE))
+    assert fours[:2].tolist() == [[0, 8, 16, 24], [1, 9, 17, 25]]
+    assert fours[8].tolist() == [32, 40, 48, 56]
+    assert torch.equal(by_keys(fours), torch.arange(PAGE))
 
 
 def test_equal_keys_have_a_scale_of_zero():
@@ -50,7 +68,7 @@ def test_estimates_err_as_much_as_they_say(paged, dtype, lengths):
     scores = estimate(query, case.cache, case.rows, 0, 10)
     assert scores.shape == (4 * len(lengths), 2, 3, 640)
     tables = case.rows.block_tables[:, :10]
-    noise = NOISE * case.cache.scale[:, tables].float().square().flatten(2).transpose(0, 1)
+    noise = NOISE * by_keys(case.cache.scale[:, tables]).float().square().flatten(2).transpose(0, 1)
     noise = noise.repeat_interleave(4, 0)  # [rows, kv_heads, keys]
     grouped = query.view(-1, 2, 3, 128)
     variance = noise[:, :, None] * grouped.square().sum(-1)[..., None]
@@ -70,10 +88,11 @@ def test_a_key_along_its_query_is_estimated_without_error(paged):
     keys = case.cache.kv[0, page, :, 0]
     query = keys[5] - keys.mean(0)
     score = estimate(query[None, None], case.cache, case.rows, 0, 1)[0, 0, 0, 5]
-    stored = case.cache.scale[0, page, 5].double()
+    stored = by_keys(case.cache.scale[0, page])[5].double()
     score += query @ query * NOISE * stored.square() / 2
     # But for what the stored scale has lost in bfloat16.
     _, scale = encode(keys, keys.mean(0))
-    assert abs(stored / scale[5] - 1) < 2**-8
-    expected = query @ keys.mean(0) + query @ query * stored / scale[5]
+    scale = by_keys(scale)[5]
+    assert abs(stored / scale - 1) < 2**-8
+    expected = query @ keys.mean(0) + query @ query * stored / scale
     torch.testing.assert_close(score, expected, rtol=1e-5, atol=0)

@@ -10,7 +10,7 @@ import torch
 
 from kernels import dynamic, judge
 from kernels.attention import Impl, selected_attention
-from kernels.budget import FAR, PLACES, PROBE, SAMPLE
+from kernels.budget import FAR, SAMPLE, probed
 from kernels.codes import rotation
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
@@ -193,11 +193,9 @@ def test_a_budget_of_about_all_keys(paged, spare):
 
 def unprobed(count, pages):
     """Positions that no probe meets, a few in each page but the first."""
-    return [
-        page * PAGE + (page * 7 % PLACES * PROBE + PROBE + place) % PAGE
-        for page in range(1, pages)
-        for place in range(count)
-    ]
+    probes = set(probed(0, pages, torch.tensor([1]))[0].tolist())
+    others = ([n for n in range(p * PAGE, (p + 1) * PAGE) if n not in probes] for p in range(pages))
+    return [position for page in [*others][1:] for position in page[:count]]
 
 
 @pytest.mark.parametrize("window", [None, FAR - 100, FAR, 2 * FAR])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kernels.attention import Impl
 from kernels.cache import LayerCache
-from kernels.codes import rotation
+from kernels.codes import by_keys, rotation
 from kernels.gpu.layer import add_norm, silu_mul
 from kernels.gpu.linear import MOST, gated_linear, linear
 from kernels.gpu.rotate import rotate_and_write
@@ -212,12 +212,13 @@ def test_queries_and_cache_are_those_of_the_decoder(heads, normed, dtype):
 
 def assert_same_signs(ours, theirs):
     """Equal but where a sum of products is nearly zero; pages that are not full have no codes."""
-    place = torch.arange(64, device=DEVICE)
-    other = (ours.codes ^ theirs.codes)[..., None] >> place & 1  # [kv_heads, pages, words, 64, 64]
+    place = torch.arange(32, device=DEVICE)
+    other = by_keys((ours.codes ^ theirs.codes).transpose(2, 3))  # [kv_heads, pages, words, 64]
+    other = other[..., None] >> place & 1  # [kv_heads, pages, words, 64, 32]
     rest = theirs.kv[:, :, :, 0].float() - theirs.key_mean.float()[:, :, None]
     turned = rest @ rotation(theirs.head_dim, torch.float32, rest.device)
-    near = F.pad(turned.abs() < 1e-4, (0, 64 * other.shape[2] - theirs.head_dim))
-    near = near.unflatten(-1, (-1, 64)).transpose(2, 3)  # [kv_heads, pages, words, 64, 64]
+    near = F.pad(turned.abs() < 1e-4, (0, 32 * other.shape[2] - theirs.head_dim))
+    near = near.unflatten(-1, (-1, 32)).transpose(2, 3)  # [kv_heads, pages, words, 64, 32]
     assert not (other.bool() & ~near).any()
     unfilled = [page for page in range(PAGES) if page not in FILLED]
     assert ours.codes[:, unfilled].eq(7).all()

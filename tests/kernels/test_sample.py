@@ -300,8 +300,9 @@ def test_a_sample_of_level_attention_stands_for_the_whole_context(paged, impl):
     policy = Dynamic(coverage=1.0, min_keys=512, max_keys=512)
     query = case.query(2)
     found = dynamic.attend(query, case.cache, case.rows, policy, SCALE, impl=impl)
-    # 16 sinks and 64 recent keys. The first page's probed keys are sinks: 62 pages show their mass.
-    shown = (4096 - 80) / (62 * PAGE + 80)
+    # 16 sinks and 64 recent keys. Two of the first page's probed keys are sinks: 62 pages and a
+    # half show their mass.
+    shown = (4096 - 80) / (62.5 * PAGE + 80)
     assert ((found.keys - 80 - SAMPLE * shown).abs() < 4).all()  # of four segments
     keys = found.keys.repeat_interleave(2, 1).to(query.dtype)
     torch.testing.assert_close(found.lse, torch.full_like(keys, 4096).log(), atol=5e-3, rtol=0)
