@@ -54,10 +54,11 @@ from models.training.tasks import held_out_key, magic_number, needle_document  #
 from tests.bench.scorer_methods import HEAD_DIM, Heads, Method, all_methods, compare  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
+    from models.attention import LayerAttention
     from models.decoder import Decoder
 
 MODEL = ROOT / "models/checkpoints/saccade-12m"
@@ -72,8 +73,8 @@ SPIKE = 10.0  # how far its score stands out: 57% of the mass among 16384 ties
 class Tap:
     """Stands in for a layer's attention and keeps the queries that pass through it."""
 
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
-        self.attend = attend
+    def __init__(self, attend: LayerAttention) -> None:
+        self.attend, self.impl = attend, attend.impl
         self.queries: list[Tensor] = []
 
     def __call__(self, query: Tensor, *rest: Any) -> Tensor:
