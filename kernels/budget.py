@@ -1,6 +1,6 @@
 """The budget: how many marks are put on a row's line (`kernels.sample`), between two bounds.
 
-A few of the keys tell, neighbours in a page, of which each stands for many.
+A few of the keys tell, of which each stands for many.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.codes import by_fours
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -54,9 +55,8 @@ def probed(first: int, pages: int, visible: Tensor) -> tuple[Tensor, Tensor]:
         [pages * PROBE]; and whether they are in each row: bool [rows, pages * PROBE].
     """
     page = torch.arange(first, first + pages, device=visible.device)
-    four = page * 7 % PLACES
-    place = (page - first) * PAGE + four // 8 * 32 + four % 8
-    position = (place[:, None] + 8 * torch.arange(PROBE, device=visible.device)).flatten()
+    four = by_fours(torch.arange(PAGE, device=visible.device))[page * 7 % PLACES]  # [pages, PROBE]
+    position = ((page - first)[:, None] * PAGE + four).flatten()
     each = apart(visible)[:, None]
     there = page % each == page // PLACES % each  # [rows, pages]
     return position, there.repeat_interleave(PROBE, dim=1)
