@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from kernels.budget import FAR
+from kernels import budget
 from kernels.sample import SEGMENT, STEP, TURN
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def survivors(
     drawn = F.pad(drawn, (0, 1)).gather(-1, stratum % (STRATA + 1))  # the last is not looked at
     stands = torch.where((rank - SURE) % STRATUM == drawn, STRATUM, 0)
     stands = stands.masked_fill(rank < SURE, 1).flatten(-2)[..., :pages]
-    return stands.masked_fill(everything[..., None] | (visible < FAR)[:, None, None], 1)
+    return stands.masked_fill(everything[..., None] | (visible < budget.FAR)[:, None, None], 1)
 
 
 def draws(first: int, segments: int, lengths: Tensor, kv_heads: int) -> Tensor:

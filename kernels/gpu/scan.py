@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import sample
+from kernels import budget, sample, survivors
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import (
@@ -42,6 +42,9 @@ BITS = tl.constexpr(sample.BITS)
 STEP = tl.constexpr(sample.STEP - (1 << 32))  # as int32
 TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
+SURE, STRATUM = tl.constexpr(survivors.SURE), tl.constexpr(survivors.STRATUM)
+STRATA, READ = tl.constexpr(survivors.STRATA), tl.constexpr(survivors.READ)
+PACE = tl.constexpr(survivors.PACE)
 ROUND = tl.constexpr(1.0 * 2**23)
 """Added to it, a number is rounded to a whole one, which its last bits then are."""
 REGISTERS = 64
@@ -75,7 +78,8 @@ def scan(
         positions: int32, of the shape of what is met: takes its positions, where wanted.
         shares: float32 [lines, pages * 64], takes every free key's share, where wanted.
         masses: float32 [lines, spans, padded], takes each program's mass by head, over the norm,
-            where wanted.
+            where wanted. For shares and masses all codes are read, else those of
+            `kernels.survivors`.
         look: attention to the keys met and to those always read, where wanted.
     """
     overlaps = overlap.possible(cache.codes.device)
@@ -97,6 +101,7 @@ def scan(
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
         WORDS=layout.words, SPAN=layout.span, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
+        THINNED=shares is None and masses is None, FAR=budget.FAR,
         PLACED=positions is not None, SHARES=shares is not None, MASSES=masses is not None,
         LOOKS=looks, HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, HELD=HELD,
         EACH=EACH, BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
@@ -117,7 +122,8 @@ def _scan(
     scale, sinks, queries, kv_heads, pages, spans, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr,
-    PAGE: tl.constexpr, PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
+    PAGE: tl.constexpr, THINNED: tl.constexpr, FAR: tl.constexpr,
+    PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
     LOOKS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
     BIASED: tl.constexpr, LANES: tl.constexpr, BFLOAT: tl.constexpr, WARPS: tl.constexpr,
@@ -150,22 +156,14 @@ def _scan(
     positions += place * (SPAN * SEGMENT * PAGE)
     wide: tl.constexpr = DIM // 2 if LANES else DIM
     kv += kv_head * cache_pages * (PAGE * 2 * wide)
-    # Pages that were full before this step need not be waited for. Behind the last one it is loaded
-    # again: that asks for no mask.
-    last = tl.maximum(high - 1, 0)
-    every: tl.constexpr = DEPTH * WARPS
-    begin = low // every * every
-    coming, pending = (), ()
-    for turn in tl.static_range(DEPTH):
-        page = begin + turn * WARPS + warp
-        cached = tl.load(table + tl.minimum(page, last)).to(tl.int32)
-        coming += (tl.load(table + tl.minimum(page + every, last)).to(tl.int32),)  # type: ignore[assignment]
-        words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
-        pending += ((cached, words, sizes),)  # type: ignore[assignment]
     overlap.wait(OVERLAP)
     overlap.begin(OVERLAP)  # not before: what follows waits for programs of this kernel alone
     number = tl.load(marks + line)
     high = tl.where(number == 0, 0, high)
+    last = tl.maximum(high - 1, 0)
+    every: tl.constexpr = DEPTH * WARPS
+    thinned = (length - start >= (FAR if THINNED else 2**31 - 1)) & (number > 0)
+    many = tl.where(thinned, READ, SEGMENT)
     # Units of the line for a mass of 1 in one head; where all keys are read, whatever the mass.
     stretch = tl.where(number < 0, float("inf"), number.to(tl.float32) * (CERTAIN / GROUP))
     line_planes, line_factors, wholes = (), (), ()
@@ -179,20 +177,31 @@ def _scan(
     key = member * (2 * STRIDE) + column  # the first of a lane's two
     phase = kv_head.to(tl.int32) * TURN
     by_head = tl.zeros((SETS, 32 * WARPS), tl.float32)
-    means = ()
-    for turn in tl.static_range(DEPTH):
-        page = tl.minimum(begin + turn * WARPS + warp, last)
-        means += (_load_means(centres, page, member, PADDED, SETS),)  # type: ignore[assignment]
     noted = low * 0
     for part in range(SPAN):
         segment = span * SPAN + part
         end_of_line = ((segment * STEP + phase) >> DROPPED) & (CERTAIN - 1)
-        begin = tl.maximum(low, segment * SEGMENT) // every * every
-        for some_page in range(begin, tl.minimum(high, (segment + 1) * SEGMENT), every):
+        begin = segment * SEGMENT
+        there = (begin < high) & (begin + SEGMENT > low)
+        edge = (begin * PAGE < first) | (begin < low) | (begin + SEGMENT > high)
+        listed, sure = _survivors(
+            centres, norm + line * PADDED, segment, kv_head, length, low, high, thinned,
+            GROUP, PADDED, SEGMENT,
+        )  # fmt: skip
+        coming, pending, means = (), (), ()
+        for turn in tl.static_range(DEPTH):
+            page = _page(listed, begin, turn * WARPS + warp, many)
+            cached = _cached(table, page, low, last)
+            following = _page(listed, begin, every + turn * WARPS + warp, many)
+            coming += (_cached(table, following, low, last),)  # type: ignore[assignment]
+            words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
+            pending += ((cached, words, sizes),)  # type: ignore[assignment]
+            means += (_load_means(centres, tl.minimum(page, last), member, PADDED, SETS),)  # type: ignore[assignment]
+        for index in range(0, tl.where(there, many, 0), every):
             before, pages_before, means_before = pending, coming, means
             pending, coming, means, found = (), (), (), ()
             for turn in tl.static_range(DEPTH):
-                page = some_page + turn * WARPS + warp
+                page = _page(listed, begin, index + turn * WARPS + warp, many)
                 own, words, sizes = before[turn]  # type: ignore[var-annotated]
                 centre = means_before[turn]  # type: ignore[var-annotated]
                 zero = tl.zeros((32 * WARPS,), tl.float32)
@@ -231,12 +240,15 @@ def _scan(
                 cached = pages_before[turn] + (high_sums.to(tl.int32, bitcast=True) & nothing)
                 words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
                 pending += ((cached, words, sizes),)  # type: ignore[assignment]
-                following = tl.minimum(page + every, last)
+                following = _page(listed, begin, index + every + turn * WARPS + warp, many)
+                following = tl.minimum(following, last)
                 means += (_load_means(centres, following, member, PADDED, SETS),)  # type: ignore[assignment]
-                following = tl.minimum(page + 2 * every, last)
-                coming += (tl.load(table + following).to(tl.int32),)  # type: ignore[assignment]
-                drawn, next_drawn = _drawn(total[0], stretch), _drawn(total[2], stretch)
-                if (some_page * PAGE < first) | (some_page < low) | (some_page + every > high):
+                following = _page(listed, begin, index + 2 * every + turn * WARPS + warp, many)
+                coming += (_cached(table, following, low, last),)  # type: ignore[assignment]
+                times = tl.where((sure >> (page - begin)) & 1 != 0, 1, STRATUM)
+                longer = stretch * times.to(tl.float32)
+                drawn, next_drawn = _drawn(total[0], longer), _drawn(total[2], longer)
+                if edge:
                     taken = _taken(page, low, high, first, PAGE)
                     drawn = tl.where(key >= taken, drawn, 0)
                     next_drawn = tl.where(key + STRIDE >= taken, next_drawn, 0)
@@ -246,23 +258,22 @@ def _scan(
                     tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0), inside)
                     free = key + STRIDE >= taken
                     tl.store(share + STRIDE, tl.where(free, total[2] / GROUP, 0.0), inside)
-                found += ((own, drawn, next_drawn),)  # type: ignore[assignment]
+                found += ((own, page, STRATUM // times, drawn, next_drawn),)  # type: ignore[assignment]
             begin_of_pages = end_of_line
             for turn in tl.static_range(DEPTH):
-                end_of_line += tl.sum(found[turn][1] + found[turn][2], 0)
+                end_of_line += tl.sum(found[turn][3] + found[turn][4], 0)
             # All pages' marks at once: what one waits for another uses.
             if (end_of_line >> BITS) != (begin_of_pages >> BITS):
                 for turn in tl.static_range(DEPTH):
-                    own, drawn, next_drawn = found[turn]
+                    own, page, times, drawn, next_drawn = found[turn]
                     both = drawn + next_drawn  # type: ignore[var-annotated]
                     end = begin_of_pages + running_sum(both, WARPS)
                     begin_of_pages += tl.sum(both, 0)
-                    page = some_page + turn * WARPS + warp
                     position, slot = page * PAGE + key, own * PAGE + key
                     hit, mark = _marked(drawn, end - next_drawn)
                     next_hit, next_mark = _marked(next_drawn, end)
-                    _note(met + noted + mark, slot, drawn, hit)
-                    _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
+                    _note(met + noted + mark, slot, drawn * times, hit)
+                    _note(met + noted + next_mark, slot + STRIDE, next_drawn * times, next_hit)
                     if PLACED:
                         tl.store(positions + noted + mark, position, hit)
                         tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
@@ -295,6 +306,51 @@ def _scan(
                 line * GROUP, span, tl.num_programs(1), spans, 1, start, length, lost, noted,
                 GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
             )  # fmt: skip
+
+
+@inlined
+def _survivors(
+    centres, norm, segment, kv_head, length, low, high, thinned,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Which of a segment's pages are read (`kernels.survivors`), in their order, 4 bits of an int64
+    each; and bits of those that stand for themselves alone.
+    """
+    index, head = tl.arange(0, SEGMENT), tl.arange(0, PADDED)
+    page = segment * SEGMENT + index
+    there = (page >= low) & (page < high)
+    score = tl.load(centres + page[:, None] * PADDED + head[None], there[:, None], float("-inf"))
+    score -= tl.load(norm + head)[None]
+    score = tl.where(score == score, score, float("inf"))
+    score = tl.where(there[:, None] & (head < GROUP)[None], score, float("-inf"))
+    score = tl.max(score, 1)  # [SEGMENT]
+    equal = (score[None] == score[:, None]) & (index[None] < index[:, None])
+    rank = tl.sum(((score[None] > score[:, None]) | equal).to(tl.int32), 1)
+    number = segment.to(tl.int64) * STEP + kv_head.to(tl.int64) * TURN + length.to(tl.int64) * PACE
+    number = number & 0xFFFFFFFF
+    stratum = (rank - SURE) // STRATUM
+    for power in tl.static_range(STRATA - 1):
+        number = tl.where(stratum > power, number * STRATUM & 0xFFFFFFFF, number)
+    drawn = (number * STRATUM >> 32).to(tl.int32)
+    read = (rank < SURE) | ((rank - SURE) % STRATUM == drawn)
+    read = read | ~thinned
+    place = tl.cumsum(read.to(tl.int32), 0) - 1
+    listed = tl.sum(tl.where(read, index.to(tl.int64) << (4 * place).to(tl.int64), 0), 0)
+    sure = tl.sum(tl.where((rank < SURE) | ~thinned, 1 << index, 0), 0)
+    return listed, sure
+
+
+@inlined
+def _page(listed, begin, place, many):
+    """The page at a place of a segment's list, the last one behind it."""
+    shift = 4 * tl.minimum(place, many - 1)
+    return begin + ((listed >> shift.to(tl.int64)) & 15).to(tl.int32)
+
+
+@inlined
+def _cached(table, page, low, last):
+    """Where a page lies. What is not there is loaded as if it were another: that asks for no mask."""
+    return tl.load(table + tl.minimum(tl.maximum(page, tl.minimum(low, last)), last)).to(tl.int32)
 
 
 @inlined
