@@ -96,7 +96,8 @@ def estimate_masses(
         scores.add_(bias)
         centres.add_(bias[..., ::PAGE])
     scores.masked_fill_(~free[:, None, None], -torch.inf)
-    centres.masked_fill_(~free.unflatten(1, (-1, PAGE)).any(-1)[:, None, None], -torch.inf)
+    some_free = free.view(len(free), -1, PAGE).any(-1)  # [rows, pages]
+    centres.masked_fill_(~some_free[:, None, None], -torch.inf)
     position, there = probed(first, last - first, rows.visible)
     some = scores[..., position] + (apart(rows.visible) * PLACES).log()[:, None, None, None]
     some.masked_fill_(~there[:, None, None], -torch.inf)

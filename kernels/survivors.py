@@ -36,6 +36,11 @@ PACE = 0x6A09E667
 """From one token's choice to the next one's: 2 ** 32 times the square root of 2, less 1."""
 
 
+def share_read(visible: int) -> float:
+    """Share of a row's codes that are read, about."""
+    return READ / SEGMENT if visible >= budget.FAR else 1.0
+
+
 def survivors(
     score: Tensor, first: int, lengths: Tensor, visible: Tensor, everything: Tensor
 ) -> Tensor:
@@ -56,7 +61,7 @@ def survivors(
     segments = -(-pages // SEGMENT)
     score = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     score = F.pad(score, (0, segments * SEGMENT - pages), value=-torch.inf)
-    score = score.unflatten(-1, (segments, SEGMENT))
+    score = score.view(*score.shape[:2], segments, SEGMENT)
     order = score.sort(dim=-1, descending=True, stable=True).indices
     rank = order.argsort(-1)  # [rows, kv_heads, segments, SEGMENT]
     stratum = (rank - SURE).div(STRATUM, rounding_mode="floor")

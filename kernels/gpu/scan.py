@@ -1,4 +1,4 @@
-"""The scan of all codes: every key's share of the attention, and on which keys a mark falls."""
+"""The scan of the codes: every key's share of the attention, and on which keys a mark falls."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ def _page(listed, begin, place, many):
 
 @inlined
 def _cached(table, page, low, last):
-    """Where a page lies. What is not there is loaded as if it were another: that asks for no mask."""
+    """Where a page lies; for one that is not there, another: that asks for no mask."""
     return tl.load(table + tl.minimum(tl.maximum(page, tl.minimum(low, last)), last)).to(tl.int32)
 
 

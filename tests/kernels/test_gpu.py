@@ -172,7 +172,9 @@ def check_marks(case, policy, scratch, share, selection):
     length = length * free[:, None] * (stands > 0)
     expected = sample.marked(length, 0)
     selection.validate(rows.lengths)
-    for row, (start, end) in enumerate(zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True)):
+    for row, (start, end) in enumerate(
+        zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True)
+    ):
         window = set(range(max(int(stop[row]), start), end)) | set(range(start, min(end, sinks)))
         for head in range(kv_heads):
             weights = weights_by_key(selection, row, head)
