@@ -2,8 +2,9 @@
 
 A key's code (`kernels.codes`) says what share of the attention mass it carries, about. The shares
 say how many keys a row should read (`kernels.budget`), and these are drawn by them
-(`kernels.sample`), where there are many keys of half the pages (`kernels.survivors`): keys that carry much are read for certain, and of the others each that is read
-stands for several. Sinks and the recent window are always read.
+(`kernels.sample`), in rows of many keys from half of the pages (`kernels.survivors`): keys that
+carry much are read for certain, and of the others each that is read stands for several. Sinks and
+the recent window are always read.
 """
 
 from __future__ import annotations
