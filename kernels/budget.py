@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.codes import by_fours
+from kernels.codes import FOURS, by_fours
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ SAMPLE = 512
 """Fewest marks: a sample of fewer keys would know too little of those that they stand for."""
 PROBE = 4
 """Keys of a page that are probed."""
-PLACES = PAGE // PROBE
-"""Fours of a page."""
 APART = 4
 """One page of so many is probed at the least."""
 FAR = 32_768
@@ -55,10 +53,10 @@ def probed(first: int, pages: int, visible: Tensor) -> tuple[Tensor, Tensor]:
         [pages * PROBE]; and whether they are in each row: bool [rows, pages * PROBE].
     """
     page = torch.arange(first, first + pages, device=visible.device)
-    four = by_fours(torch.arange(PAGE, device=visible.device))[page * 7 % PLACES]  # [pages, PROBE]
+    four = by_fours(torch.arange(PAGE, device=visible.device))[page * 7 % FOURS]  # [pages, PROBE]
     position = ((page - first)[:, None] * PAGE + four).flatten()
     each = apart(visible)[:, None]
-    there = page % each == page // PLACES % each  # [rows, pages]
+    there = page % each == page // FOURS % each  # [rows, pages]
     return position, there.repeat_interleave(PROBE, dim=1)
 
 
@@ -84,7 +82,7 @@ def marks(share: Tensor, held: Tensor, always: Tensor, visible: Tensor, policy: 
     chosen = least[:, None].expand(held.shape)
     ended = torch.zeros_like(held, dtype=torch.bool)
     worth = (policy.worth / visible)[:, None]
-    each = (apart(visible) * PLACES)[:, None]  # keys for which a probed one stands
+    each = (apart(visible) * FOURS)[:, None]  # keys for which a probed one stands
     keys, mass = _expected(share, held, chosen, each)
     while True:
         more = torch.minimum(2 * chosen, most[:, None])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.alibi import bias_at
-from kernels.budget import PLACES, apart, probed
-from kernels.codes import estimate
+from kernels.budget import apart, probed
+from kernels.codes import FOURS, estimate
 from kernels.page import PAGE
 from kernels.sample import SEGMENT
 from kernels.scores import scores_at, sees
@@ -99,7 +99,7 @@ def estimate_masses(
     some_free = free.view(len(free), -1, PAGE).any(-1)  # [rows, pages]
     centres.masked_fill_(~some_free[:, None, None], -torch.inf)
     position, there = probed(first, last - first, rows.visible)
-    some = scores[..., position] + (apart(rows.visible) * PLACES).log()[:, None, None, None]
+    some = scores[..., position] + (apart(rows.visible) * FOURS).log()[:, None, None, None]
     some.masked_fill_(~there[:, None, None], -torch.inf)
     norm = torch.cat((held, some), dim=-1).logsumexp(-1)
     return Masses(scores, held, centres, norm, first * PAGE, free, kept, seen)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kernels.budget import PLACES, SAMPLE
+from kernels.budget import SAMPLE
+from kernels.codes import FOURS
 from kernels.cpu.launch import jit
 from kernels.cpu.number import long_vectors
 from kernels.cpu.vectors import exponentials, greatest_score, total_of
@@ -44,7 +45,7 @@ def spend(place: Place, budget: Budget, score: Any, probes: int, always: int, no
         there are free keys, or more, where all of them are read.
     """
     share, held, lost = np.zeros(probes, np.float32), _ZERO, False
-    each = np.float32(place.apart * PLACES)
+    each = np.float32(place.apart * FOURS)
     for head in range(score.shape[0]):
         own = score[head, : probes + always]
         most = greatest_score(own)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels.budget import PLACES, PROBE
+from kernels.budget import PROBE
+from kernels.codes import FOURS
 from kernels.cpu.keys import fall, fall_of_pages, kept_of, key_of, pages_of, slots_of
 from kernels.cpu.launch import jit
 from kernels.cpu.scan import estimate_page, sums_of
@@ -45,10 +46,10 @@ def probe_pages(
     scales, out = np.empty((1, 64), np.uint16), np.empty((group, 64), np.float32)
     sums = sums_of(planes)
     each = SEGMENT // place.apart  # probed pages of a segment
-    stands = np.log(np.float32(place.apart * PLACES))
+    stands = np.log(np.float32(place.apart * FOURS))
     stop = min(last * each, probes_of(place) // PROBE)
-    for begin in range(first * each, stop, PLACES):
-        many = min(PLACES, stop - begin)
+    for begin in range(first * each, stop, FOURS):
+        many = min(FOURS, stop - begin)
         for index in range(many):
             page = _page(place, begin + index)
             if low <= page < low + pages.shape[0]:
@@ -84,13 +85,13 @@ def probes_of(place: Place) -> int:
 def _page(place: Place, number: int) -> int:
     """A probed page, as `place` numbers them."""
     page = number * place.apart
-    return page + (place.first + page) // PLACES % place.apart
+    return page + (place.first + page) // FOURS % place.apart
 
 
 @jit
 def _four(place: Place, page: int) -> Any:
     """Which keys of a page are probed."""
-    return (place.first + page) * 7 % PLACES
+    return (place.first + page) * 7 % FOURS
 
 
 @jit

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from kernels import budget
-from kernels.budget import APART, PLACES, PROBE
+from kernels.budget import APART, PROBE
+from kernels.codes import FOURS
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import (
@@ -78,7 +79,7 @@ def probe(
         WIDTH=triton.next_power_of_2(layout.head_dim), SETS=layout.sets,
         STEPS=layout.steps, WORDS=layout.words, DIRECT=direct,
         BFLOAT=query.dtype == torch.bfloat16, CHUNK=CHUNK, BLOCK=BLOCK, BLOCKS=BLOCKS,
-        APART=APART, FAR=budget.FAR, PROBE=PROBE, PLACES=PLACES, PAGE=PAGE,
+        APART=APART, FAR=budget.FAR, PROBE=PROBE, FOURS=FOURS, PAGE=PAGE,
         BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
     )  # fmt: skip
 
@@ -94,7 +95,7 @@ def _probe(
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, DIRECT: tl.constexpr,
     BFLOAT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    APART: tl.constexpr, FAR: tl.constexpr, PROBE: tl.constexpr, PLACES: tl.constexpr,
+    APART: tl.constexpr, FAR: tl.constexpr, PROBE: tl.constexpr, FOURS: tl.constexpr,
     PAGE: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A part of one line's pages, by one warp: see `kernels.gpu.lanes`.
@@ -155,7 +156,7 @@ def _probe(
         # Lane (g, t) has probed pages where it has their means' scores, in its own rows of chunks.
         page = first + column % apart * CHUNK + column
         found = _load_probed(
-            codes, scales, table, page, last, member, STEPS, WORDS, CHUNK, PROBE, PLACES, PAGE
+            codes, scales, table, page, last, member, STEPS, WORDS, CHUNK, PROBE, FOURS, PAGE
         )
         centre = ()
         for turn in tl.static_range(APART):
@@ -200,7 +201,7 @@ def _probe(
                 if (turn > 0) | (some > 0):
                     found = _load_probed(
                         codes, scales, table, low_page, last, member,
-                        STEPS, WORDS, CHUNK, PROBE, PLACES, PAGE,
+                        STEPS, WORDS, CHUNK, PROBE, FOURS, PAGE,
                     )  # fmt: skip
                 low_words, low_size, high_words, high_size = found
                 low_sizes = two_sizes(low_size[0]) + two_sizes(low_size[1])
@@ -213,7 +214,7 @@ def _probe(
                     )
                 high_page = low_page + CHUNK // 2
                 # Places of the first keys that are probed; the others are 8 apart.
-                low_key, high_key = low_page * 7 % PLACES, high_page * 7 % PLACES
+                low_key, high_key = low_page * 7 % FOURS, high_page * 7 % FOURS
                 low_key, high_key = low_key // 8 * 24 + low_key, high_key // 8 * 24 + high_key
                 low_free = tl.maximum(start, sinks) - low_page * PAGE - low_key
                 high_free = tl.maximum(start, sinks) - high_page * PAGE - high_key
@@ -294,13 +295,13 @@ def _scored(mean, heads, DIRECT: tl.constexpr, BFLOAT: tl.constexpr):
 def _load_probed(
     codes, scales, table, page, last, member,
     STEPS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, PROBE: tl.constexpr,
-    PLACES: tl.constexpr, PAGE: tl.constexpr,
+    FOURS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of the keys probed in `page` [32], and of those half a chunk behind."""
     found = ()
     for half in tl.static_range(2):
         own = page + half * (CHUNK // 2)
-        cached, four = tl.load(table + tl.minimum(own, last)), own * 7 % PLACES
+        cached, four = tl.load(table + tl.minimum(own, last)), own * 7 % FOURS
         start = codes + cached * (WORDS * PAGE) + four * (WORDS * PROBE)
         words = load_words(start, member, STEPS, WORDS)
         found += (words, load_two(scales + cached * (PAGE // 2) + four * 2))  # type: ignore[assignment]

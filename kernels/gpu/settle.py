@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from kernels import budget
-from kernels.budget import PLACES, PROBE
+from kernels.budget import PROBE
+from kernels.codes import FOURS
 from kernels.gpu import overlap
 from kernels.gpu.lanes import log2
 from kernels.gpu.layout import BLOCK, HELD
@@ -47,7 +48,7 @@ def settle(
         scratch.norm, scratch.marks,
         sinks, blocks, layout.kv_heads, 4 if limits.shape[0] > 1 else 0,
         GROUP=layout.group, PADDED=layout.padded, BLOCKS=triton.next_power_of_2(blocks),
-        HELD=HELD, SUMMED=SUMMED, PROBE=PROBE, PLACES=PLACES, FAR=budget.FAR, SAMPLE=fewest,
+        HELD=HELD, SUMMED=SUMMED, PROBE=PROBE, FOURS=FOURS, FAR=budget.FAR, SAMPLE=fewest,
         BLOCK=BLOCK, PAGE=PAGE,
         OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
@@ -58,7 +59,7 @@ def _settle(
     masses, held, probes, starts, lengths, limits, shares, norm, marks,
     sinks, blocks, kv_heads, stride,
     GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr, HELD: tl.constexpr,
-    SUMMED: tl.constexpr, PROBE: tl.constexpr, PLACES: tl.constexpr, FAR: tl.constexpr,
+    SUMMED: tl.constexpr, PROBE: tl.constexpr, FOURS: tl.constexpr, FAR: tl.constexpr,
     SAMPLE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line: `kernels.masses` norm, `kernels.budget.marks`."""
@@ -74,7 +75,7 @@ def _settle(
     )  # [BLOCKS, PADDED]
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     apart = apart_of(length - start, FAR)
-    each = (PLACES * apart).to(tl.float32)  # keys for which a probed one stands
+    each = (FOURS * apart).to(tl.float32)  # keys for which a probed one stands
     some += log2(each)
     top = tl.max(some, 0)
     for third in tl.static_range(3):

@@ -20,9 +20,9 @@ OTHER = {
     "sampled": False,
 }
 CONSTANTS = [
-    *((codes, name) for name in ("NOISE", "WORD", "SEED")),
+    *((codes, name) for name in ("NOISE", "WORD", "FOURS", "SEED")),
     (masses, "MOST"),
-    *((budget, name) for name in ("SAMPLE", "PROBE", "PLACES", "APART", "FAR")),
+    *((budget, name) for name in ("SAMPLE", "PROBE", "APART", "FAR")),
     *((sample, name) for name in ("SEGMENT", "BITS", "STEP", "TURN", "STRIDE")),
     (lanes, "PLANES"),
     *((survivors, name) for name in ("SURE", "STRATUM", "STRATA", "READ", "PACE")),

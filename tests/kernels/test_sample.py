@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kernels import budget, dynamic, reference_sample, sample
 from kernels.attention import Impl, dense_decode
-from kernels.budget import FAR, PLACES, PROBE, SAMPLE
+from kernels.budget import FAR, PROBE, SAMPLE
+from kernels.codes import FOURS
 from kernels.page import PAGE
 from kernels.policy import Dynamic
 from kernels.sample import BITS, SEGMENT
@@ -185,7 +186,7 @@ policies = st.builds(
 )
 probes = st.builds(
     lambda seed, keys, sharpness, held: (
-        some_shares(seed, keys, sharpness) * (1 - held) / PLACES,
+        some_shares(seed, keys, sharpness) * (1 - held) / FOURS,
         torch.full((3, 2), held, dtype=torch.float64),
     ),
     st.integers(0, 10**6),
@@ -204,8 +205,8 @@ probes = st.builds(
 )
 def test_the_budget_is_the_reference_budget(probe, policy, always, far):
     share, held = probe
-    visible = [PLACES * share.shape[-1] + one + far * FAR for one in always]
-    share, each = share / 2**far, PLACES * 2**far
+    visible = [FOURS * share.shape[-1] + one + far * FAR for one in always]
+    share, each = share / 2**far, FOURS * 2**far
     actual = budgets(share, held, always, visible, policy)
     fewest = SAMPLE if policy.sampled else 0  # plain top-k takes as many keys as it is told
     for row in range(3):
@@ -239,8 +240,8 @@ def test_more_marks_for_more_coverage_and_more_keys(probe, one, two):
 
 
 def test_marks_end_where_coverage_is_reached_or_more_are_not_worth_it():
-    level = torch.full((1, 1, 500), 1 / (500 * PLACES))
-    sharp = torch.tensor([[[0.5, *[1e-4] * 499]]]) / PLACES
+    level = torch.full((1, 1, 500), 1 / (500 * FOURS))
+    sharp = torch.tensor([[[0.5, *[1e-4] * 499]]]) / FOURS
     none = torch.zeros(1, 1)
 
     def of(share, **changes):
@@ -259,12 +260,12 @@ def test_marks_end_where_coverage_is_reached_or_more_are_not_worth_it():
 def test_probed_keys_are_at_every_place_of_a_page(first, apart):
     visible = torch.tensor([FAR * apart // 2, 1])
     assert budget.apart(visible).tolist() == [apart, 1]
-    first, pages = first * apart * PLACES if apart > 1 else first, apart * PLACES
+    first, pages = first * apart * FOURS if apart > 1 else first, apart * FOURS
     position, there = budget.probed(first, pages, visible)
     assert bool(there[1].all())
     found = position[there[0]]
     assert (found % PAGE).sort().values.tolist() == list(range(PAGE))
-    assert (found // PAGE // apart)[::PROBE].tolist() == list(range(PLACES))
+    assert (found // PAGE // apart)[::PROBE].tolist() == list(range(FOURS))
     late, still = budget.probed(first + 3, pages - 3, visible)
     assert torch.equal(position[3 * PROBE :], late + 3 * PAGE)
     assert torch.equal(there[:, 3 * PROBE :], still)
