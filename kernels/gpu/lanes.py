@@ -187,6 +187,21 @@ def of_pairs(x):
 
 
 @inlined
+def of_lane(x, lane):
+    """What one lane of a warp has, int32 [lanes]: for each lane `lane` says of which."""
+    if INTERPRETED:
+        warps = tl.reshape(x, (x.shape[0] // 32, 1, 32))
+        wanted = tl.reshape(lane, (x.shape[0] // 32, 32, 1)) == tl.arange(0, 32)
+        found = tl.reshape(tl.sum(tl.where(wanted, warps, 0), 2), x.shape)
+    else:
+        found = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", [x, lane],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@inlined
 def pack(low, high, BFLOAT: tl.constexpr):
     """Two float32 [lanes] as 16-bit numbers in one int32 [lanes], `low` in the lower half."""
     if INTERPRETED:

@@ -39,6 +39,8 @@ PARTS = 32
 """Programs that read what is met on a line, at least."""
 SPANS = 512
 """Most programs that share a line's keys: each leaves a part of the output."""
+AT_ONCE = 4224
+"""Programs of a scan that a GPU has room for, 32 for each of 132 multiprocessors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +87,19 @@ class Layout:
 
     @property
     def span(self) -> int:
-        """Segments that a program takes."""
-        return int(triton.next_power_of_2(-(-self.segments // SPANS)))
+        """Segments that a program takes: two where there are more than begin at once."""
+        fewest = 2 if self.lines * self.segments > AT_ONCE else 1
+        return max(fewest, int(triton.next_power_of_2(-(-self.segments // SPANS))))
 
     @property
     def spans(self) -> int:
         """Programs that share a line's segments."""
         return -(-self.segments // self.span)
+
+    @property
+    def room(self) -> int:
+        """Pages of all programs' segments, of which the last ones may not be there."""
+        return self.spans * self.span * SEGMENT
 
     @property
     def parts(self) -> int:
@@ -106,7 +114,7 @@ class Scratch:
     planes: Tensor  # int32 [lines, sets, steps, 2, 32]  queries' bits, as lanes take them
     factors: Tensor  # float32 [lines, 3, padded]  of a code's sum, of its scale and its square
     held: Tensor  # float32 [lines, padded, HELD]  exact scores of the keys always read
-    centres: Tensor  # float32 [lines, pages, padded]  scores of the pages' means
+    centres: Tensor  # float32 [lines, room, padded]  scores of the pages' means
     probes: Tensor  # float32 [lines, blocks * BLOCK, padded, PROBE]  scores of the probed keys
     masses: Tensor  # float32 [lines, blocks, padded]  logs of the probed keys' masses
     always: Tensor  # int64 [lines, HELD]  of these keys what `met` says of others; length 0: none
@@ -122,9 +130,8 @@ class Scratch:
     @staticmethod
     def of(layout: Layout, device: torch.device) -> Scratch:
         """Memory for one step's selection in one layer."""
-        lines, padded, pages = layout.lines, layout.padded, layout.pages
-        blocks = -(-pages // BLOCK)
-        places = (lines, layout.spans, layout.span * SEGMENT * PAGE)
+        lines, padded, room = layout.lines, layout.padded, layout.room
+        blocks = -(-layout.pages // BLOCK)
 
         def floats(*size: int) -> Tensor:
             return torch.empty(lines, *size, device=device)
@@ -136,12 +143,14 @@ class Scratch:
             planes=whole(layout.sets, layout.steps, 2, 32),
             factors=floats(3, padded),
             held=floats(padded, HELD),
-            centres=floats(pages, padded),
+            centres=floats(room, padded),
             probes=floats(blocks * BLOCK, padded, PROBE),
             masses=floats(blocks, padded),
             always=torch.empty(lines, HELD, dtype=torch.int64, device=device),
             norm=floats(padded),
             marks=whole(),
-            met=torch.empty(places, dtype=torch.int64, device=device),
+            met=torch.empty(
+                lines, layout.spans, room // layout.spans * PAGE, dtype=torch.int64, device=device
+            ),
             counts=whole(layout.spans),
         )

@@ -73,7 +73,7 @@ def probe(
         cache.codes, cache.scale.view(torch.int32), rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors,
         scratch.centres, scratch.probes, scratch.masses,
-        scale, sinks, rows.queries, layout.kv_heads, layout.pages, blocks, each,
+        scale, sinks, rows.queries, layout.kv_heads, layout.room, blocks, each,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), SETS=layout.sets,
@@ -86,12 +86,12 @@ def probe(
 
 @triton.jit(
     do_not_specialize=[
-        "sinks", "queries", "kv_heads", "pages", "blocks", "each", "table_stride", "cache_pages"
+        "sinks", "queries", "kv_heads", "room", "blocks", "each", "table_stride", "cache_pages"
     ]
 )  # fmt: skip
 def _probe(
     query, means, codes, scales, tables, starts, lengths, slopes, planes, factors, centres, probes,
-    masses, scale, sinks, queries, kv_heads, pages, blocks, each, table_stride, cache_pages,
+    masses, scale, sinks, queries, kv_heads, room, blocks, each, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     SETS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, DIRECT: tl.constexpr,
     BFLOAT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -128,7 +128,7 @@ def _probe(
     column, member = lane // 4, lane % 4
     codes += kv_head * cache_pages * (WORDS * PAGE) + own_word(member, WORDS)
     scales += kv_head * cache_pages * (PAGE // 2)
-    centres += line * pages * PADDED
+    centres += line * room * PADDED
     probes += line * blocks * (BLOCK * PADDED * PROBE)
     heads = ()
     for some in tl.static_range(SETS):

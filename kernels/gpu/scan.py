@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import budget, sample, survivors
+from kernels import budget, sample
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import (
@@ -19,6 +19,7 @@ from kernels.gpu.lanes import (
     load_planes,
     load_two,
     load_words,
+    of_lane,
     own_word,
     running_sum,
     signed_sums,
@@ -28,8 +29,9 @@ from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.gpu.look import EACH, look_here
 from kernels.gpu.look_lanes import look_in_lanes
 from kernels.gpu.prepare import LOG2E
+from kernels.gpu.survivors import READ, SEGMENT, STRATUM, list_survivors
 from kernels.page import PAGE
-from kernels.sample import SEGMENT, STRIDE
+from kernels.sample import STRIDE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +44,6 @@ BITS = tl.constexpr(sample.BITS)
 STEP = tl.constexpr(sample.STEP - (1 << 32))  # as int32
 TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
-SURE, STRATUM = tl.constexpr(survivors.SURE), tl.constexpr(survivors.STRATUM)
-STRATA, READ = tl.constexpr(survivors.STRATA), tl.constexpr(survivors.READ)
-PACE = tl.constexpr(survivors.PACE)
 ROUND = tl.constexpr(1.0 * 2**23)
 """Added to it, a number is rounded to a whole one, which its last bits then are."""
 REGISTERS = 64
@@ -100,7 +99,7 @@ def scan(
         sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
-        WORDS=layout.words, SPAN=layout.span, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
+        WORDS=layout.words, SPAN=layout.span, STRIDE=STRIDE, PAGE=PAGE,
         THINNED=shares is None and masses is None, FAR=budget.FAR,
         PLACED=positions is not None, SHARES=shares is not None, MASSES=masses is not None,
         LOOKS=looks, HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, HELD=HELD,
@@ -121,7 +120,7 @@ def _scan(
     met, counts, positions, shares, masses, query, kv, always, outputs, lses, owns,
     scale, sinks, queries, kv_heads, pages, spans, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr,
-    WORDS: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr,
+    WORDS: tl.constexpr, SPAN: tl.constexpr, STRIDE: tl.constexpr,
     PAGE: tl.constexpr, THINNED: tl.constexpr, FAR: tl.constexpr,
     PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
     LOOKS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -149,11 +148,11 @@ def _scan(
     codes += kv_head * cache_pages * (WORDS * PAGE) + column * (WORDS * 4)
     codes += own_word(member, WORDS)
     scales += kv_head * cache_pages * (PAGE // 2) + column * 2
-    centres += line * pages * PADDED
+    centres += line * spans * (SPAN * SEGMENT * PADDED)
     shares += line * pages * PAGE
-    place = line * spans + span
-    met += place * (SPAN * SEGMENT * PAGE)
-    positions += place * (SPAN * SEGMENT * PAGE)
+    own_span = line * spans + span
+    met += own_span * (SPAN * SEGMENT * PAGE)
+    positions += own_span * (SPAN * SEGMENT * PAGE)
     wide: tl.constexpr = DIM // 2 if LANES else DIM
     kv += kv_head * cache_pages * (PAGE * 2 * wide)
     overlap.wait(OVERLAP)
@@ -162,6 +161,7 @@ def _scan(
     high = tl.where(number == 0, 0, high)
     last = tl.maximum(high - 1, 0)
     every: tl.constexpr = DEPTH * WARPS
+    TOGETHER: tl.constexpr = min(SPAN, 2)  # segments
     thinned = (length - start >= (FAR if THINNED else 2**31 - 1)) & (number > 0)
     many = tl.where(thinned, READ, SEGMENT)
     # Units of the line for a mass of 1 in one head; where all keys are read, whatever the mass.
@@ -178,30 +178,39 @@ def _scan(
     phase = kv_head.to(tl.int32) * TURN
     by_head = tl.zeros((SETS, 32 * WARPS), tl.float32)
     noted = low * 0
-    for part in range(SPAN):
+    for part in range(0, SPAN, TOGETHER):
         segment = span * SPAN + part
         end_of_line = ((segment * STEP + phase) >> DROPPED) & (CERTAIN - 1)
+        next_line = ((segment * STEP + STEP + phase) >> DROPPED) & (CERTAIN - 1)
         begin = segment * SEGMENT
-        there = (begin < high) & (begin + SEGMENT > low)
-        edge = (begin * PAGE < first) | (begin < low) | (begin + SEGMENT > high)
-        listed, sure = _survivors(
-            centres, norm + line * PADDED, segment, kv_head, length, low, high, thinned,
-            GROUP, PADDED, SEGMENT,
+        there = (begin < high) & (begin + TOGETHER * SEGMENT > low)
+        places = tl.where(there, tl.where(begin + SEGMENT < high, TOGETHER * many, many), 0)
+        edge = (begin * PAGE < first) | (begin < low) | (begin + TOGETHER * SEGMENT > high)
+        owned = _cached(table, begin + lane % (TOGETHER * SEGMENT), low, last)
+        listed, sure = list_survivors(
+            centres, norm + line * PADDED, segment, kv_head, length, low, high, thinned, lane,
+            GROUP, PADDED, TOGETHER,
         )  # fmt: skip
-        coming, pending, means = (), (), ()
-        for turn in tl.static_range(DEPTH):
-            page = _page(listed, begin, turn * WARPS + warp, many)
-            cached = _cached(table, page, low, last)
-            following = _page(listed, begin, every + turn * WARPS + warp, many)
-            coming += (_cached(table, following, low, last),)  # type: ignore[assignment]
+        if WARPS > 1:
+            listed = _turned(listed, warp.to(tl.uint64))
+        scores = centres + begin * PADDED
+        pending, means = (), ()
+        for turn in tl.static_range(0, every, WARPS):
+            at = _listed(listed, turn, 0, many, TOGETHER)
+            cached = of_lane(owned, at)
             words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
             pending += ((cached, words, sizes),)  # type: ignore[assignment]
-            means += (_load_means(centres, tl.minimum(page, last), member, PADDED, SETS),)  # type: ignore[assignment]
-        for index in range(0, tl.where(there, many, 0), every):
-            before, pages_before, means_before = pending, coming, means
-            pending, coming, means, found = (), (), (), ()
+            means += (_load_means(scores, at, member, PADDED, SETS),)  # type: ignore[assignment]
+        for index in range(0, places, every):
+            if TOGETHER > 1:  # the second segment has a line of its own
+                begins = index == many
+                noted += tl.where(begins, end_of_line >> BITS, 0)
+                end_of_line = tl.where(begins, next_line, end_of_line)
+            before, means_before = pending, means
+            pending, means, found = (), (), ()
             for turn in tl.static_range(DEPTH):
-                page = _page(listed, begin, index + turn * WARPS + warp, many)
+                at = _listed(listed, turn * WARPS, index, many, TOGETHER)
+                page = begin + at
                 own, words, sizes = before[turn]  # type: ignore[var-annotated]
                 centre = means_before[turn]  # type: ignore[var-annotated]
                 zero = tl.zeros((32 * WARPS,), tl.float32)
@@ -235,17 +244,16 @@ def _scan(
                             by_head += tl.where(
                                 tl.arange(0, SETS)[:, None] == some, mass[None], 0.0
                             )
+                following = _listed(
+                    listed, every + turn * WARPS, index + every, many, TOGETHER
+                )
+                means += (_load_means(scores, following, member, PADDED, SETS),)  # type: ignore[assignment]
                 # Not loaded before the last product is done: what is loaded then takes the place of
                 # what was multiplied, and nothing has to be moved.
-                cached = pages_before[turn] + (high_sums.to(tl.int32, bitcast=True) & nothing)
+                cached = of_lane(owned, following) + (high_sums.to(tl.int32, bitcast=True) & nothing)
                 words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
                 pending += ((cached, words, sizes),)  # type: ignore[assignment]
-                following = _page(listed, begin, index + every + turn * WARPS + warp, many)
-                following = tl.minimum(following, last)
-                means += (_load_means(centres, following, member, PADDED, SETS),)  # type: ignore[assignment]
-                following = _page(listed, begin, index + 2 * every + turn * WARPS + warp, many)
-                coming += (_cached(table, following, low, last),)  # type: ignore[assignment]
-                times = tl.where((sure >> (page - begin)) & 1 != 0, 1, STRATUM)
+                times = tl.where((sure >> at) & 1 != 0, 1, STRATUM)
                 longer = stretch * times.to(tl.float32)
                 drawn, next_drawn = _drawn(total[0], longer), _drawn(total[2], longer)
                 if edge:
@@ -259,6 +267,7 @@ def _scan(
                     free = key + STRIDE >= taken
                     tl.store(share + STRIDE, tl.where(free, total[2] / GROUP, 0.0), inside)
                 found += ((own, page, STRATUM // times, drawn, next_drawn),)  # type: ignore[assignment]
+            listed = _turned(listed, every)
             begin_of_pages = end_of_line
             for turn in tl.static_range(DEPTH):
                 end_of_line += tl.sum(found[turn][3] + found[turn][4], 0)
@@ -285,9 +294,9 @@ def _scan(
     if MASSES:
         head = tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None]
         mass = tl.sum(tl.reshape(by_head, (SETS, 8 * WARPS, 4)), 1)
-        tl.store(masses + place * PADDED + head, mass, head < PADDED)
+        tl.store(masses + own_span * PADDED + head, mass, head < PADDED)
     if span < spans:
-        overlap.publish(counts + place, noted)
+        overlap.publish(counts + own_span, noted)
     if LOOKS:
         tl.debug_barrier()
         query += line * (GROUP * wide)
@@ -309,42 +318,20 @@ def _scan(
 
 
 @inlined
-def _survivors(
-    centres, norm, segment, kv_head, length, low, high, thinned,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Which of a segment's pages are read (`kernels.survivors`), in their order, 4 bits of an int64
-    each; and bits of those that stand for themselves alone.
+def _listed(listed, place, reached, many, TOGETHER: tl.constexpr):
+    """What is `place` places on in a list, `reached` places of which are behind: of the segments'
+    pages, which.
     """
-    index, head = tl.arange(0, SEGMENT), tl.arange(0, PADDED)
-    page = segment * SEGMENT + index
-    there = (page >= low) & (page < high)
-    score = tl.load(centres + page[:, None] * PADDED + head[None], there[:, None], float("-inf"))
-    score -= tl.load(norm + head)[None]
-    score = tl.where(score == score, score, float("inf"))
-    score = tl.where(there[:, None] & (head < GROUP)[None], score, float("-inf"))
-    score = tl.max(score, 1)  # [SEGMENT]
-    equal = (score[None] == score[:, None]) & (index[None] < index[:, None])
-    rank = tl.sum(((score[None] > score[:, None]) | equal).to(tl.int32), 1)
-    number = segment.to(tl.int64) * STEP + kv_head.to(tl.int64) * TURN + length.to(tl.int64) * PACE
-    number = number & 0xFFFFFFFF
-    stratum = (rank - SURE) // STRATUM
-    for power in tl.static_range(STRATA - 1):
-        number = tl.where(stratum > power, number * STRATUM & 0xFFFFFFFF, number)
-    drawn = (number * STRATUM >> 32).to(tl.int32)
-    read = (rank < SURE) | ((rank - SURE) % STRATUM == drawn)
-    read = read | ~thinned
-    place = tl.cumsum(read.to(tl.int32), 0) - 1
-    listed = tl.sum(tl.where(read, index.to(tl.int64) << (4 * place).to(tl.int64), 0), 0)
-    sure = tl.sum(tl.where((rank < SURE) | ~thinned, 1 << index, 0), 0)
-    return listed, sure
+    page = ((listed >> 4 * place) & 15).to(tl.int32)
+    return page + tl.where(many <= reached, SEGMENT, 0) if TOGETHER > 1 else page
 
 
 @inlined
-def _page(listed, begin, place, many):
-    """The page at a place of a segment's list, the last one behind it."""
-    shift = 4 * tl.minimum(place, many - 1)
-    return begin + ((listed >> shift.to(tl.int64)) & 15).to(tl.int32)
+def _turned(listed, places):
+    """A list of 16 pages, turned by some places."""
+    listed = listed.to(tl.uint64, bitcast=True)
+    listed = (listed >> 4 * places) | (listed << (64 - 4 * places) % 64)
+    return listed.to(tl.int64, bitcast=True)
 
 
 @inlined

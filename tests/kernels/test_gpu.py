@@ -163,7 +163,7 @@ def check_marks(case, policy, scratch, share, selection):
     position = torch.arange(keys, device=DEVICE)
     stop = rows.recent_page[:, None] * PAGE
     free = (position < stop) & (position >= sinks) & (position >= rows.starts[:, None])
-    score = (scratch.centres - scratch.norm[:, None])[..., :group].amax(-1)
+    score = (scratch.centres - scratch.norm[:, None])[:, : keys // PAGE, :group].amax(-1)
     score = score.view(count, kv_heads, -1)
     score.masked_fill_(~free.unflatten(1, (-1, PAGE)).any(-1)[:, None], -torch.inf)
     stands = survivors(score, 0, rows.lengths, rows.visible, number < 0)
