@@ -89,9 +89,7 @@ def encode(keys: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return by_fours(signs).transpose(-2, -3), by_fours(scale.float())
 
 
-def estimate(
-    query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int
-) -> tuple[Tensor, Tensor]:
+def estimate(query: Tensor, cache: LayerCache, rows: Rows, first: int, last: int) -> Tensor:
     """Estimate the masses of the keys in pages `first` to `last` of every row's sequence.
 
     e ** error is more than 1 on average: half of the error's variance is taken off each score, so
@@ -105,7 +103,7 @@ def estimate(
         last: the page behind the last; what an incomplete page gives is of no meaning.
 
     Returns:
-        Scores [rows, kv_heads, group, keys], and those of the pages' means, likewise of pages.
+        [rows, kv_heads, group, keys] scores.
     """
     count, heads, head_dim = query.shape
     kv_heads, sequences, queries = cache.kv_heads, rows.sequences, rows.queries
@@ -124,12 +122,8 @@ def estimate(
     scale = by_keys(cache.scale[:, tables])[:, :, None]  # [kv_heads, sequences, 1, pages, 64]
     scores = (turned.to(dtype) @ signs.mT).to(query.dtype).view(*centre.shape, PAGE)
     scores = scores.sub_(penalty[..., None, None] * scale).mul_(scale).add_(centre[..., None])
-
-    def by_row(x: Tensor) -> Tensor:
-        x = x.reshape(kv_heads, sequences, queries, group, -1)
-        return x.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, -1)
-
-    return by_row(scores), by_row(centre)
+    scores = scores.view(kv_heads, sequences, queries, group, -1)
+    return scores.permute(1, 2, 0, 3, 4).reshape(count, kv_heads, group, -1)
 
 
 def signs_of(codes: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:

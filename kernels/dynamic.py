@@ -2,9 +2,8 @@
 
 A key's code (`kernels.codes`) says what share of the attention mass it carries, about. The shares
 say how many keys a row should read (`kernels.budget`), and these are drawn by them
-(`kernels.sample`), in rows of many keys from half of the pages (`kernels.survivors`): keys that
-carry much are read for certain, and of the others each that is read stands for several. Sinks and
-the recent window are always read.
+(`kernels.sample`): keys that carry much are read for certain, and of the others each that is read
+stands for several. Sinks and the recent window are always read.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from kernels.masses import estimate_masses
 from kernels.page import PAGE
 from kernels.sample import greatest, lengths, log_weight, marked
 from kernels.selection import Selection
-from kernels.survivors import survivors
 from kernels.timing import Phases
 from kernels.torch_selected import at_once
 
@@ -147,11 +145,8 @@ def _choose(found: Masses, rows: Rows, policy: Dynamic) -> Selection:
     if policy.sampled:
         # No more marks than keys: then all are read.
         enough = number >= found.free.sum(-1)[:, None]
-        stands = survivors(found.page_score(), page, rows.lengths, rows.visible, enough)
-        stands = stands.repeat_interleave(PAGE, dim=-1)  # [rows, kv_heads, keys]
-        length = lengths(share * stands, number, everything=enough)
-        length.masked_fill_(~found.free[:, None] | (stands == 0), 0)
-        chosen, weight = marked(length, page), log_weight(length, stands).float()
+        length = lengths(share, number, everything=enough) * found.free[:, None]
+        chosen, weight = marked(length, page), log_weight(length).float()
         weight = F.pad(weight, (policy.sinks, 2 * PAGE))
         # Nothing is drawn where no share is known, and the keys always read may all be finite.
         weight = weight.masked_fill((found.lost() & ~enough)[..., None], torch.nan)

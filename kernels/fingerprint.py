@@ -12,13 +12,15 @@ from hashlib import sha256
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from kernels import budget, codes, masses, sample, survivors
+from kernels import budget, codes, masses, sample
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from kernels.policy import Dynamic
 
+SURVIVORS = 1.0
+"""Share of a row's keys whose codes are scored: nothing is left out before."""
 DIGITS = 12
 """Hexadecimal ones of a digest."""
 
@@ -32,14 +34,14 @@ def fingerprint(policy: Dynamic, dense_layers: int = 0) -> dict[str, Any]:
 
     Returns:
         A `digest` of the rest: `policy`, `dense_layers`, `survivors`, the share of keys that are
-        scored one by one in rows of many, and `scorer`, the constants by module. Without Triton
-        there are no planes: queries are then not quantised.
+        scored one by one, and `scorer`, the constants by module. Without Triton there are no
+        planes: queries are then not quantised.
     """
     scorer = {module.__name__.rpartition(".")[2]: _constants(module) for module in _modules()}
     fields = {
         "policy": asdict(policy),
         "dense_layers": dense_layers,
-        "survivors": survivors.READ / sample.SEGMENT,
+        "survivors": SURVIVORS,
         "scorer": scorer,
     }
     text = json.dumps(fields, sort_keys=True)
@@ -48,7 +50,7 @@ def fingerprint(policy: Dynamic, dense_layers: int = 0) -> dict[str, Any]:
 
 def _modules() -> list[ModuleType]:
     """Where the constants stand."""
-    modules = [codes, masses, budget, sample, survivors]
+    modules = [codes, masses, budget, sample]
     if find_spec("triton") is not None:
         from kernels.gpu import lanes  # a CPU has no Triton
 

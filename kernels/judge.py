@@ -118,7 +118,7 @@ def _mass_left(
     coded = coded[:, None] & unselected(some, position.shape[0], first * PAGE)
     late = recent_positions(rows, cache.kv_heads)  # [rows, kv_heads, 2 * 64]
     recent = sees(late, rows) & unselected(some, 2 * PAGE, stops[..., None])
-    early, _ = estimate(query.to(wide(query.dtype)) * scale, cache, rows, first, last)
+    early = estimate(query.to(wide(query.dtype)) * scale, cache, rows, first, last)
     if cache.slopes is not None:
         early.add_(bias_at(cache, position.expand(1, 1, -1), rows.lengths - 1))
     # [rows, kv_heads, group, keys + 2 * 64]

@@ -34,7 +34,6 @@ class Masses:
 
     scores: Tensor  # [rows, kv_heads, group, keys]  -inf where not free
     held: Tensor  # [rows, kv_heads, group, sinks + 2 * 64]  -inf where there is no key
-    centres: Tensor  # [rows, kv_heads, group, pages]  of the pages' means, -inf without a free key
     norm: Tensor  # [rows, kv_heads, group]  log of the whole mass, as probed keys tell
     first: int  # position of the first of `scores`, the beginning of a segment
     free: Tensor  # bool [rows, keys]
@@ -48,13 +47,6 @@ class Masses:
         """
         masses = (self.scores - self.norm[..., None]).clamp_max_(MOST).exp_()
         return masses.mean(2).masked_fill_(self.lost()[..., None], 0.0)
-
-    def page_score(self) -> Tensor:
-        """By how much pages' means exceed the whole mass, in the head that finds most there.
-
-        Log, [rows, kv_heads, pages]; see `kernels.survivors`.
-        """
-        return (self.centres - self.norm[..., None]).amax(2)
 
     def lost(self) -> Tensor:
         """Where a group's mass is not finite: bool [rows, kv_heads]."""
@@ -90,16 +82,12 @@ def estimate_masses(
     seen[:, :sinks] &= early < stops  # the recent window has the others
     held = scores_at(query, cache, rows, kept[:, None].expand(-1, cache.kv_heads, -1), scale)
     held.masked_fill_(~seen[:, None, None], -torch.inf)
-    scores, centres = estimate(query.to(wide(query.dtype)) * scale, cache, rows, first, last)
+    scores = estimate(query.to(wide(query.dtype)) * scale, cache, rows, first, last)
     if cache.slopes is not None:
-        bias = bias_at(cache, position.expand(1, 1, -1), rows.lengths - 1)
-        scores.add_(bias)
-        centres.add_(bias[..., ::PAGE])
+        scores.add_(bias_at(cache, position.expand(1, 1, -1), rows.lengths - 1))
     scores.masked_fill_(~free[:, None, None], -torch.inf)
-    some_free = free.view(len(free), -1, PAGE).any(-1)  # [rows, pages]
-    centres.masked_fill_(~some_free[:, None, None], -torch.inf)
     position, there = probed(first, last - first, rows.visible)
     some = scores[..., position] + (apart(rows.visible) * FOURS).log()[:, None, None, None]
     some.masked_fill_(~there[:, None, None], -torch.inf)
     norm = torch.cat((held, some), dim=-1).logsumexp(-1)
-    return Masses(scores, held, centres, norm, first * PAGE, free, kept, seen)
+    return Masses(scores, held, norm, first * PAGE, free, kept, seen)

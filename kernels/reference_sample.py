@@ -60,37 +60,6 @@ def marks(
     return number
 
 
-def survivors(
-    score: list[float], visible: int, number: list[int], sure: int, stratum: int, far: int
-) -> list[int]:
-    """For how many pages each of a segment's stands, of one row and KV head.
-
-    Pages whose means score highest are read for certain, and of each `stratum` that follow in that
-    order one, which stands for all of them. (Neyman 1938, "Contribution to the Theory of Sampling
-    Human Populations": two phases.)
-
-    Args:
-        score: of each page.
-        visible: keys that the row sees.
-        number: which of each stratum is read.
-        sure: pages that are read for certain.
-        stratum: pages of a stratum.
-        far: keys that a row sees at the least, else it reads all pages.
-
-    Returns:
-        Of each page 1, `stratum`, or 0 where it is not read.
-    """
-    if visible < far:
-        return [1] * len(score)
-    ranked = sorted(range(len(score)), key=lambda page: (-score[page], page))
-    stands = [0] * len(score)
-    for page in ranked[:sure]:
-        stands[page] = 1
-    for index, drawn in enumerate(number):
-        stands[ranked[sure + index * stratum + drawn]] = stratum
-    return stands
-
-
 def marked(length: Tensor, start: list[int], pages: int, distance: int) -> list[int]:
     """The sample of one row and KV head: systematic, with probability proportional to size.
 

@@ -89,14 +89,9 @@ def marked(length: Tensor, first: int) -> Tensor:
     return hit.reshape(padded.shape)[..., :keys]
 
 
-def log_weight(length: Tensor, stands: Tensor | int = 1) -> Tensor:
-    """The log of 1 / p, how many keys each marked one stands for: 0 for those that are certain.
-
-    Args:
-        length: int64 [rows, kv_heads, keys].
-        stands: int64 of the same shape, for how many pages a key's own one stands.
-    """
-    return -(length.clamp_min(1).double() * 2.0**-BITS / stands).log()
+def log_weight(length: Tensor) -> Tensor:
+    """The log of 1 / p, how many keys each marked one stands for: 0 for those that are certain."""
+    return -(length.clamp_min(1).double() * 2.0**-BITS).log()
 
 
 def greatest(share: Tensor, free: Tensor, number: Tensor) -> Tensor:

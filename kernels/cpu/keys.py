@@ -50,7 +50,6 @@ class Place(NamedTuple):
     since: int  # position of the first recent key that the row sees
     length: int  # position behind the last
     apart: int  # one page of so many is probed
-    thinned: bool  # whether the codes of half the pages are read (`kernels.survivors`)
 
 
 @jit
@@ -64,8 +63,7 @@ def place_of(keys: Keys, head: int, row: int, sinks: int) -> Place:
     visible = length - start
     apart = 1 if visible < FAR else 2 if visible < 2 * FAR else 4
     end = max(start, min(sinks, recent * 64))
-    thinned = visible >= FAR
-    return Place(head, row, start, end, first, low, coded, since, length, apart, thinned)
+    return Place(head, row, start, end, first, low, coded, since, length, apart)
 
 
 @jit

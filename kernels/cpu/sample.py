@@ -10,7 +10,6 @@ from kernels.cpu.keys import fall_in_page, key_of, pages_of
 from kernels.cpu.launch import inlined, jit
 from kernels.cpu.number import add_columns, exp, long_vectors, popcount
 from kernels.cpu.scan import estimate_page, sums_of
-from kernels.cpu.survivors import list_survivors
 from kernels.sample import BITS, SEGMENT, STEP, STRIDE, TURN
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ def draw_keys(keys: Keys, work: Work, unit: int, place: Place, first: int, last:
     scores, length = np.empty((group, 64), np.float32), np.empty(64, np.int32)
     sums, share = sums_of(work.planes[unit]), np.empty(64, np.float32)
     columns, end = np.empty(STRIDE, np.int32), 0
-    stands, all_read = np.empty(SEGMENT, np.int64), everything or not place.thinned
     begin = total = first * SEGMENT * 64
     # Views are made once: each counts a reference.
     codes, scales, planes, level = keys.codes, keys.scale, work.planes[unit], work.level[unit]
@@ -56,25 +54,19 @@ def draw_keys(keys: Keys, work: Work, unit: int, place: Place, first: int, last:
         if index == 0 or page % SEGMENT == 0:
             line = (place.first + page) // SEGMENT
             end = (line * STEP + place.head * TURN & 0xFFFFFFFF) >> _SHIFT
-            list_survivors(
-                place, page // SEGMENT, low, low + pages.shape[0], centre, norm, all_read, stands
-            )
-        times = np.float32(stands[page % SEGMENT])
-        if times == _ZERO:
-            continue
         if everything:
             length[:] = _WHOLE
         else:
             estimate_page(codes, scales, pages[index], planes, level, sums, scores)
             fall_in_page(keys, place, scores)
-            _measure(scores, centre, page, norm, factor * times, share, length)
+            _measure(scores, centre, page, norm, factor, share, length)
         for key in range(place.low - page * 64):
             length[key] = 0
         hits, end = _marked(length, columns, end)
         while hits != 0:
             key = popcount((hits & -hits) - 1)
             hits &= hits - 1
-            part = np.float32(length[key]) * _UNIT / times
+            part = np.float32(length[key]) * _UNIT
             named[total] = page * 64 + key
             weight[total] = -np.log(part) if part < _ONE else _ZERO
             total += 1
@@ -92,7 +84,7 @@ def _measure(
         centre: see `probe_pages`.
         page: which one.
         norm: see `spend`.
-        factor: marks for each head of the group, for as many pages as it stands for.
+        factor: marks for each head of the group.
         share: float32 [64], of any content.
         length: int32 [64], out.
     """

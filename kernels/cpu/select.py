@@ -1,6 +1,6 @@
 """`kernels.dynamic.select` in numba's kernels.
 
-Three stages for each row and KV head: a first look at a few keys, the budget, and the scan of the
+Three stages for each row and KV head: a first look at a few keys, the budget, and the scan of all
 codes, in which each page's keys are drawn as soon as they are scored. A thread takes one row and KV
 head after the other; where there are too few of them to go round, their segments are shared out.
 """

@@ -188,9 +188,10 @@ def of_pairs(x):
 
 @inlined
 def of_lane(x, lane):
-    """What one lane of a warp has, int32 [lanes]: for each lane `lane` says of which."""
+    """What a lane of a warp has, int32 [lanes]: `lane` says of which, counted around."""
     if INTERPRETED:
         warps = tl.reshape(x, (x.shape[0] // 32, 1, 32))
+        lane = tl.broadcast_to(lane, x.shape) % 32
         wanted = tl.reshape(lane, (x.shape[0] // 32, 32, 1)) == tl.arange(0, 32)
         found = tl.reshape(tl.sum(tl.where(wanted, warps, 0), 2), x.shape)
     else:

@@ -15,7 +15,6 @@ from kernels.codes import words
 from kernels.gpu.lanes import HEADS
 from kernels.page import PAGE
 from kernels.sample import SEGMENT
-from kernels.survivors import STRATUM
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,10 +25,8 @@ HELD = 3 * PAGE
 """Keys that are always read, with room: a page of sinks, and the recent window's two."""
 CERTAIN = tl.constexpr(1 << sample.BITS)
 """Length of a key that is read for certain."""
-WHOLE = tl.constexpr(STRATUM << sample.BITS)
-"""What is noted of such a key's length, if its page stands for itself alone; else the length."""
 SLOT_BITS = tl.constexpr(32)
-"""Of a key's place in the cache; what is noted of its length stands above."""
+"""Of a key's place in the cache; its length stands above."""
 SLOTS = tl.constexpr((1 << 32) - 1)
 CHUNK = 16
 """Pages whose means are multiplied at once."""

@@ -12,7 +12,7 @@ import triton.language as tl
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import log2
-from kernels.gpu.layout import HELD, SLOT_BITS, SLOTS, WHOLE
+from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS, SLOTS
 from kernels.gpu.look_lanes import look_in_lanes
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
@@ -183,7 +183,7 @@ def look_here(
             distance = (position - (length - 1)).to(tl.float32)
             score += load_slopes(slopes, 0, head, GROUP)[None] * distance[:, None]
         # Each key counts 1 / p times.
-        score -= log2(size * (1.0 / WHOLE))[:, None]
+        score -= log2(size * (1.0 / CERTAIN))[:, None]
         score = tl.where((size > 0.0)[:, None], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -204,4 +204,4 @@ def look_here(
     tl.store(outputs + place[None] * DIM + channel[:, None], output, wide)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     tl.store(lses + place, peak + log2(mass), there)
-    tl.store(owns + place, peak + log2(own_mass * (1.0 / WHOLE)), there)
+    tl.store(owns + place, peak + log2(own_mass * (1.0 / CERTAIN)), there)

@@ -25,7 +25,7 @@ from kernels.gpu.lanes import (
     turn,
     upper_halves,
 )
-from kernels.gpu.layout import SLOT_BITS, WHOLE
+from kernels.gpu.layout import CERTAIN, SLOT_BITS
 
 KEYS = tl.constexpr(16)
 """Keys of a warp's products."""
@@ -82,7 +82,7 @@ def look_in_lanes(
         peak = tl.where(peak == float("-inf"), 0.0, peak)
         there = (head < GROUP) & (column == 0)
         tl.store(lses + place, peak + log2(mass), there)
-        tl.store(owns + place, peak + log2(own_mass * (1.0 / WHOLE)), there)
+        tl.store(owns + place, peak + log2(own_mass * (1.0 / CERTAIN)), there)
 
 
 @inlined
@@ -170,8 +170,8 @@ def _add_keys(
 def _weighed(low, high, sizes, state):
     """One head's state with keys g and 8 + g, their shares, and by how much others shrink."""
     # Each key counts 1 / p times.
-    low = tl.where(sizes[0] > 0.0, low - log2(sizes[0] * (1.0 / WHOLE)), float("-inf"))
-    high = tl.where(sizes[1] > 0.0, high - log2(sizes[1] * (1.0 / WHOLE)), float("-inf"))
+    low = tl.where(sizes[0] > 0.0, low - log2(sizes[0] * (1.0 / CERTAIN)), float("-inf"))
+    high = tl.where(sizes[1] > 0.0, high - log2(sizes[1] * (1.0 / CERTAIN)), float("-inf"))
     peak = tl.maximum(state[0], over_rows(tl.maximum(low, high), SUM=False))
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     low, high, shrink = tl.exp2(low - safe), tl.exp2(high - safe), tl.exp2(state[0] - safe)

@@ -14,7 +14,7 @@ from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import HEADS, PLANES, WORD
 from kernels.gpu.launch import tile_of
-from kernels.gpu.layout import HELD, SLOT_BITS, WHOLE
+from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _prepare(
         # Where there is none stands the newest, of no length.
         newest = tl.maximum(length - 1, 0)
         newest = tl.load(table + newest // PAGE) * PAGE + newest % PAGE
-        certain = tl.full((PAGE,), WHOLE, tl.int64) << SLOT_BITS
+        certain = tl.full((PAGE,), CERTAIN, tl.int64) << SLOT_BITS
         note = tl.where(seen, certain | (cached * PAGE + key), newest)
         tl.store(always + line * HELD + part * PAGE + key, note)
         span = tl.arange(0, SPANS)  # of which nothing is known yet

@@ -1,4 +1,4 @@
-"""The scan of the codes: every key's share of the attention, and on which keys a mark falls."""
+"""The scan of all codes: every key's share of the attention, and on which keys a mark falls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import budget, sample
+from kernels import sample
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import (
@@ -29,9 +29,8 @@ from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.gpu.look import EACH, look_here
 from kernels.gpu.look_lanes import look_in_lanes
 from kernels.gpu.prepare import LOG2E
-from kernels.gpu.survivors import READ, SEGMENT, STRATUM, list_survivors
 from kernels.page import PAGE
-from kernels.sample import STRIDE
+from kernels.sample import SEGMENT, STRIDE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,8 +76,7 @@ def scan(
         positions: int32, of the shape of what is met: takes its positions, where wanted.
         shares: float32 [lines, pages * 64], takes every free key's share, where wanted.
         masses: float32 [lines, spans, padded], takes each program's mass by head, over the norm,
-            where wanted. For shares and masses all codes are read, else those of
-            `kernels.survivors`.
+            where wanted.
         look: attention to the keys met and to those always read, where wanted.
     """
     overlaps = overlap.possible(cache.codes.device)
@@ -99,8 +97,7 @@ def scan(
         sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
-        WORDS=layout.words, SPAN=layout.span, STRIDE=STRIDE, PAGE=PAGE,
-        THINNED=shares is None and masses is None, FAR=budget.FAR,
+        WORDS=layout.words, SPAN=layout.span, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
         PLACED=positions is not None, SHARES=shares is not None, MASSES=masses is not None,
         LOOKS=looks, HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, HELD=HELD,
         EACH=EACH, BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
@@ -120,9 +117,8 @@ def _scan(
     met, counts, positions, shares, masses, query, kv, always, outputs, lses, owns,
     scale, sinks, queries, kv_heads, pages, spans, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr,
-    WORDS: tl.constexpr, SPAN: tl.constexpr, STRIDE: tl.constexpr,
-    PAGE: tl.constexpr, THINNED: tl.constexpr, FAR: tl.constexpr,
-    PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
+    WORDS: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr,
+    PAGE: tl.constexpr, PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
     LOOKS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
     BIASED: tl.constexpr, LANES: tl.constexpr, BFLOAT: tl.constexpr, WARPS: tl.constexpr,
@@ -155,15 +151,18 @@ def _scan(
     positions += own_span * (SPAN * SEGMENT * PAGE)
     wide: tl.constexpr = DIM // 2 if LANES else DIM
     kv += kv_head * cache_pages * (PAGE * 2 * wide)
+    last = tl.maximum(high - 1, 0)
+    every: tl.constexpr = DEPTH * WARPS
+    together: tl.constexpr = min(SPAN * SEGMENT, 32)  # pages, of one segment or two
+    # Pages that were full before this step need not be waited for.
+    begin = span * (SPAN * SEGMENT)
+    owned, pending = _first_pages(
+        codes, scales, table, begin, low, last, lane, warp, member, STEPS, WORDS, PAGE, every, WARPS
+    )
     overlap.wait(OVERLAP)
     overlap.begin(OVERLAP)  # not before: what follows waits for programs of this kernel alone
     number = tl.load(marks + line)
     high = tl.where(number == 0, 0, high)
-    last = tl.maximum(high - 1, 0)
-    every: tl.constexpr = DEPTH * WARPS
-    TOGETHER: tl.constexpr = min(SPAN, 2)  # segments
-    thinned = (length - start >= (FAR if THINNED else 2**31 - 1)) & (number > 0)
-    many = tl.where(thinned, READ, SEGMENT)
     # Units of the line for a mass of 1 in one head; where all keys are read, whatever the mass.
     stretch = tl.where(number < 0, float("inf"), number.to(tl.float32) * (CERTAIN / GROUP))
     line_planes, line_factors, wholes = (), (), ()
@@ -178,39 +177,30 @@ def _scan(
     phase = kv_head.to(tl.int32) * TURN
     by_head = tl.zeros((SETS, 32 * WARPS), tl.float32)
     noted = low * 0
-    for part in range(0, SPAN, TOGETHER):
-        segment = span * SPAN + part
-        end_of_line = ((segment * STEP + phase) >> DROPPED) & (CERTAIN - 1)
-        next_line = ((segment * STEP + STEP + phase) >> DROPPED) & (CERTAIN - 1)
-        begin = segment * SEGMENT
-        there = (begin < high) & (begin + TOGETHER * SEGMENT > low)
-        places = tl.where(there, tl.where(begin + SEGMENT < high, TOGETHER * many, many), 0)
-        edge = (begin * PAGE < first) | (begin < low) | (begin + TOGETHER * SEGMENT > high)
-        owned = _cached(table, begin + lane % (TOGETHER * SEGMENT), low, last)
-        listed, sure = list_survivors(
-            centres, norm + line * PADDED, segment, kv_head, length, low, high, thinned, lane,
-            GROUP, PADDED, TOGETHER,
-        )  # fmt: skip
-        if WARPS > 1:
-            listed = _turned(listed, warp.to(tl.uint64))
-        scores = centres + begin * PADDED
-        pending, means = (), ()
+    for part in range(0, SPAN * SEGMENT, together):
+        begin = span * (SPAN * SEGMENT) + part
+        begin_at = tl.maximum(low - begin, 0) // every * every
+        end_at = tl.minimum(high - begin, together)
+        scores, means = centres + begin * PADDED, ()
         for turn in tl.static_range(0, every, WARPS):
-            at = _listed(listed, turn, 0, many, TOGETHER)
-            cached = of_lane(owned, at)
-            words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
-            pending += ((cached, words, sizes),)  # type: ignore[assignment]
-            means += (_load_means(scores, at, member, PADDED, SETS),)  # type: ignore[assignment]
-        for index in range(0, places, every):
-            if TOGETHER > 1:  # the second segment has a line of its own
-                begins = index == many
+            means += (_load_means(scores, begin_at + turn + warp, member, PADDED, SETS),)  # type: ignore[assignment]
+        edge = (begin * PAGE < first) | (begin < low) | (begin + together > high)
+        turned = begin // SEGMENT * STEP + phase
+        end_of_line = (turned >> DROPPED) & (CERTAIN - 1)
+        if together > SEGMENT:
+            next_line = ((turned + STEP) >> DROPPED) & (CERTAIN - 1)
+            end_of_line = tl.where(begin_at > SEGMENT, next_line, end_of_line)
+        for at_once in range(begin_at, end_at, every):
+            if together > SEGMENT:
+                begins = at_once == SEGMENT
                 noted += tl.where(begins, end_of_line >> BITS, 0)
                 end_of_line = tl.where(begins, next_line, end_of_line)
             before, means_before = pending, means
             pending, means, found = (), (), ()
+            next_at = tl.minimum(at_once + every, together - every)
             for turn in tl.static_range(DEPTH):
-                at = _listed(listed, turn * WARPS, index, many, TOGETHER)
-                page = begin + at
+                at = at_once + turn * WARPS + warp
+                page, following = begin + at, next_at + turn * WARPS + warp
                 own, words, sizes = before[turn]  # type: ignore[var-annotated]
                 centre = means_before[turn]  # type: ignore[var-annotated]
                 zero = tl.zeros((32 * WARPS,), tl.float32)
@@ -244,18 +234,15 @@ def _scan(
                             by_head += tl.where(
                                 tl.arange(0, SETS)[:, None] == some, mass[None], 0.0
                             )
-                following = _listed(
-                    listed, every + turn * WARPS, index + every, many, TOGETHER
-                )
                 means += (_load_means(scores, following, member, PADDED, SETS),)  # type: ignore[assignment]
                 # Not loaded before the last product is done: what is loaded then takes the place of
                 # what was multiplied, and nothing has to be moved.
-                cached = of_lane(owned, following) + (high_sums.to(tl.int32, bitcast=True) & nothing)
+                cached = of_lane(owned, following) + (
+                    high_sums.to(tl.int32, bitcast=True) & nothing
+                )
                 words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
                 pending += ((cached, words, sizes),)  # type: ignore[assignment]
-                times = tl.where((sure >> at) & 1 != 0, 1, STRATUM)
-                longer = stretch * times.to(tl.float32)
-                drawn, next_drawn = _drawn(total[0], longer), _drawn(total[2], longer)
+                drawn, next_drawn = _drawn(total[0], stretch), _drawn(total[2], stretch)
                 if edge:
                     taken = _taken(page, low, high, first, PAGE)
                     drawn = tl.where(key >= taken, drawn, 0)
@@ -266,23 +253,22 @@ def _scan(
                     tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0), inside)
                     free = key + STRIDE >= taken
                     tl.store(share + STRIDE, tl.where(free, total[2] / GROUP, 0.0), inside)
-                found += ((own, page, STRATUM // times, drawn, next_drawn),)  # type: ignore[assignment]
-            listed = _turned(listed, every)
+                found += ((own, page, drawn, next_drawn),)  # type: ignore[assignment]
             begin_of_pages = end_of_line
             for turn in tl.static_range(DEPTH):
-                end_of_line += tl.sum(found[turn][3] + found[turn][4], 0)
+                end_of_line += tl.sum(found[turn][2] + found[turn][3], 0)
             # All pages' marks at once: what one waits for another uses.
             if (end_of_line >> BITS) != (begin_of_pages >> BITS):
                 for turn in tl.static_range(DEPTH):
-                    own, page, times, drawn, next_drawn = found[turn]
+                    own, page, drawn, next_drawn = found[turn]
                     both = drawn + next_drawn  # type: ignore[var-annotated]
                     end = begin_of_pages + running_sum(both, WARPS)
                     begin_of_pages += tl.sum(both, 0)
                     position, slot = page * PAGE + key, own * PAGE + key
                     hit, mark = _marked(drawn, end - next_drawn)
                     next_hit, next_mark = _marked(next_drawn, end)
-                    _note(met + noted + mark, slot, drawn * times, hit)
-                    _note(met + noted + next_mark, slot + STRIDE, next_drawn * times, next_hit)
+                    _note(met + noted + mark, slot, drawn, hit)
+                    _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
                     if PLACED:
                         tl.store(positions + noted + mark, position, hit)
                         tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
@@ -291,6 +277,11 @@ def _scan(
                         _fetch(data, hit, BYTES)
                         _fetch(data + STRIDE * (2 * wide), next_hit, BYTES)
         noted += end_of_line >> BITS
+        if SPAN * SEGMENT > together:
+            owned, pending = _first_pages(
+                codes, scales, table, begin + together, low, last, lane, warp, member,
+                STEPS, WORDS, PAGE, every, WARPS,
+            )  # fmt: skip
     if MASSES:
         head = tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None]
         mass = tl.sum(tl.reshape(by_head, (SETS, 8 * WARPS, 4)), 1)
@@ -318,26 +309,24 @@ def _scan(
 
 
 @inlined
-def _listed(listed, place, reached, many, TOGETHER: tl.constexpr):
-    """What is `place` places on in a list, `reached` places of which are behind: of the segments'
-    pages, which.
+def _first_pages(
+    codes, scales, table, begin, low, last, lane, warp, member,
+    STEPS: tl.constexpr, WORDS: tl.constexpr, PAGE: tl.constexpr, EVERY: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """Where 32 pages lie, one after the other in a warp's lanes: int32 [lanes]; and the first that
+    are scored, with what is read of them.
+
+    For a page that is not there another stands: that asks for no mask.
     """
-    page = ((listed >> 4 * place) & 15).to(tl.int32)
-    return page + tl.where(many <= reached, SEGMENT, 0) if TOGETHER > 1 else page
-
-
-@inlined
-def _turned(listed, places):
-    """A list of 16 pages, turned by some places."""
-    listed = listed.to(tl.uint64, bitcast=True)
-    listed = (listed >> 4 * places) | (listed << (64 - 4 * places) % 64)
-    return listed.to(tl.int64, bitcast=True)
-
-
-@inlined
-def _cached(table, page, low, last):
-    """Where a page lies; for one that is not there, another: that asks for no mask."""
-    return tl.load(table + tl.minimum(tl.maximum(page, tl.minimum(low, last)), last)).to(tl.int32)
+    page = tl.maximum(begin + lane, tl.minimum(low, last))
+    owned = tl.load(table + tl.minimum(page, last)).to(tl.int32)
+    at, pages = tl.maximum(low - begin, 0) // EVERY * EVERY + warp, ()
+    for turn in tl.static_range(0, EVERY, WARPS):
+        cached = of_lane(owned, at + turn)
+        words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
+        pages += ((cached, words, sizes),)  # type: ignore[assignment]
+    return owned, pages
 
 
 @inlined

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.gpu.decode import choose, look_over
-from kernels.gpu.layout import HELD, SLOT_BITS, WHOLE
+from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.gpu.scan import scan
 from kernels.page import PAGE
 from kernels.sample import greatest
@@ -71,7 +71,7 @@ def _selection(
     number = torch.arange(int(counts.max()) if counts.numel() else 0, device=device)
     there = number < counts[..., None]  # [lines, spans, most]
     position = positions[..., : len(number)].long().flatten(1)  # [lines, places]
-    size = (scratch.met[..., : len(number)] >> SLOT_BITS.value).double() / WHOLE.value
+    size = (scratch.met[..., : len(number)] >> SLOT_BITS.value).double() / CERTAIN.value
     weight = -size.log().float().flatten(1)
     held, seen = (x.repeat_interleave(layout.kv_heads, dim=0) for x in _held(rows, sinks))
     there = torch.cat((there.flatten(1), seen), dim=-1)

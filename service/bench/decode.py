@@ -22,7 +22,6 @@ from kernels.codes import words
 from kernels.fingerprint import fingerprint
 from kernels.page import PAGE
 from kernels.policy import Dynamic
-from kernels.survivors import share_read
 from service.bench.clock import seconds_of
 from service.bench.record import Record, table
 
@@ -165,9 +164,10 @@ class _Bench:
         if name == "topk":  # a float32 score of every key
             return lines * context * 4
         line = keys * 2 * shape.head_dim * self.dtype.itemsize
-        if name == "dynamic":  # codes, scales, and shares of the pages' means
-            code = (4 * words(shape.head_dim) + 2) * share_read(context)
-            line += context * (code + shape.head_dim * self.dtype.itemsize / PAGE)
+        if name == "dynamic":  # a code, a scale, and a share of the page's mean
+            line += context * (
+                4 * words(shape.head_dim) + 2 + shape.head_dim * self.dtype.itemsize / PAGE
+            )
         return round(lines * line)
 
     def _dynamic(self, number: int) -> dynamic.Attended:

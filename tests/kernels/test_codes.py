@@ -65,7 +65,7 @@ def test_estimates_err_as_much_as_they_say(paged, dtype, lengths):
     case = paged(lengths, 2, 128, dtype, queries=4)
     wide = torch.promote_types(dtype, torch.float32)
     query = case.query(3).to(wide)
-    scores, _ = estimate(query, case.cache, case.rows, 0, 10)
+    scores = estimate(query, case.cache, case.rows, 0, 10)
     assert scores.shape == (4 * len(lengths), 2, 3, 640)
     tables = case.rows.block_tables[:, :10]
     noise = NOISE * by_keys(case.cache.scale[:, tables]).float().square().flatten(2).transpose(0, 1)
@@ -87,7 +87,7 @@ def test_a_key_along_its_query_is_estimated_without_error(paged):
     page = case.tables[0][0]
     keys = case.cache.kv[0, page, :, 0]
     query = keys[5] - keys.mean(0)
-    score = estimate(query[None, None], case.cache, case.rows, 0, 1)[0][0, 0, 0, 5]
+    score = estimate(query[None, None], case.cache, case.rows, 0, 1)[0, 0, 0, 5]
     stored = by_keys(case.cache.scale[0, page])[5].double()
     score += query @ query * NOISE * stored.square() / 2
     # But for what the stored scale has lost in bfloat16.

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from kernels import budget, codes, fingerprint, masses, sample, survivors
+from kernels import budget, codes, fingerprint, masses, sample
 from kernels.gpu import lanes
 from kernels.policy import Dynamic
 
@@ -25,7 +25,7 @@ CONSTANTS = [
     *((budget, name) for name in ("SAMPLE", "PROBE", "APART", "FAR")),
     *((sample, name) for name in ("SEGMENT", "BITS", "STEP", "TURN", "STRIDE")),
     (lanes, "PLANES"),
-    *((survivors, name) for name in ("SURE", "STRATUM", "STRATA", "READ", "PACE")),
+    (fingerprint, "SURVIVORS"),
 ]
 
 
@@ -40,7 +40,7 @@ def test_it_is_the_same_each_time_and_can_be_written():
     assert len(found["digest"]) == fingerprint.DIGITS and int(found["digest"], 16) >= 0
     assert found["policy"]["coverage"] == Dynamic().coverage
     assert found["scorer"]["lanes"]["PLANES"] == lanes.PLANES.value
-    assert (found["dense_layers"], found["survivors"]) == (1, 0.5)
+    assert (found["dense_layers"], found["survivors"]) == (1, 1.0)
 
 
 def test_every_field_of_the_policy_counts():

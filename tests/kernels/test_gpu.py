@@ -22,7 +22,6 @@ from kernels.masses import estimate_masses
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
-from kernels.survivors import survivors
 from tests.interpreter import programs
 
 if TYPE_CHECKING:
@@ -155,61 +154,27 @@ def weights_by_key(selection, row, head):
     return {key: weight for key, weight in zip(keys, weights, strict=True) if key >= 0}
 
 
-def check_marks(case, policy, scratch, share, selection):
-    """The keys and weights of torch's rules on the same shares and scores of pages' means."""
-    rows, sinks, (count, kv_heads, keys) = case.rows, policy.sinks, share.shape
-    group = case.query.shape[1] // kv_heads
-    number = scratch.marks.view(count, kv_heads)
-    position = torch.arange(keys, device=DEVICE)
+def test_the_marks_fall_as_torchs_do_on_the_same_shares(found):
+    share, rows, sinks = found.share, found.case.rows, found.policy.sinks
+    number = found.scratch.marks.view(share.shape[:2])
+    position = torch.arange(share.shape[-1], device=DEVICE)
     stop = rows.recent_page[:, None] * PAGE
-    free = (position < stop) & (position >= sinks) & (position >= rows.starts[:, None])
-    score = (scratch.centres - scratch.norm[:, None])[:, : keys // PAGE, :group].amax(-1)
-    score = score.view(count, kv_heads, -1)
-    score.masked_fill_(~free.unflatten(1, (-1, PAGE)).any(-1)[:, None], -torch.inf)
-    stands = survivors(score, 0, rows.lengths, rows.visible, number < 0)
-    stands = stands.repeat_interleave(PAGE, dim=-1)
-    length = sample.lengths(share * stands, number.clamp_min(0), everything=number < 0)
-    length = length * free[:, None] * (stands > 0)
+    free = (position < stop) & (position >= sinks)
+    length = sample.lengths(share, number.clamp_min(0), everything=number < 0) * free[:, None]
     expected = sample.marked(length, 0)
-    selection.validate(rows.lengths)
-    for row, (start, end) in enumerate(
-        zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True)
-    ):
-        window = set(range(max(int(stop[row]), start), end)) | set(range(start, min(end, sinks)))
-        for head in range(kv_heads):
-            weights = weights_by_key(selection, row, head)
+    found.selection.validate(rows.lengths)
+    for row, end in enumerate(rows.lengths.tolist()):
+        window = set(range(int(stop[row]), end)) | set(range(min(end, sinks)))
+        for head in range(found.layout.kv_heads):
+            weights = weights_by_key(found.selection, row, head)
             wanted = set(position[expected[row, head]].tolist())
             # A length that lies between two whole numbers may be rounded to the other one.
             other = (weights.keys() - window) ^ wanted
             assert len(other) <= 2
             for key in wanted & weights.keys():
-                told = float(sample.log_weight(length[row, head, key], stands[row, head, key]))
+                told = float(sample.log_weight(length[row, head, key]))
                 unit = 2.0**-sample.BITS * math.exp(told)
                 assert weights[key] == pytest.approx(told, abs=1e-5 + 1.1 * unit)
-    return stands
-
-
-def test_the_marks_fall_as_torchs_do_on_the_same_shares(found):
-    stands = check_marks(found.case, found.policy, found.scratch, found.share, found.selection)
-    assert bool((stands == 1).all())
-
-
-@pytest.mark.parametrize("group", [1, 3, 6])
-def test_codes_of_half_the_pages_are_read_of_rows_that_see_many_keys(make, monkeypatch, group):
-    monkeypatch.setattr(budget, "FAR", 1500)
-    case = make(2, group, 64, lengths=(3300, 2500, 1100), starts=(0, 700, 0), gain=0.4)
-    policy = POLICIES["a fixed number"]
-    with programs(2, 1):  # of more than a segment each
-        _, scratch, share = estimated(case, policy)
-        selection, found = select(case, policy), attend(case, policy)
-    stands = check_marks(case, policy, scratch, share, selection)
-    assert [sorted(set(one.flatten().tolist())) for one in stands] == [[0, 1, 3], [0, 1, 3], [1]]
-    output, lse, own = selected_attention(*case.layout, selection, SCALE)
-    torch.testing.assert_close(found.output, output, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.lse, lse, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.own, own, atol=1e-5, rtol=1e-5)
-    _, dense = dense_decode(*case.layout, SCALE)
-    torch.testing.assert_close(lse, dense, atol=0.6, rtol=0)
 
 
 def test_estimates_are_torchs_but_for_the_querys_rounding(found):
