@@ -277,7 +277,7 @@ def _scan(
                         _fetch(data, hit, BYTES)
                         _fetch(data + STRIDE * (2 * wide), next_hit, BYTES)
         noted += end_of_line >> BITS
-        if SPAN * SEGMENT > together:
+        if together < SPAN * SEGMENT:
             owned, pending = _first_pages(
                 codes, scales, table, begin + together, low, last, lane, warp, member,
                 STEPS, WORDS, PAGE, every, WARPS,
