@@ -23,7 +23,6 @@ from kernels.gpu.lanes import (
     load_words,
     log2,
     multiply,
-    of_lane,
     own_word,
     signed_sums,
     two_sizes,
@@ -151,22 +150,20 @@ def _probe(
             )  # [WIDTH, 8]
             heads += (one,)  # type: ignore[assignment]
     last = tl.maximum(stop - 1, 0)  # behind it it is loaded again: that asks for no mask
-    owned = _load_places(table, low, last, lane, BLOCK)
-    mean = _load_means(means, owned, 0, column, member, channel, DIM, DIRECT, CHUNK)
+    mean = _load_means(means, table, low, last, column, member, channel, DIM, DIRECT, CHUNK)
     apart = apart_of(length - start, FAR)
     for first in range(low, high, BLOCK):
         # Lane (g, t) has probed pages where it has their means' scores, in its own rows of chunks.
-        at = column % apart * CHUNK + column
+        page = first + column % apart * CHUNK + column
         found = _load_probed(
-            codes, scales, owned, first, at, member, STEPS, WORDS, CHUNK, PROBE, FOURS, PAGE
+            codes, scales, table, page, last, member, STEPS, WORDS, CHUNK, PROBE, FOURS, PAGE
         )
-        following = _load_places(table, first + BLOCK, last, lane, BLOCK)
         centre = ()
         for turn in tl.static_range(APART):
             before, centre_before, centre = mean, centre, ()
             mean = _load_means(
-                means, owned if turn + 1 < APART else following, (turn + 1) % APART,
-                column, member, channel, DIM, DIRECT, CHUNK,
+                means, table, first + (turn + 1) * CHUNK, last, column, member, channel,
+                DIM, DIRECT, CHUNK,
             )  # fmt: skip
             page = first + turn * CHUNK + column
             for some in tl.static_range(SETS):
@@ -200,11 +197,10 @@ def _probe(
             mass = tl.full((4,), float("-inf"), tl.float32)
             for turn in range(APART // apart):
                 chunk = turn * apart + column % apart
-                at = chunk * CHUNK + column
-                low_page = first + at
+                low_page = first + chunk * CHUNK + column
                 if (turn > 0) | (some > 0):
                     found = _load_probed(
-                        codes, scales, owned, first, at, member,
+                        codes, scales, table, low_page, last, member,
                         STEPS, WORDS, CHUNK, PROBE, FOURS, PAGE,
                     )  # fmt: skip
                 low_words, low_size, high_words, high_size = found
@@ -254,7 +250,6 @@ def _probe(
                 mass = _joined(mass, _joined_rows(peak, total))
             head = some * 4 + tl.arange(0, 4)
             tl.store(masses + first // BLOCK * PADDED + head, mass, head < PADDED)
-        owned = following
 
 
 @triton.jit
@@ -264,33 +259,20 @@ def apart_of(visible, FAR: tl.constexpr):
 
 
 @inlined
-def _load_places(table, first, last, lane, BLOCK: tl.constexpr):
-    """Where a block's pages lie, one after the other in a warp's lanes: int32 [32] each."""
-    places = ()
-    for begin in tl.static_range(0, BLOCK, 32):
-        page = tl.minimum(first + begin + lane, last)
-        places += (tl.load(table + page).to(tl.int32),)  # type: ignore[assignment]
-    return places
-
-
-@inlined
 def _load_means(
-    means, owned, turn, column, member, channel,
+    means, table, first, last, column, member, channel,
     DIM: tl.constexpr, DIRECT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Means of a chunk: [CHUNK, WIDTH], or words of pages g and 8 + g as `multiply` takes them."""
-    some, lane = owned[turn * CHUNK // 32], turn * CHUNK % 32
     if DIRECT:
-        low = of_lane(some, lane + column).to(tl.int64)
-        high = of_lane(some, lane + CHUNK // 2 + column).to(tl.int64)
+        low = tl.load(table + tl.minimum(first + column, last))
+        high = tl.load(table + tl.minimum(first + CHUNK // 2 + column, last))
         mean = (
             _load_mean(means + low * (DIM // 2), member, DIM),
             _load_mean(means + high * (DIM // 2), member, DIM),
         )
     else:
-        halves = tl.reshape(some, (32 // CHUNK, CHUNK))
-        wanted = tl.arange(0, 32 // CHUNK) == lane // CHUNK
-        own = tl.sum(tl.where(wanted[:, None], halves, 0), 0).to(tl.int64)
+        own = tl.load(table + tl.minimum(first + tl.arange(0, CHUNK), last))
         mean = tl.load(means + own[:, None] * DIM + channel[None], (channel < DIM)[None], 0.0)
     return mean
 
@@ -311,18 +293,15 @@ def _scored(mean, heads, DIRECT: tl.constexpr, BFLOAT: tl.constexpr):
 
 @inlined
 def _load_probed(
-    codes, scales, owned, first, at, member,
+    codes, scales, table, page, last, member,
     STEPS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, PROBE: tl.constexpr,
     FOURS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of keys probed in pages `at` [32] of a block, and half a chunk behind."""
+    """Codes and scales of the keys probed in `page` [32], and of those half a chunk behind."""
     found = ()
     for half in tl.static_range(2):
-        own = at + half * (CHUNK // 2)
-        cached = of_lane(owned[0], own % 32)
-        for some in tl.static_range(1, len(owned)):
-            cached = tl.where(own // 32 == some, of_lane(owned[some], own % 32), cached)
-        cached, four = cached.to(tl.int64), (first + own) * 7 % FOURS
+        own = page + half * (CHUNK // 2)
+        cached, four = tl.load(table + tl.minimum(own, last)), own * 7 % FOURS
         start = codes + cached * (WORDS * PAGE) + four * (WORDS * PROBE)
         words = load_words(start, member, STEPS, WORDS)
         found += (words, load_two(scales + cached * (PAGE // 2) + four * 2))  # type: ignore[assignment]

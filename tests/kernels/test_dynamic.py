@@ -75,19 +75,24 @@ def test_sinks_and_the_recent_window_are_always_kept(paged, impl):
 
 
 @IMPLS
-def test_one_sharp_key_is_found_wherever_it_stands(paged, impl):
-    generator = torch.Generator().manual_seed(3)
-    for position in torch.randint(20, 7900, (12,), generator=generator).tolist():
-        case = paged([8192], 2, 64, seed=position)
-        query = case.query(2)
-        spike = query.view(2, 2, 64)[:, 0] * 3
-        slots = case.rows.slots(torch.tensor([[position]]))[0]
-        case.cache.write(slots, spike[None], case.values[0][position][None])
-        case.cache.code(slots // PAGE)
-        selection = dynamic.select(
-            query, case.cache, case.rows, Dynamic(min_keys=0, max_keys=256), 0.125, impl=impl
-        )
-        assert (selection.indices == position).any(-1).all()
+@pytest.mark.parametrize("context", [8192, 2 * FAR + 300])
+def test_one_sharp_key_is_found_wherever_it_stands(paged, impl, context):
+    """One for each KV head: sharp enough to matter, too little to show in its page's mean."""
+    heads, generator = 6, torch.Generator().manual_seed(3)
+    case = paged([context], heads, 64)
+    query = case.query(2)
+    for _ in range(3):
+        positions = torch.randint(20, context - 300, (heads,), generator=generator)
+        spikes = query.view(heads, 2, 64)[:, 0] * 1.25
+        for head, position in enumerate(positions.tolist()):
+            keys, values = case.keys[0][position].clone(), case.values[0][position]
+            keys[head] = spikes[head]
+            slots = case.rows.slots(torch.tensor([[position]]))[0]
+            case.cache.write(slots, keys[None], values[None])
+            case.cache.code(slots // PAGE)
+        policy = Dynamic(min_keys=0, max_keys=256)
+        selection = dynamic.select(query, case.cache, case.rows, policy, 0.125, impl=impl)
+        assert (selection.indices[0] == positions[:, None]).any(-1).all()
 
 
 def test_a_row_is_chosen_alike_alone_and_in_company(paged):
