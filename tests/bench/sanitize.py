@@ -49,9 +49,10 @@ def main() -> None:
     given = parser.parse_args()
     jobs = [[sys.executable, "-c", JOB.format(number)] for number in range(len(JOBS))]
     _outputs(jobs)  # what is compiled here need not be compiled under each tool
-    records = [_run(tool, jobs) for tool in tqdm(TOOLS, unit="tool")]
-    for record in records:
-        print(record)
+    records = []
+    for tool in tqdm(TOOLS, unit="tool"):
+        records.append(_run(tool, jobs))
+        print(records[-1], flush=True)
     if given.output is not None:
         command = shlex.join(["python", *sys.argv])
         version = _outputs([["compute-sanitizer", "--version"]])[0].strip().splitlines()[-1]
