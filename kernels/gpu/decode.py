@@ -1,8 +1,8 @@
 """Dynamic selection and attention of single query rows: five launches or six, and no wait.
 
-What is launched depends on the policy and the block table's width alone, and lengths are read on
-the device, so that a CUDA graph can hold it. Of other rows a result depends on the table's width
-alone, and that in rounding only.
+What is launched depends on the policy and the block table's size alone, and lengths are read on
+the device, so that a CUDA graph can hold it. Of other rows a result depends on how many there are
+and on the table's width alone, and that in rounding only.
 """
 
 from __future__ import annotations

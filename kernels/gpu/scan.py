@@ -179,29 +179,29 @@ def _scan(
     noted = low * 0
     for part in range(0, SPAN * SEGMENT, together):
         begin = span * (SPAN * SEGMENT) + part
-        begin_at = tl.maximum(low - begin, 0) // every * every
-        end_at = tl.minimum(high - begin, together)
+        first_place = tl.maximum(low - begin, 0) // every * every
+        end_place = tl.minimum(high - begin, together)
         scores, means = centres + begin * PADDED, ()
         for turn in tl.static_range(0, every, WARPS):
-            means += (_load_means(scores, begin_at + turn + warp, member, PADDED, SETS),)  # type: ignore[assignment]
+            means += (_load_means(scores, first_place + turn + warp, member, PADDED, SETS),)  # type: ignore[assignment]
         edge = (begin * PAGE < first) | (begin < low) | (begin + together > high)
         turned = begin // SEGMENT * STEP + phase
         end_of_line = (turned >> DROPPED) & (CERTAIN - 1)
         if together > SEGMENT:
             next_line = ((turned + STEP) >> DROPPED) & (CERTAIN - 1)
-            end_of_line = tl.where(begin_at > SEGMENT, next_line, end_of_line)
-        for at_once in range(begin_at, end_at, every):
-            if together > SEGMENT:
-                begins = at_once == SEGMENT
+            end_of_line = tl.where(first_place > SEGMENT, next_line, end_of_line)
+        for place in range(first_place, end_place, every):
+            if together > SEGMENT:  # each has a line of its own
+                begins = place == SEGMENT
                 noted += tl.where(begins, end_of_line >> BITS, 0)
                 end_of_line = tl.where(begins, next_line, end_of_line)
             before, means_before = pending, means
             pending, means, found = (), (), ()
-            next_at = tl.minimum(at_once + every, together - every)
+            next_place = tl.minimum(place + every, together - every)
             for turn in tl.static_range(DEPTH):
-                at = at_once + turn * WARPS + warp
-                page, following = begin + at, next_at + turn * WARPS + warp
-                own, words, sizes = before[turn]  # type: ignore[var-annotated]
+                page = begin + place + turn * WARPS + warp
+                following = next_place + turn * WARPS + warp
+                own, words, sizes = before[turn]
                 centre = means_before[turn]  # type: ignore[var-annotated]
                 zero = tl.zeros((32 * WARPS,), tl.float32)
                 total = (zero, zero, zero, zero)
@@ -237,11 +237,10 @@ def _scan(
                 means += (_load_means(scores, following, member, PADDED, SETS),)  # type: ignore[assignment]
                 # Not loaded before the last product is done: what is loaded then takes the place of
                 # what was multiplied, and nothing has to be moved.
-                cached = of_lane(owned, following) + (
-                    high_sums.to(tl.int32, bitcast=True) & nothing
-                )
+                later = high_sums.to(tl.int32, bitcast=True) & nothing
+                cached = of_lane(owned, following) + later
                 words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
-                pending += ((cached, words, sizes),)  # type: ignore[assignment]
+                pending += ((cached, words, sizes),)
                 drawn, next_drawn = _drawn(total[0], stretch), _drawn(total[2], stretch)
                 if edge:
                     taken = _taken(page, low, high, first, PAGE)

@@ -154,19 +154,22 @@ def weights_by_key(selection, row, head):
     return {key: weight for key, weight in zip(keys, weights, strict=True) if key >= 0}
 
 
-def test_the_marks_fall_as_torchs_do_on_the_same_shares(found):
-    share, rows, sinks = found.share, found.case.rows, found.policy.sinks
-    number = found.scratch.marks.view(share.shape[:2])
+def check_marks(case, policy, scratch, share, selection):
+    """The keys and weights are those of torch's rules on the same shares."""
+    rows, sinks = case.rows, policy.sinks
+    number = scratch.marks.view(share.shape[:2])
     position = torch.arange(share.shape[-1], device=DEVICE)
     stop = rows.recent_page[:, None] * PAGE
-    free = (position < stop) & (position >= sinks)
+    free = (position < stop) & (position >= sinks) & (position >= rows.starts[:, None])
     length = sample.lengths(share, number.clamp_min(0), everything=number < 0) * free[:, None]
     expected = sample.marked(length, 0)
-    found.selection.validate(rows.lengths)
-    for row, end in enumerate(rows.lengths.tolist()):
-        window = set(range(int(stop[row]), end)) | set(range(min(end, sinks)))
-        for head in range(found.layout.kv_heads):
-            weights = weights_by_key(found.selection, row, head)
+    selection.validate(rows.lengths)
+    for row, (start, end) in enumerate(
+        zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True)
+    ):
+        window = set(range(max(int(stop[row]), start), end)) | set(range(start, min(end, sinks)))
+        for head in range(share.shape[1]):
+            weights = weights_by_key(selection, row, head)
             wanted = set(position[expected[row, head]].tolist())
             # A length that lies between two whole numbers may be rounded to the other one.
             other = (weights.keys() - window) ^ wanted
@@ -175,6 +178,22 @@ def test_the_marks_fall_as_torchs_do_on_the_same_shares(found):
                 told = float(sample.log_weight(length[row, head, key]))
                 unit = 2.0**-sample.BITS * math.exp(told)
                 assert weights[key] == pytest.approx(told, abs=1e-5 + 1.1 * unit)
+
+
+def test_the_marks_fall_as_torchs_do_on_the_same_shares(found):
+    check_marks(found.case, found.policy, found.scratch, found.share, found.selection)
+
+
+@pytest.mark.parametrize("spans", [1, 3])  # of eight segments, and of two
+def test_marks_fall_alike_whoever_looks_for_them(make, spans):
+    """Also where a window begins in a program's second segment."""
+    case = make(1, 2, 64, lengths=(4300, 3000), starts=(0, 1500), gain=0.4)
+    policy = POLICIES["a fixed number"]
+    with programs(spans, 1):
+        layout, scratch, share = estimated(case, policy)
+        selection = select(case, policy)
+        assert layout.spans == spans
+    check_marks(case, policy, scratch, share, selection)
 
 
 def test_estimates_are_torchs_but_for_the_querys_rounding(found):
