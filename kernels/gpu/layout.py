@@ -36,7 +36,7 @@ PARTS = 32
 """Programs that read what is met on a line, at least."""
 SPANS = 512
 """Most programs that share a line's keys: each leaves a part of the output."""
-AT_ONCE = 4224
+ROOM = 4224
 """Programs of a scan that a GPU has room for, 32 for each of 132 multiprocessors."""
 
 
@@ -85,7 +85,7 @@ class Layout:
     @property
     def span(self) -> int:
         """Segments that a program takes: two where there are more than begin at once."""
-        fewest = 2 if self.lines * self.segments > AT_ONCE else 1
+        fewest = 2 if self.lines * self.segments > ROOM else 1
         return max(fewest, int(triton.next_power_of_2(-(-self.segments // SPANS))))
 
     @property
