@@ -14,7 +14,7 @@ help:
 	@echo "make test    install and run the tests"
 	@echo "make check   formatting, lint, types and tests"
 	@echo "make docs    write the tables in docs/ from the code and the results"
-	@echo "make soak    the long runs: needles over HTTP, panels under load, Ray clusters, docs/operations.md"
+	@echo "make soak    the long runs: needles over HTTP, questions at 64K tokens, panels under load, Ray clusters, docs/operations.md"
 	@echo "make browser the explorer's page in a headless Chromium, which is installed if it can be"
 	@echo "make bench   time one decode step's attention on this machine's CPU"
 
@@ -75,6 +75,7 @@ docs: $(DEV_STAMP)
 
 soak: $(DEV_STAMP) build/prometheus
 	$(PYTHON) tests/bench/retrieval.py --documents 100 --tokens 8192
+	$(PYTHON) tests/bench/far.py
 	$(PYTHON) tests/bench/dashboards.py
 	$(PYTHON) tests/bench/serve_run.py
 	$(PYTHON) tests/bench/operations.py
