@@ -127,8 +127,9 @@ class Scratch:
     @staticmethod
     def of(layout: Layout, device: torch.device) -> Scratch:
         """Memory for one step's selection in one layer."""
-        lines, padded, room = layout.lines, layout.padded, layout.room
+        lines, padded = layout.lines, layout.padded
         blocks = -(-layout.pages // BLOCK)
+        places = (lines, layout.spans, layout.span * SEGMENT * PAGE)
 
         def floats(*size: int) -> Tensor:
             return torch.empty(lines, *size, device=device)
@@ -140,14 +141,12 @@ class Scratch:
             planes=whole(layout.sets, layout.steps, 2, 32),
             factors=floats(3, padded),
             held=floats(padded, HELD),
-            centres=floats(room, padded),
+            centres=floats(layout.room, padded),
             probes=floats(blocks * BLOCK, padded, PROBE),
             masses=floats(blocks, padded),
             always=torch.empty(lines, HELD, dtype=torch.int64, device=device),
             norm=floats(padded),
             marks=whole(),
-            met=torch.empty(
-                lines, layout.spans, room // layout.spans * PAGE, dtype=torch.int64, device=device
-            ),
+            met=torch.empty(places, dtype=torch.int64, device=device),
             counts=whole(layout.spans),
         )
