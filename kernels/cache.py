@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.codes import FOURS, encode, words
+from kernels.codes import FLOAT8, FOURS, encode, stored_centre, stored_scale, words
 from kernels.page import PAGE, PAGE_BITS
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ class LayerCache:
 
     kv: Tensor  # [kv_heads, pages, 64, 2, head_dim]  key at 0, value at 1
     key_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
+    centre: Tensor  # float8 [kv_heads, pages, head_dim]  what is taken away before keys are coded
     codes: Tensor  # int32 [kv_heads, pages, 16, words, 4]  signs of the keys' rotated rest
-    scale: Tensor  # bfloat16 [kv_heads, pages, 16, 4]  of the keys' codes
+    scale: Tensor  # float8 [kv_heads, pages, 16, 4]  of the keys' codes
     value_mean: Tensor  # [kv_heads, pages, head_dim]  of each page
     spread: Tensor  # float32 [kv_heads, pages]  variance of a page's keys, mean over channels
     # [heads], float32 or wider: what each position is worth in each query head (`kernels.alibi`)
@@ -45,10 +46,11 @@ class LayerCache:
         return LayerCache(
             kv=torch.zeros(kv_heads, pages, PAGE, 2, head_dim, dtype=dtype, device=device),
             key_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
+            centre=torch.zeros(kv_heads, pages, head_dim, dtype=FLOAT8, device=device),
             codes=torch.zeros(
                 kv_heads, pages, FOURS, words(head_dim), 4, dtype=torch.int32, device=device
             ),
-            scale=torch.zeros(kv_heads, pages, FOURS, 4, dtype=torch.bfloat16, device=device),
+            scale=torch.zeros(kv_heads, pages, FOURS, 4, dtype=FLOAT8, device=device),
             value_mean=torch.zeros(kv_heads, pages, head_dim, dtype=dtype, device=device),
             spread=torch.zeros(kv_heads, pages, device=device),
         )
@@ -57,7 +59,8 @@ class LayerCache:
     def bytes_per_page(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes in one layer, its codes and means included."""
         numbers = 2 * (PAGE + 1) * head_dim  # keys and values, and their means
-        return kv_heads * (numbers * dtype.itemsize + PAGE * (4 * words(head_dim) + 2) + 4)
+        coded = head_dim + PAGE * (4 * words(head_dim) + 1)
+        return kv_heads * (numbers * dtype.itemsize + coded + 4)
 
     @property
     def kv_heads(self) -> int:
@@ -75,8 +78,9 @@ class LayerCache:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """All tensors of pages, [kv_heads, pages, ...] each."""
-        return (self.kv, self.key_mean, self.codes, self.scale, self.value_mean, self.spread)
+        """All tensors of pages, [kv_heads, pages, ...] each, in the order of the fields."""
+        coded = (self.centre, self.codes, self.scale)
+        return (self.kv, self.key_mean, *coded, self.value_mean, self.spread)
 
     @staticmethod
     def of_pages(part: Tensor, tables: Tensor) -> Tensor:
@@ -131,12 +135,10 @@ class LayerCache:
         self.key_mean[:, pages] = mean
         self.value_mean[:, pages] = values.mean(2).to(self.kv.dtype)
         self.spread[:, pages] = (keys - mean.to(wide)[:, :, None]).square().mean((2, 3)).float()
-        codes, scale = encode(keys, mean)
-        scale = scale.to(torch.bfloat16)
-        # A key whose code overflows is read for certain, as what is no number is: an infinite
-        # scale would take an infinite variance off its estimate.
-        scale.masked_fill_(scale.isinf(), torch.nan)
-        self.codes[:, pages], self.scale[:, pages] = codes, scale
+        centre = stored_centre(mean)
+        codes, scale = encode(keys, centre)
+        self.centre[:, pages], self.codes[:, pages] = centre, codes
+        self.scale[:, pages] = stored_scale(scale)
 
     def soundness(self, pages: Tensor) -> Tensor:
         """Sums that are finite where all keys and values of complete pages are.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kernels.budget import FAR
-from kernels.codes import FOURS, words
+from kernels.codes import FLOAT8, FOURS, words
 from kernels.cpu.launch import inlined, jit
 from kernels.page import PAGE
 from kernels.sample import SEGMENT
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class Keys(NamedTuple):
-    """The cache and the rows, as arrays; numbers are float32, or bfloat16 as uint16.
+    """The cache and the rows, as arrays; numbers are float32, bfloat16 as uint16, float8 as uint8.
 
     What belongs to a page stands at its number, those of the first KV head in front.
     """
 
     kv: Any  # [kv_heads * pages * 64 * 2, head_dim]  a key and its value, key after key
-    key_mean: Any  # [kv_heads * pages, head_dim]
+    centre: Any  # float8 [kv_heads * pages, head_dim]
     codes: Any  # uint32 [kv_heads * pages, 16, words, 4]
-    scale: Any  # bfloat16 [kv_heads * pages, 64], by fours
+    scale: Any  # float8 [kv_heads * pages, 64], by fours
     tables: Any  # int64 [sequences, pages]
     lengths: Any  # int64 [rows]
     starts: Any  # int64 [rows]
@@ -143,7 +143,7 @@ def fall_in_page(keys: Keys, place: Place, out: Any) -> None:
 
 @jit
 def fall_of_pages(keys: Keys, place: Place, low: int, pages: int, centre: Any, offset: int) -> None:
-    """Add what distance from a row to pages' first keys is worth to the scores of their means.
+    """Add what distance from a row to pages' first keys is worth to the scores of their centres.
 
     Args:
         keys: see there.
@@ -167,7 +167,7 @@ def arrays(cache: LayerCache, rows: Rows) -> Keys:
     head_dim = cache.head_dim
     return Keys(
         numbers(cache.kv.view(-1, head_dim)),
-        numbers(cache.key_mean.view(-1, head_dim)),
+        numbers(cache.centre.view(-1, head_dim)),
         cache.codes.view(-1, FOURS, words(head_dim), 4).numpy().view(np.uint32),
         numbers(cache.scale.view(-1, PAGE)),
         rows.block_tables.contiguous().numpy(),
@@ -180,6 +180,6 @@ def arrays(cache: LayerCache, rows: Rows) -> Keys:
 
 
 def numbers(tensor: Tensor) -> Any:
-    """A tensor's numbers in place, of bfloat16 the bits."""
-    tensor = tensor.contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """A tensor's numbers in place, of bfloat16 and float8 the bits."""
+    bits = {torch.bfloat16: torch.uint16, FLOAT8: torch.uint8}
+    return tensor.contiguous().view(bits.get(tensor.dtype, tensor.dtype)).numpy()

@@ -39,9 +39,23 @@ def _number(_typing: Any, stored: Any) -> Any:
         if stored == types.float32:
             return arguments[0]
         word = builder.zext(arguments[0], _WORD)
+        if stored == types.uint8:
+            return _of_byte(builder, word)
         return builder.bitcast(builder.shl(word, _WORD(16)), _FLOAT)
 
     return types.float32(stored), generate
+
+
+def _of_byte(builder: Any, byte: Any) -> Any:
+    """A number of 8 bits (`kernels.codes.FLOAT8`)."""
+    size = builder.and_(byte, _WORD(127))
+    # Its exponent is less by 120 than a float32's is.
+    value = builder.bitcast(builder.shl(size, _WORD(20)), _FLOAT)
+    word = builder.bitcast(builder.fmul(value, _FLOAT(2.0**120)), _WORD)
+    nan = builder.icmp_unsigned("==", size, _WORD(127))
+    word = builder.select(nan, _WORD(0x7FC00000), word)
+    sign = builder.shl(builder.and_(byte, _WORD(128)), _WORD(24))
+    return builder.bitcast(builder.or_(word, sign), _FLOAT)
 
 
 def _stored(_typing: Any, _number: Any, like: Any) -> Any:
@@ -170,7 +184,7 @@ def _times_power(_typing: Any, _number: Any, _power: Any) -> Any:
 popcount: Any = intrinsic(_popcount)
 """How many bits of an int64 are set: LLVM's own, which numba does not offer."""
 number: Any = intrinsic(_number)
-"""The float32 of a stored number: itself, or of a bfloat16 given as uint16."""
+"""The float32 of a stored number: itself, of a bfloat16 given as uint16, of a float8 given as uint8."""
 stored: Any = intrinsic(_stored)
 """A float32 as an array stores it: itself, or rounded to a bfloat16 given as uint16."""
 bits: Any = intrinsic(_bits)

@@ -1,4 +1,4 @@
-"""A first look: the pages' means, and a few keys of each page (`kernels.budget.probed`)."""
+"""A first look: the pages' centres, and a few keys of each page (`kernels.budget.probed`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def probe_pages(
     keys: Keys, place: Place, first: int, last: int, query: Any, planes: Any, level: Any,
     centre: Any, score: Any,
 ) -> None:  # fmt: skip
-    """Score the means and the probed keys of the pages in segments `first` to `last`.
+    """Score the centres and the probed keys of the pages in segments `first` to `last`.
 
     Args:
         keys: see there.
@@ -39,11 +39,11 @@ def probe_pages(
     """
     low, pages = pages_of(keys, place, first, last)
     stored, sizes = keys.codes, keys.scale
-    dot_rows(query, keys.key_mean, pages, centre, low)
+    dot_rows(query, keys.centre, pages, centre, low)
     fall_of_pages(keys, place, low, pages.shape[0], centre, low)
     # The probed keys of several pages, as if they were one page's.
     group, codes = score.shape[0], np.empty((1, *stored.shape[1:]), np.uint32)
-    scales, out = np.empty((1, 64), np.uint16), np.empty((group, 64), np.float32)
+    scales, out = np.empty((1, 64), np.uint8), np.empty((group, 64), np.float32)
     sums = sums_of(planes)
     each = SEGMENT // place.apart  # probed pages of a segment
     stands = np.log(np.float32(place.apart * FOURS))

@@ -85,11 +85,11 @@ def sums_of(planes: Any) -> Any:
 def estimate_page(
     codes: Any, scales: Any, page: Any, planes: Any, level: Any, sums: Any, out: Any
 ) -> None:
-    """What the codes of a page's 64 keys add to the score of the page's mean.
+    """What the codes of a page's 64 keys add to the score of the page's centre.
 
     Args:
         codes: uint32 [pages, 16, words, 4].
-        scales: [pages, 64], by fours, as all below.
+        scales: float8 [pages, 64], by fours, as all below.
         page: which of them.
         planes: see `level_query`.
         level: likewise.
@@ -155,7 +155,7 @@ def scan_segment(
     centre, sums = np.empty((scores.shape[0], SEGMENT), np.float32), sums_of(planes)
     out = np.empty((scores.shape[0], 64), np.float32)
     scores[:] = -np.inf
-    dot_rows(query, keys.key_mean, pages, centre, first)
+    dot_rows(query, keys.centre, pages, centre, first)
     fall_of_pages(keys, place, low, pages.shape[0], centre, first)
     for index in range(pages.shape[0]):
         estimate_page(keys.codes, keys.scale, pages[index], planes, level, sums, out)

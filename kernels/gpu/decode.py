@@ -41,8 +41,8 @@ More of them do so faster in a launch of their own: a scan's programs then have 
 """
 CHANNELS = 32
 """Of a head, that a program joins at least."""
-PART = 8192
-"""Numbers that it joins, at the most where it could take fewer channels."""
+PART = 2048
+"""Numbers that it joins, at the most where it could take fewer channels; twice as many a warp."""
 
 
 def choose(
@@ -53,7 +53,7 @@ def choose(
         layout, scratch = look_over(query, cache, rows, policy, scale)
     positions = scratch.positions()
     with phases.time("select", query.device):
-        scan(cache, rows, policy.sinks, layout, scratch, positions=positions)
+        scan(query, cache, rows, policy.sinks, scale, layout, scratch, positions=positions)
     return layout, scratch, positions
 
 
@@ -95,12 +95,22 @@ def attend(
     with phases.time("score", query.device):
         layout, scratch = look_over(query, cache, rows, policy, scale, limits)
     at_once = layout.parts == 1 and layout.lines * layout.spans <= AT_ONCE
-    parts = Look.of(query, scale, layout, WARPS if at_once else 1)
+    parts = Look.of(query, scale, layout, WARPS if at_once else None)
     # Where scores depend on distance.
     positions = None if cache.slopes is None else scratch.positions()
     looks = parts if at_once else None
     with phases.time("select", query.device):
-        scan(cache, rows, policy.sinks, layout, scratch, positions=positions, look=looks)
+        scan(
+            query,
+            cache,
+            rows,
+            policy.sinks,
+            scale,
+            layout,
+            scratch,
+            positions=positions,
+            look=looks,
+        )
     with phases.time("attend", query.device):
         if not at_once:
             look(cache, rows, layout, scratch, parts, positions)
@@ -127,13 +137,14 @@ def _united(rows: Rows, sinks: int, layout: Layout, scratch: Scratch, parts: Loo
     piece, together = min(CHANNELS, width), triton.next_power_of_2(splits)
     while piece < width and piece * together < PART and count * heads * width > PROGRAMS * piece:
         piece *= 2
+    warps = min(8, max(1, piece * together // (2 * PART)))
     _unite[count, heads, width // piece](
         parts.outputs, parts.lses, parts.owns, rows.starts, rows.lengths, scratch.counts,
         found.output, found.lse, found.own, found.coverage, found.keys,
         sinks, splits, layout.kv_heads, layout.spans,
         GROUP=layout.group, SPLITS=together, DIM=head_dim, CHANNELS=piece,
         SPANS=triton.next_power_of_2(layout.spans), PAGE=PAGE, OVERLAP=overlaps,
-        launch_pdl=overlaps, num_warps=4,
+        launch_pdl=overlaps, num_warps=warps,
     )  # fmt: skip
     return found
 

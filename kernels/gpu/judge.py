@@ -33,7 +33,7 @@ def log_mass(query: Tensor, cache: LayerCache, rows: Rows, scale: float) -> Tens
     query, policy = query.contiguous(), Dynamic(sinks=PAGE)
     layout, scratch = look_over(query, cache, rows, policy, scale)
     coded = torch.empty(layout.lines, layout.spans, layout.padded, device=query.device)
-    scan(cache, rows, policy.sinks, layout, scratch, masses=coded)
+    scan(query, cache, rows, policy.sinks, scale, layout, scratch, masses=coded)
     heads = slice(0, layout.group)
     free = coded[..., heads].sum(1).log2() + scratch.norm[:, heads]  # [lines, group]
     held = scratch.held[:, heads] / LOG2E.value  # [lines, group, HELD]

@@ -264,6 +264,16 @@ def _halves(words, BFLOAT: tl.constexpr):
 
 
 @inlined
+def half_numbers(word, BFLOAT: tl.constexpr):
+    """Two 16-bit numbers of an int32 [lanes] as float16; greater ones than there are are infinite.
+    """
+    if BFLOAT:
+        low, high = word << 16, word & -65536
+        word = pack(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True), False)
+    return word
+
+
+@inlined
 def load_planes(planes, lane, STEPS: tl.constexpr):
     """Four heads' queries as `signed_sums` takes them: `STEPS * 2` int32 [lanes].
 
@@ -368,24 +378,19 @@ def log2(x):
     return log
 
 
-FOUR = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
-FIXED_FOUR = tl.constexpr(FOUR.value.replace("global", "global.nc"))
-
-
 @inlined
-def load_four(pointers, FIXED: tl.constexpr):
-    """Four int32 on end from each of `pointers` [lanes], 16 bytes at once: int32 [lanes] each.
+def load_four(pointers, OFFSET: tl.constexpr):
+    """Four int32 on end, 16 bytes at once, from `OFFSET` behind each of `pointers` [lanes] on.
 
-    FIXED says that what is read was there before the kernel began.
+    They are int32 [lanes] each.
     """
     if INTERPRETED:
-        words = tuple(tl.load(pointers + number) for number in range(4))
+        words = tuple(tl.load(pointers + OFFSET + number) for number in range(4))
     else:
-        load: tl.constexpr = FIXED_FOUR if FIXED else FOUR
         words = tl.inline_asm_elementwise(
-            load,
-            "=r,=r,=r,=r,l",
-            [pointers.to(tl.int64)],
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4 + $5];",
+            "=r,=r,=r,=r,l,n",
+            [pointers.to(tl.int64), 4 * OFFSET],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=1,
@@ -395,12 +400,12 @@ def load_four(pointers, FIXED: tl.constexpr):
 
 @inlined
 def load_two(pointers):
-    """Two int32 on end from each of `pointers` [lanes], there before the kernel began."""
+    """Two int32 on end from each of `pointers` [lanes]: int32 [lanes] each."""
     if INTERPRETED:
         words = tuple(tl.load(pointers + number) for number in range(2))
     else:
         words = tl.inline_asm_elementwise(
-            "ld.global.nc.v2.b32 {$0, $1}, [$2];",
+            "ld.global.v2.b32 {$0, $1}, [$2];",
             "=r,=r,l",
             [pointers.to(tl.int64)],
             dtype=(tl.int32, tl.int32),
@@ -417,28 +422,24 @@ def own_word(member, WORDS: tl.constexpr):
 
 
 @inlined
-def load_words(codes, member, STEPS: tl.constexpr, WORDS: tl.constexpr):
+def load_words(
+    codes, member, OFFSET: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
     """Of four keys word t of each step (`kernels.codes`): four int32 [lanes], step by step.
 
     Args:
-        codes: where the lanes' own words are, [lanes].
+        codes: where the lanes' own words are, less `OFFSET`, [lanes].
         member: t.
     """
     words = ()
     for step in tl.static_range(STEPS):
-        four = load_four(codes + step * 16, True)
+        four = load_four(codes, OFFSET + step * 16)
         for key in tl.static_range(4):
             if WORDS % 4 == 0:
                 words += (four[key],)  # type: ignore[assignment]
             else:
                 words += (tl.where(step * 4 + member < WORDS, four[key], 0),)  # type: ignore[assignment]
     return words
-
-
-@inlined
-def two_sizes(words):
-    """Two bfloat16 of an int32, as float32 each."""
-    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
 
 
 @inlined
@@ -476,5 +477,5 @@ def load_factors(factors, line, member, PADDED: tl.constexpr, SET: tl.constexpr)
 
 @inlined
 def estimate(sums, size, factors, centre):
-    """Base-2 logs of masses from the sums, the keys' scales and the scores of the pages' means."""
+    """Base-2 logs of masses from the sums, the keys' scales and the scores of their centres."""
     return size * (sums * factors[0] + (factors[1] - factors[2] * size)) + centre

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import sample
+from kernels import budget, sample
 from kernels.budget import APART, PROBE
 from kernels.codes import words
 from kernels.gpu.lanes import HEADS
@@ -29,13 +29,13 @@ SLOT_BITS = tl.constexpr(32)
 """Of a key's place in the cache; its length stands above."""
 SLOTS = tl.constexpr((1 << 32) - 1)
 CHUNK = 16
-"""Pages whose means are multiplied at once."""
-BLOCK = APART * CHUNK
-"""Pages of which a chunk is probed, where it is one in `APART`."""
+"""Probed pages of a program."""
 PARTS = 32
 """Programs that read what is met on a line, at least."""
 SPANS = 512
 """Most programs that share a line's keys: each leaves a part of the output."""
+ALONE = 256
+"""Programs of a line's scan, at the most, whose keys are read by a program each."""
 ROOM = 4224
 """Programs of a scan that a GPU has room for, 32 for each of 132 multiprocessors."""
 
@@ -94,9 +94,17 @@ class Layout:
         return -(-self.segments // self.span)
 
     @property
-    def room(self) -> int:
-        """Pages of all programs' segments, of which the last ones may not be there."""
-        return self.spans * self.span * SEGMENT
+    def joined(self) -> int:
+        """Programs of the scan whose keys one program reads: few keys fall to each of many."""
+        return 2 if self.spans > ALONE else 1
+
+    @property
+    def chunks(self) -> int:
+        """Programs that share a line's probed pages, at the most."""
+        near = -(-budget.FAR // (PAGE * CHUNK))
+        far = -(-self.pages // (APART * CHUNK))
+        # One more where the first page that a row sees is not a chunk's first.
+        return min(-(-self.pages // CHUNK), max(near, far) + 1)
 
     @property
     def parts(self) -> int:
@@ -111,9 +119,8 @@ class Scratch:
     planes: Tensor  # int32 [lines, sets, steps, 2, 32]  queries' bits, as lanes take them
     factors: Tensor  # float32 [lines, 3, padded]  of a code's sum, of its scale and its square
     held: Tensor  # float32 [lines, padded, HELD]  exact scores of the keys always read
-    centres: Tensor  # float32 [lines, room, padded]  scores of the pages' means
-    probes: Tensor  # float32 [lines, blocks * BLOCK, padded, PROBE]  scores of the probed keys
-    masses: Tensor  # float32 [lines, blocks, padded]  logs of the probed keys' masses
+    probes: Tensor  # float32 [lines, chunks * CHUNK, padded, PROBE]  scores of the probed keys
+    masses: Tensor  # float32 [lines, chunks, padded]  logs of the probed keys' masses
     always: Tensor  # int64 [lines, HELD]  of these keys what `met` says of others; length 0: none
     norm: Tensor  # float32 [lines, padded]
     marks: Tensor  # int32 [lines]  -1 where all keys are read
@@ -128,7 +135,7 @@ class Scratch:
     def of(layout: Layout, device: torch.device) -> Scratch:
         """Memory for one step's selection in one layer."""
         lines, padded = layout.lines, layout.padded
-        blocks = -(-layout.pages // BLOCK)
+        chunks = layout.chunks
         places = (lines, layout.spans, layout.span * SEGMENT * PAGE)
 
         def floats(*size: int) -> Tensor:
@@ -141,9 +148,8 @@ class Scratch:
             planes=whole(layout.sets, layout.steps, 2, 32),
             factors=floats(3, padded),
             held=floats(padded, HELD),
-            centres=floats(layout.room, padded),
-            probes=floats(blocks * BLOCK, padded, PROBE),
-            masses=floats(blocks, padded),
+            probes=floats(chunks * CHUNK, padded, PROBE),
+            masses=floats(chunks, padded),
             always=torch.empty(lines, HELD, dtype=torch.int64, device=device),
             norm=floats(padded),
             marks=whole(),

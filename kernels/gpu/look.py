@@ -43,15 +43,21 @@ class Look:
     lses: Tensor  # float32 [rows, heads, splits]  to base 2, each key counted 1 / p times
     owns: Tensor  # likewise, each key counted once
     lanes: bool  # whether each warp leaves a part, not each program
+    joined: int  # programs of the scan whose keys one program reads
 
     @staticmethod
-    def of(query: Tensor, scale: float, layout: Layout, warps: int) -> Look:
-        """Memory for the parts of all programs, of so many warps."""
+    def of(query: Tensor, scale: float, layout: Layout, warps: int | None) -> Look:
+        """Memory for the parts of all programs.
+
+        `warps` are those of the scan's programs, where these read the keys they meet; else None.
+        """
         lanes = query.itemsize == 2 and layout.head_dim % 64 == 0 and layout.group <= MOST_HEADS
-        splits = (layout.spans * layout.parts + HELD // EACH) * (warps if lanes else 1)
+        joined = layout.joined if lanes and warps is None else 1
+        splits = -(-layout.spans // joined) * layout.parts + HELD // EACH
+        splits *= (warps or 1) if lanes else 1
         outputs = query.new_empty(*query.shape[:2], splits, query.shape[2])
         lses = torch.empty(2, *query.shape[:2], splits, device=query.device)
-        return Look(query, scale, outputs, lses[0], lses[1], lanes)
+        return Look(query, scale, outputs, lses[0], lses[1], lanes, joined)
 
     def words(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors as they are read and written: in lanes by words of two channels."""
@@ -86,7 +92,7 @@ def look(
         cache.kv.shape[1],
         GROUP=layout.group, HEADS=max(8, layout.padded), DIM=layout.head_dim,
         WIDTH=triton.next_power_of_2(layout.head_dim), HELD=HELD, EACH=EACH, BLOCK=BLOCK,
-        PAGE=PAGE, BIASED=cache.slopes is not None, LANES=parts.lanes,
+        PAGE=PAGE, BIASED=cache.slopes is not None, LANES=parts.lanes, JOINED=parts.joined,
         BFLOAT=parts.query.dtype == torch.bfloat16, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=REGISTERS,
     )  # fmt: skip
@@ -98,17 +104,25 @@ def _look(
     scale, spans, parts, places, cache_pages,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    BIASED: tl.constexpr, LANES: tl.constexpr, BFLOAT: tl.constexpr, OVERLAP: tl.constexpr,
+    BIASED: tl.constexpr, LANES: tl.constexpr, JOINED: tl.constexpr, BFLOAT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One line over a part of what was met in a span, or some of the keys always read."""
+    """One line over a part of what was met in a span, or in two, or some of the keys always read."""
     overlap.begin(OVERLAP)
     kv_head, row, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     line = row * tl.num_programs(0) + kv_head
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     # Not for the whole scan, whose last programs leave room for others.
-    drawn = split < spans * parts
-    place = line * spans + tl.where(drawn, split // parts, 0)
+    lists = (spans + JOINED - 1) // JOINED
+    drawn = split < lists * parts
+    span = tl.where(drawn, split // parts * JOINED, 0)
+    place = line * spans + span
     noted = overlap.published(counts + place)
+    first, gap = noted, 0  # keys of the first of two, and how far behind them the others lie
+    if JOINED > 1:
+        more = span + 1 < spans
+        other = overlap.published(counts + place + tl.where(more, 1, 0))
+        noted, gap = first + tl.where(more, other, 0), places - first
     lost = tl.load(marks + line) == 0
     wide: tl.constexpr = DIM // 2 if LANES else DIM
     query += line * (GROUP * wide)
@@ -120,8 +134,8 @@ def _look(
     if LANES:
         look_in_lanes(
             query, kv, met, positions, always, slopes, outputs, lses, owns, scale, line * GROUP,
-            split, tl.num_programs(2), spans, parts, start, length, lost, noted,
-            GROUP, DIM, EACH, PAGE, BIASED, BFLOAT, 1,
+            split, tl.num_programs(2), lists, parts, start, length, lost, noted, first, gap,
+            GROUP, DIM, EACH, PAGE, JOINED, BIASED, BFLOAT, 1,
         )  # fmt: skip
     else:
         look_here(

@@ -36,31 +36,34 @@ COLUMNS = tl.constexpr(8)
 @triton.jit
 def look_in_lanes(
     query, kv, met, positions, always, slopes, outputs, lses, owns, scale,
-    first_head, split, splits, spans, parts, start, length, lost, noted,
+    first_head, split, splits, lists, parts, start, length, lost, noted, first, gap,
     GROUP: tl.constexpr, DIM: tl.constexpr, EACH: tl.constexpr, PAGE: tl.constexpr,
-    BIASED: tl.constexpr, BFLOAT: tl.constexpr, WARPS: tl.constexpr,
+    JOINED: tl.constexpr, BIASED: tl.constexpr, BFLOAT: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Attention of one line to the keys that its marks met here, or to some always read.
 
     `query`, `kv` and `outputs` are of words, two channels each. Every warp leaves a part of its
-    own.
+    own. Where lists are joined, what is met lies behind the `first` keys with a gap between.
     """
     thread = tl.arange(0, 32 * WARPS)
     warp, column, member = thread // 32, thread % 32 // 4, thread % 4
-    drawn, part = split < spans * parts, split - spans * parts
+    drawn, part = split < lists * parts, split - lists * parts
     notes = tl.where(drawn, met, always)
     begin = tl.where(drawn, split % parts * (KEYS * WARPS), part * EACH)
     end = tl.where(drawn, noted, tl.where(length > start, part * EACH + EACH, 0))
+    first = tl.where(drawn, first, end)
     each = tl.where(drawn, parts, 1) * (KEYS * WARPS)
     states, sums = _nothing(tl.zeros((32 * WARPS,), tl.float32), GROUP, DIM)
     for block in range(begin, end, each):
         place = block + warp * KEYS + column
-        keys, values, sizes = _load_keys(kv, notes, place, end, column, member, DIM)
+        keys, values, sizes = _load_keys(
+            kv, notes, place, end, first, gap, column, member, DIM, JOINED
+        )
         distances = (0.0, 0.0)
         if BIASED:
             distances = (
-                _distance(positions, place, drawn, length, end, PAGE),
-                _distance(positions, place + 8, drawn, length, end, PAGE),
+                _distance(positions, place, drawn, length, end, first, gap, PAGE, JOINED),
+                _distance(positions, place + 8, drawn, length, end, first, gap, PAGE, JOINED),
             )
         # All keys and values are asked for before the first is used, because the queries are loaded
         # last: a compiler would rather save registers.
@@ -104,7 +107,9 @@ def _nothing(zero, GROUP: tl.constexpr, DIM: tl.constexpr):
 
 
 @inlined
-def _load_keys(kv, notes, place, end, column, member, DIM: tl.constexpr):
+def _load_keys(
+    kv, notes, place, end, first, gap, column, member, DIM: tl.constexpr, JOINED: tl.constexpr
+):  # fmt: skip
     """Keys g and 8 + g, the values of 2 t, 2 t + 1, and those 8 behind, and the keys' lengths.
 
     Behind the last key it is read again, and is of no length: that asks for no mask.
@@ -112,7 +117,8 @@ def _load_keys(kv, notes, place, end, column, member, DIM: tl.constexpr):
     last = tl.maximum(end - 1, 0)
     keys, values, sizes = (), (), ()
     for half in tl.static_range(2):
-        note = tl.load(notes + tl.minimum(place + half * 8, last))
+        own = tl.minimum(place + half * 8, last)
+        note = tl.load(notes + _across(own, first, gap, JOINED))
         size = (note >> SLOT_BITS).to(tl.int32).to(tl.float32)
         sizes += (tl.where(place + half * 8 < end, size, 0.0),)  # type: ignore[assignment]
         slot = note.to(tl.int32)
@@ -200,7 +206,7 @@ def _load_part(data, row, lane, LANES: tl.constexpr, DIM: tl.constexpr):
     """What one of some lanes has of rows of `DIM` channels: int32 [lanes] each, two channels."""
     words = ()
     for place in tl.static_range(0, DIM // 2, 4 * LANES):
-        words += load_four(data + row * (DIM // 2) + (place + lane * 4), False)
+        words += load_four(data + row * (DIM // 2) + lane * 4, place)
     return words
 
 
@@ -211,9 +217,20 @@ def _wide(slot):
 
 
 @inlined
-def _distance(positions, place, drawn, length, end, PAGE: tl.constexpr):
+def _across(place, first, gap, JOINED: tl.constexpr):
+    """Where a key of joined lists lies."""
+    if JOINED > 1:
+        place = tl.where(place < first, place, place + gap)
+    return place
+
+
+@inlined
+def _distance(
+    positions, place, drawn, length, end, first, gap, PAGE: tl.constexpr, JOINED: tl.constexpr
+):  # fmt: skip
     """From the newest key back to those at some places, not positive."""
     window = tl.maximum(length // PAGE - 1, 0) * PAGE - PAGE
     position = tl.where(place < PAGE, place, window + place)
-    position = tl.load(positions + place, place < tl.where(drawn, end, 0), position)
+    there = place < tl.where(drawn, end, 0)
+    position = tl.load(positions + _across(place, first, gap, JOINED), there, position)
     return (position - (length - 1)).to(tl.float32)

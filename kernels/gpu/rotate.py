@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.codes import WORD, rotation, words
-from kernels.gpu import overlap
+from kernels.gpu import float8, overlap
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def rotate_and_write(
     jobs = heads + 2 * kv_heads + coded * kv_heads * (PAGE // CODED)
     _rotate_and_write[rows, jobs](
         qkv, *angles, slots, query_norm, key_norm, rotation(head_dim, torch.float32, qkv.device),
-        query, cache.kv, cache.key_mean, cache.codes, cache.scale, cache.value_mean, cache.spread,
+        query, cache.kv, cache.key_mean, cache.centre.view(torch.uint8), cache.codes,
+        cache.scale.view(torch.uint8), cache.value_mean, cache.spread,
         eps, cache.kv.shape[1],
         HEADS=heads, KV_HEADS=kv_heads, DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
         NORMED=norms is not None, CODED=CODED, CHUNK=CHUNK, WORDS=words(head_dim), WORD=WORD,
@@ -73,8 +74,8 @@ def rotate_and_write(
 
 @triton.jit(do_not_specialize=["cache_pages"])
 def _rotate_and_write(
-    qkv, cosines, sines, slots, query_norm, key_norm, rotated, query, kv, means, codes, scales,
-    value_means, spreads, eps, cache_pages,
+    qkv, cosines, sines, slots, query_norm, key_norm, rotated, query, kv, means, centres, codes,
+    scales, value_means, spreads, eps, cache_pages,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     NORMED: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr, WORDS: tl.constexpr,
     WORD: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -114,7 +115,8 @@ def _rotate_and_write(
         page = kv_head.to(tl.int64) * cache_pages + slot // PAGE
         _code(
             head, key_norm, size, cosines, sines, rotated, kv + page * (PAGE * 2 * DIM),
-            means + page * DIM, codes + page * (WORDS * PAGE), scales + page * PAGE,
+            means + page * DIM, centres + page * DIM, codes + page * (WORDS * PAGE),
+            scales + page * PAGE,
             line + (HEADS + KV_HEADS + kv_head) * DIM, value_means + page * DIM, spreads + page,
             part % (PAGE // CODED) * CODED,
             DIM, NORMED, CODED, CHUNK, WORDS, WORD, PAGE,
@@ -161,7 +163,7 @@ def _normed(head, norm, size, channel, inside, NORMED: tl.constexpr):
 
 @triton.jit
 def _code(
-    head, norm, size, cosines, sines, rotated, kv, means, codes, scales,
+    head, norm, size, cosines, sines, rotated, kv, means, centres, codes, scales,
     value, value_means, spread, low,
     DIM: tl.constexpr, NORMED: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr,
     WORDS: tl.constexpr, WORD: tl.constexpr, PAGE: tl.constexpr,
@@ -184,15 +186,18 @@ def _code(
             last = _turned(head, norm, size, cosines, sines, channel, DIM, NORMED)
             keys = _keys(kv, every, channel, last, DIM, PAGE)
             mean = (tl.sum(keys, 0) / PAGE).to(head.dtype.element_ty)
+            byte = float8.to_byte(mean.to(tl.float32))
+            centre = float8.of_byte(byte)
             if word == 0:
                 tl.store(means + channel, mean, channel < DIM)
                 away = keys - mean.to(tl.float32)[None]
                 variance += tl.sum(tl.sum(away * away, 0), 0)
+                tl.store(centres + channel, byte, channel < DIM)
                 newest = tl.load(value + channel, channel < DIM, 0.0)
                 values = _keys(kv + DIM, every, channel, newest, DIM, PAGE)
                 mean_value = (tl.sum(values, 0) / PAGE).to(head.dtype.element_ty)
                 tl.store(value_means + channel, mean_value, channel < DIM)
-            rest = _keys(kv, mine, channel, last, DIM, PAGE) - mean.to(tl.float32)[None]
+            rest = _keys(kv, mine, channel, last, DIM, PAGE) - centre[None]
             matrix = tl.load(
                 rotated + channel[:, None] * DIM + across[None],
                 (channel < DIM)[:, None] & (across < DIM)[None],
@@ -207,10 +212,9 @@ def _code(
         squares += tl.sum(turned * turned, 1)
         lengths += tl.sum(tl.abs(turned), 1)
     tl.store(spread, variance / (PAGE * DIM))
-    scale = (squares / tl.maximum(lengths, 1e-30)).to(tl.bfloat16)
-    # See `kernels.cache.LayerCache.code`.
-    scale = tl.where(scale.to(tl.float32) == float("inf"), float("nan"), scale)
-    tl.store(scales + place, scale)
+    scale = squares / tl.maximum(lengths, 1e-30)
+    scale = tl.where(scale <= float8.MOST, scale, float("nan"))  # `kernels.codes.stored_scale`
+    tl.store(scales + place, float8.to_byte(scale))
 
 
 @triton.jit

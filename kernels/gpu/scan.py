@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from kernels import sample
-from kernels.gpu import overlap
+from kernels.gpu import float8, overlap
+from kernels.gpu.centres import centres_of, score_centres
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import (
     add_heads,
@@ -17,13 +18,11 @@ from kernels.gpu.lanes import (
     inlined,
     load_factors,
     load_planes,
-    load_two,
     load_words,
     of_lane,
     own_word,
     running_sum,
     signed_sums,
-    two_sizes,
 )
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.gpu.look import EACH, look_here
@@ -54,9 +53,11 @@ WARPS = 2
 
 
 def scan(
+    query: Tensor,
     cache: LayerCache,
     rows: Rows,
     sinks: int,
+    scale: float,
     layout: Layout,
     scratch: Scratch,
     *,
@@ -68,9 +69,11 @@ def scan(
     """Score every key that is free, and note those on which a mark falls.
 
     Args:
+        query: [rows, heads, head_dim], of the cache's dtype.
         cache: the layer's paged cache, complete pages coded.
         rows: where each row's keys lie.
         sinks: keys at the start that are always read.
+        scale: factor on the scores.
         layout: the launch's sizes.
         scratch: what is read and written.
         positions: int32, of the shape of what is met: takes its positions, where wanted.
@@ -81,24 +84,25 @@ def scan(
     """
     overlaps = overlap.possible(cache.codes.device)
     unused, looks = scratch.norm, look is not None
-    parts = (unused, cache.kv, unused, unused, unused, unused, 0.0)
+    centres, asked, direct = centres_of(cache, query)
+    parts = (unused, cache.kv, unused, unused, unused, unused)
     if look is not None:
-        query, kv, outputs = look.words(look.query, cache.kv, look.outputs)
-        scale = look.scale * LOG2E.value
-        parts = (query, kv, scratch.always, outputs, look.lses, look.owns, scale)
+        looking, kv, outputs = look.words(look.query, cache.kv, look.outputs)
+        parts = (looking, kv, scratch.always, outputs, look.lses, look.owns)
     width = triton.next_power_of_2(layout.head_dim)
     warps = WARPS if looks else 1
     _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
         cache.codes, cache.scale.view(torch.int32), rows.block_tables, rows.starts, rows.lengths,
-        slopes_of(cache), scratch.planes, scratch.factors, scratch.centres, scratch.norm,
+        slopes_of(cache), scratch.planes, scratch.factors, asked, centres, scratch.norm,
         scratch.marks, scratch.met, scratch.counts,
         unused if positions is None else positions, unused if shares is None else shares,
         unused if masses is None else masses, *parts,
-        sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,
+        scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, layout.pages, layout.spans,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, SETS=layout.sets, STEPS=layout.steps,
         WORDS=layout.words, SPAN=layout.span, SEGMENT=SEGMENT, STRIDE=STRIDE, PAGE=PAGE,
-        PLACED=positions is not None, SHARES=shares is not None, MASSES=masses is not None,
+        DIRECT=direct, PLACED=positions is not None, SHARES=shares is not None,
+        MASSES=masses is not None,
         LOOKS=looks, HEADS=max(8, layout.padded), DIM=layout.head_dim, WIDTH=width, HELD=HELD,
         EACH=EACH, BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
         BIASED=cache.slopes is not None, LANES=look is not None and look.lanes,
@@ -113,12 +117,13 @@ def scan(
     ]
 )  # fmt: skip
 def _scan(
-    codes, scales, tables, starts, lengths, slopes, planes, factors, centres, norm, marks,
+    codes, scales, tables, starts, lengths, slopes, planes, factors, asked, centres, norm, marks,
     met, counts, positions, shares, masses, query, kv, always, outputs, lses, owns,
     scale, sinks, queries, kv_heads, pages, spans, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr,
     WORDS: tl.constexpr, SPAN: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr,
-    PAGE: tl.constexpr, PLACED: tl.constexpr, SHARES: tl.constexpr, MASSES: tl.constexpr,
+    PAGE: tl.constexpr, DIRECT: tl.constexpr, PLACED: tl.constexpr, SHARES: tl.constexpr,
+    MASSES: tl.constexpr,
     LOOKS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     HELD: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
     BIASED: tl.constexpr, LANES: tl.constexpr, BFLOAT: tl.constexpr, WARPS: tl.constexpr,
@@ -143,8 +148,8 @@ def _scan(
     table = tables + (row // queries) * table_stride
     codes += kv_head * cache_pages * (WORDS * PAGE) + column * (WORDS * 4)
     codes += own_word(member, WORDS)
-    scales += kv_head * cache_pages * (PAGE // 2) + column * 2
-    centres += line * spans * (SPAN * SEGMENT * PADDED)
+    scales += kv_head * cache_pages * (PAGE // 4) + column
+    centres += kv_head * cache_pages * (DIM // 4 if DIRECT else DIM)
     shares += line * pages * PAGE
     own_span = line * spans + span
     met += own_span * (SPAN * SEGMENT * PAGE)
@@ -159,6 +164,10 @@ def _scan(
     owned, pending = _first_pages(
         codes, scales, table, begin, low, last, lane, warp, member, STEPS, WORDS, PAGE, every, WARPS
     )
+    middles = _score_pages(
+        centres, asked, owned, begin, line * GROUP, lane, scale, slopes, kv_head, length - 1,
+        together, GROUP, SETS, DIM, PAGE, DIRECT, BFLOAT, BIASED,
+    )  # fmt: skip
     overlap.wait(OVERLAP)
     overlap.begin(OVERLAP)  # not before: what follows waits for programs of this kernel alone
     number = tl.load(marks + line)
@@ -173,6 +182,7 @@ def _scan(
         head = some * 4 + member
         whole = tl.load(norm + line * PADDED + head, head < PADDED, 0.0)
         wholes += (whole,)  # type: ignore[assignment]
+    middles = _less(middles, wholes, SETS)
     key = member * (2 * STRIDE) + column  # the first of a lane's two
     phase = kv_head.to(tl.int32) * TURN
     by_head = tl.zeros((SETS, 32 * WARPS), tl.float32)
@@ -181,9 +191,6 @@ def _scan(
         begin = span * (SPAN * SEGMENT) + part
         first_place = tl.maximum(low - begin, 0) // every * every
         end_place = tl.minimum(high - begin, together)
-        scores, means = centres + begin * PADDED, ()
-        for turn in tl.static_range(0, every, WARPS):
-            means += (_load_means(scores, first_place + turn + warp, member, PADDED, SETS),)  # type: ignore[assignment]
         edge = (begin * PAGE < first) | (begin < low) | (begin + together > high)
         turned = begin // SEGMENT * STEP + phase
         end_of_line = (turned >> DROPPED) & (CERTAIN - 1)
@@ -195,14 +202,13 @@ def _scan(
                 begins = place == SEGMENT
                 noted += tl.where(begins, end_of_line >> BITS, 0)
                 end_of_line = tl.where(begins, next_line, end_of_line)
-            before, means_before = pending, means
-            pending, means, found = (), (), ()
+            before, pending, found = pending, (), ()
             next_place = tl.minimum(place + every, together - every)
             for turn in tl.static_range(DEPTH):
                 page = begin + place + turn * WARPS + warp
                 following = next_place + turn * WARPS + warp
                 own, words, sizes = before[turn]
-                centre = means_before[turn]  # type: ignore[var-annotated]
+                middle = _middle_of(middles, place, turn * WARPS + warp, member, SETS)
                 zero = tl.zeros((32 * WARPS,), tl.float32)
                 total = (zero, zero, zero, zero)
                 for block in tl.static_range(PAGE // (2 * STRIDE)):
@@ -211,14 +217,14 @@ def _scan(
                         # Of four rows of each half.
                         lows += (words[block // 2][step * 4 + block % 2 * 2],)  # type: ignore[assignment]
                         highs += (words[block // 2][step * 4 + block % 2 * 2 + 1],)  # type: ignore[assignment]
-                    low_size, high_size = two_sizes(sizes[block])
+                    four = float8.of_word(sizes[block // 2], DIRECT)
+                    low_size, high_size = four[block % 2 * 2], four[block % 2 * 2 + 1]
                     chosen = tl.where(column // 2 == block, 1.0, 0.0)
                     for some in tl.static_range(SETS):
                         low_sums, high_sums = signed_sums(lows, highs, line_planes[some], STEPS)
                         factor = line_factors[some]  # type: ignore[var-annotated]
-                        middle = centre[some] - wholes[some]  # type: ignore[var-annotated]
-                        low_score = estimate(low_sums, low_size, factor, middle)
-                        high_score = estimate(high_sums, high_size, factor, middle)
+                        low_score = estimate(low_sums, low_size, factor, middle[some])
+                        high_score = estimate(high_sums, high_size, factor, middle[some])
                         if BIASED:
                             slope = load_slopes(slopes, kv_head, some * 4 + member, GROUP)
                             at = (block * (2 * STRIDE) + column).to(tl.float32)
@@ -234,13 +240,14 @@ def _scan(
                             by_head += tl.where(
                                 tl.arange(0, SETS)[:, None] == some, mass[None], 0.0
                             )
-                means += (_load_means(scores, following, member, PADDED, SETS),)  # type: ignore[assignment]
                 # Not loaded before the last product is done: what is loaded then takes the place of
                 # what was multiplied, and nothing has to be moved.
                 later = high_sums.to(tl.int32, bitcast=True) & nothing
                 cached = of_lane(owned, following) + later
                 words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
                 pending += ((cached, words, sizes),)
+                if turn + 1 < DEPTH:  # or a compiler puts all pages' loads behind all products
+                    tl.debug_barrier()
                 drawn, next_drawn = _drawn(total[0], stretch), _drawn(total[2], stretch)
                 if edge:
                     taken = _taken(page, low, high, first, PAGE)
@@ -281,6 +288,11 @@ def _scan(
                 codes, scales, table, begin + together, low, last, lane, warp, member,
                 STEPS, WORDS, PAGE, every, WARPS,
             )  # fmt: skip
+            middles = _score_pages(
+                centres, asked, owned, begin + together, line * GROUP, lane, scale, slopes, kv_head,
+                length - 1, together, GROUP, SETS, DIM, PAGE, DIRECT, BFLOAT, BIASED,
+            )  # fmt: skip
+            middles = _less(middles, wholes, SETS)
     if MASSES:
         head = tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None]
         mass = tl.sum(tl.reshape(by_head, (SETS, 8 * WARPS, 4)), 1)
@@ -297,7 +309,7 @@ def _scan(
             look_in_lanes(
                 query, kv, met, positions, always, slopes, outputs, lses, owns, scale,
                 line * GROUP, span, tl.num_programs(1) * WARPS, spans, 1, start, length, lost,
-                noted, GROUP, DIM, EACH, PAGE, BIASED, BFLOAT, WARPS,
+                noted, noted, 0, GROUP, DIM, EACH, PAGE, 1, BIASED, BFLOAT, WARPS,
             )  # fmt: skip
         else:
             look_here(
@@ -335,17 +347,52 @@ def _taken(page, low, high, first, PAGE: tl.constexpr):
 
 
 @inlined
-def _load_means(centres, page, member, PADDED: tl.constexpr, SETS: tl.constexpr):
-    """Scores of pages' means, of head t of each set: float32 [lanes] each."""
-    means = ()
+def _score_pages(
+    centres, query, owned, begin, heads, lane, scale, slopes, kv_head, newest,
+    PAGES: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, DIM: tl.constexpr,
+    PAGE: tl.constexpr, DIRECT: tl.constexpr, BFLOAT: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Scores of the centres of pages from `begin` on, of each four heads, eight by eight: lane (g, t)
+    has page g with head t, float32 [lanes].
+    """
+    column, middles = lane // 4, ()
     for some in tl.static_range(SETS):
-        head = some * 4 + member
-        if PADDED % 4 == 0:
-            means += (tl.load(centres + page * PADDED + head),)  # type: ignore[assignment]
-        else:
-            mean = tl.load(centres + page * PADDED + head, head < PADDED, float("-inf"))
-            means += (mean,)  # type: ignore[assignment]
-    return means
+        own = ()
+        for first in tl.static_range(0, PAGES, 16):
+            low, high = of_lane(owned, first + column), of_lane(owned, first + 8 + column)
+            own += score_centres(  # type: ignore[assignment]
+                centres, query, low.to(tl.int64), high.to(tl.int64), begin + first + column, heads,
+                lane, scale, slopes, kv_head, newest,
+                some * 4, GROUP, DIM, PAGE, DIRECT, BFLOAT, BIASED,
+            )  # fmt: skip
+        middles += (own,)  # type: ignore[assignment]
+    return middles
+
+
+@inlined
+def _less(middles, wholes, SETS: tl.constexpr):
+    """`_score_pages`, less the norms of the heads."""
+    left = ()
+    for some in tl.static_range(SETS):
+        own = ()
+        for number in tl.static_range(len(middles[some])):
+            own += (middles[some][number] - wholes[some],)  # type: ignore[assignment]
+        left += (own,)  # type: ignore[assignment]
+    return left
+
+
+@inlined
+def _middle_of(middles, place, turn, member, SETS: tl.constexpr):
+    """Of `_score_pages`, what a page has in its four heads: float32 [lanes] of each set."""
+    found = ()
+    for some in tl.static_range(SETS):
+        eight = middles[some][0]
+        for number in tl.static_range(1, len(middles[some])):
+            eight = tl.where(place // 8 == number, middles[some][number], eight)
+        lane = (place % 8 + turn) * 4 + member
+        own = of_lane(eight.to(tl.int32, bitcast=True), lane)
+        found += (own.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
+    return found
 
 
 @inlined
@@ -355,10 +402,10 @@ def _load_page(
     """Pages' codes, as `load_words` has them, of each half of the keys; scales of each two rows."""
     words, sizes = (), ()
     codes += cached.to(tl.int64) * (WORDS * PAGE)
-    scales += cached.to(tl.int64) * (PAGE // 2)
+    scales += cached.to(tl.int64) * (PAGE // 4)
     for half in tl.static_range(2):
-        words += (load_words(codes + half * (WORDS * PAGE // 2), member, STEPS, WORDS),)  # type: ignore[assignment]
-        sizes += load_two(scales + half * (PAGE // 4))
+        words += (load_words(codes, member, half * (WORDS * PAGE // 2), STEPS, WORDS),)  # type: ignore[assignment]
+        sizes += (tl.load(scales + half * (PAGE // 8)),)  # type: ignore[assignment]
     return words, sizes
 
 

@@ -48,7 +48,7 @@ def _greatest(
     """Plain top-k: the kernels tell the shares, torch takes the greatest."""
     layout, scratch = look_over(query, cache, rows, policy, scale)
     share = torch.zeros(layout.lines, layout.pages * PAGE, device=query.device)
-    scan(cache, rows, policy.sinks, layout, scratch, shares=share)
+    scan(query, cache, rows, policy.sinks, scale, layout, scratch, shares=share)
     share = share.view(len(rows.lengths), layout.kv_heads, -1)
     position = torch.arange(share.shape[-1], device=share.device)
     stop = rows.recent_page[:, None] * PAGE

@@ -13,7 +13,7 @@ from kernels.budget import PROBE
 from kernels.codes import FOURS
 from kernels.gpu import overlap
 from kernels.gpu.lanes import log2
-from kernels.gpu.layout import BLOCK, HELD
+from kernels.gpu.layout import CHUNK, HELD
 from kernels.gpu.look import always_read
 from kernels.gpu.probe import apart_of
 from kernels.page import PAGE
@@ -41,38 +41,38 @@ def settle(
         scratch: what the probe left, and what is written.
         fewest: marks that a line gets at the least.
     """
-    overlaps, blocks = overlap.possible(limits.device), scratch.masses.shape[1]
-    shares = torch.empty(layout.lines, blocks * BLOCK * PROBE, device=limits.device)
+    overlaps, chunks = overlap.possible(limits.device), scratch.masses.shape[1]
+    shares = torch.empty(layout.lines, chunks * CHUNK * PROBE, device=limits.device)
     _settle[(layout.lines,)](
         scratch.masses, scratch.held, scratch.probes, rows.starts, rows.lengths, limits, shares,
         scratch.norm, scratch.marks,
-        sinks, blocks, layout.kv_heads, 4 if limits.shape[0] > 1 else 0,
-        GROUP=layout.group, PADDED=layout.padded, BLOCKS=triton.next_power_of_2(blocks),
+        sinks, chunks, layout.kv_heads, 4 if limits.shape[0] > 1 else 0,
+        GROUP=layout.group, PADDED=layout.padded, CHUNKS=triton.next_power_of_2(chunks),
         HELD=HELD, SUMMED=SUMMED, PROBE=PROBE, FOURS=FOURS, FAR=budget.FAR, SAMPLE=fewest,
-        BLOCK=BLOCK, PAGE=PAGE,
+        CHUNK=CHUNK, PAGE=PAGE,
         OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sinks", "blocks", "kv_heads", "stride"])
+@triton.jit(do_not_specialize=["sinks", "chunks", "kv_heads", "stride"])
 def _settle(
     masses, held, probes, starts, lengths, limits, shares, norm, marks,
-    sinks, blocks, kv_heads, stride,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr, HELD: tl.constexpr,
+    sinks, chunks, kv_heads, stride,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
     SUMMED: tl.constexpr, PROBE: tl.constexpr, FOURS: tl.constexpr, FAR: tl.constexpr,
-    SAMPLE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
+    SAMPLE: tl.constexpr, CHUNK: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One line: `kernels.masses` norm, `kernels.budget.marks`."""
     overlap.begin(OVERLAP)
     overlap.wait(OVERLAP)
     line = tl.program_id(0).to(tl.int64)
     row = line // kv_heads
-    head, block, key = tl.arange(0, PADDED), tl.arange(0, BLOCKS), tl.arange(0, HELD // 3)
+    head, chunk, key = tl.arange(0, PADDED), tl.arange(0, CHUNKS), tl.arange(0, HELD // 3)
     some = tl.load(
-        masses + (line * blocks + block[:, None]) * PADDED + head[None],
-        (block < blocks)[:, None],
+        masses + (line * chunks + chunk[:, None]) * PADDED + head[None],
+        (chunk < chunks)[:, None],
         float("-inf"),
-    )  # [BLOCKS, PADDED]
+    )  # [CHUNKS, PADDED]
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     apart = apart_of(length - start, FAR)
     each = (FOURS * apart).to(tl.float32)  # keys for which a probed one stands
@@ -101,18 +101,18 @@ def _settle(
     most = tl.maximum(most - always, SAMPLE)
     chosen = tl.minimum(tl.maximum(fewest - always, max(SAMPLE, 1)), most)
     if chosen < tl.minimum(most, free):
-        probes += line * blocks * (BLOCK * PADDED * PROBE)
-        shares += line * blocks * (BLOCK * PROBE)
-        # Probed keys: of whole blocks, of no mass where there are none.
-        first = start // (PAGE * BLOCK) * (BLOCK // apart * PROBE)
-        last = tl.cdiv(stop, PAGE * BLOCK) * (BLOCK // apart * PROBE)
-        _share_out(probes, shares, whole, first, last, head, GROUP, PADDED, SUMMED, PROBE)
+        probes += line * chunks * (CHUNK * PADDED * PROBE)
+        shares += line * chunks * (CHUNK * PROBE)
+        # Probed keys: of whole chunks, of no mass where there are none.
+        every = apart * (CHUNK * PAGE)
+        last = (tl.cdiv(stop, every) - start // every) * (CHUNK * PROBE)
+        _share_out(probes, shares, whole, last, head, GROUP, PADDED, SUMMED, PROBE)
         tl.debug_barrier()
-        keys, mass = _met(shares, first, last, chosen, each, SUMMED)
+        keys, mass = _met(shares, last, chosen, each, SUMMED)
         going = mass + always_mass < coverage
         while going:
             more = tl.minimum(2 * chosen, most)
-            keys_of_more, mass_of_more = _met(shares, first, last, more, each, SUMMED)
+            keys_of_more, mass_of_more = _met(shares, last, more, each, SUMMED)
             going = (more > chosen) & (mass_of_more - mass >= worth * (keys_of_more - keys))
             if going:
                 chosen, keys, mass = more, keys_of_more, mass_of_more
@@ -125,12 +125,12 @@ def _settle(
 
 @triton.jit
 def _share_out(
-    probes, shares, whole, first, last, head,
+    probes, shares, whole, last, head,
     GROUP: tl.constexpr, PADDED: tl.constexpr, SUMMED: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
     """Shares of the probed keys, mean over the group's heads."""
     probed = tl.arange(0, PROBE)
-    for begin in range(first // PROBE, last // PROBE, SUMMED // PROBE):
+    for begin in range(0, last // PROBE, SUMMED // PROBE):
         page = begin + tl.arange(0, SUMMED // PROBE)
         there = page < last // PROBE
         place = (page[:, None] * PADDED + head[None]) * PROBE
@@ -144,10 +144,10 @@ def _share_out(
 
 
 @triton.jit
-def _met(shares, first, last, number, each, SUMMED: tl.constexpr):
+def _met(shares, last, number, each, SUMMED: tl.constexpr):
     """How many keys `number` marks meet, and the share of the mass on them."""
     keys, mass = tl.zeros((SUMMED,), tl.float32), tl.zeros((SUMMED,), tl.float32)
-    for begin in range(first, last, SUMMED):
+    for begin in range(0, last, SUMMED):
         key = begin + tl.arange(0, SUMMED)
         share = tl.load(shares + key, key < last, 0.0)
         met = tl.minimum(share * number.to(tl.float32), 1.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.codes import (
+    MOST,
     NOISE,
     WORD,
     by_fours,
@@ -14,6 +15,8 @@ from kernels.codes import (
     estimate,
     rotation,
     signs_of,
+    stored_centre,
+    stored_scale,
     words,
 )
 from kernels.page import PAGE
@@ -53,6 +56,24 @@ def test_codes_lie_by_fours_of_keys_eight_apart():
     assert torch.equal(by_keys(fours), torch.arange(PAGE))
 
 
+def test_centres_and_scales_are_stored_as_near_as_there_is():
+    mean = torch.tensor([0.0, 1.0, -3.3, 1e4, -1e9, 2**-12, torch.nan])
+    expected = torch.tensor([0, 1, -3.25, MOST, -MOST, 0, torch.nan])
+    assert torch.equal(stored_centre(mean).float().nan_to_num(7), expected.nan_to_num(7))
+    scale = torch.tensor([0.0, 3.3, MOST, MOST + 1, torch.inf, torch.nan])
+    assert stored_scale(scale).float().nan_to_num(-1).tolist() == [0, 3.25, MOST, -1, -1, -1]
+
+
+def test_keys_too_far_away_for_a_code_are_read_for_certain(paged):
+    case = paged([PAGE * 4], 1, 64, torch.float32)
+    page = case.tables[0][0]
+    case.cache.kv[0, page, :, 0] *= 30
+    case.cache.kv[0, page, 7, 0, 3] = 1e5
+    case.cache.code(torch.tensor([page]))
+    lost = estimate(case.query(1), case.cache, case.rows, 0, 1)[0, 0].isnan()
+    assert lost[:, 7].all() and lost.sum() == len(lost)
+
+
 def test_equal_keys_have_a_scale_of_zero():
     keys = torch.full((1, PAGE, 64), 0.5)
     _, scale = encode(keys, keys.mean(1))
@@ -68,7 +89,8 @@ def test_estimates_err_as_much_as_they_say(paged, dtype, lengths):
     scores = estimate(query, case.cache, case.rows, 0, 10)
     assert scores.shape == (4 * len(lengths), 2, 3, 640)
     tables = case.rows.block_tables[:, :10]
-    noise = NOISE * by_keys(case.cache.scale[:, tables]).float().square().flatten(2).transpose(0, 1)
+    scale = by_keys(case.cache.scale[:, tables].float())
+    noise = NOISE * scale.square().flatten(2).transpose(0, 1)
     noise = noise.repeat_interleave(4, 0)  # [rows, kv_heads, keys]
     grouped = query.view(-1, 2, 3, 128)
     variance = noise[:, :, None] * grouped.square().sum(-1)[..., None]
@@ -86,13 +108,14 @@ def test_a_key_along_its_query_is_estimated_without_error(paged):
     case = paged([PAGE * 2], 1, 64, torch.float64)
     page = case.tables[0][0]
     keys = case.cache.kv[0, page, :, 0]
-    query = keys[5] - keys.mean(0)
+    centre = case.cache.centre[0, page].double()
+    query = keys[5] - centre
     score = estimate(query[None, None], case.cache, case.rows, 0, 1)[0, 0, 0, 5]
-    stored = by_keys(case.cache.scale[0, page])[5].double()
+    stored = by_keys(case.cache.scale[0, page].double())[5]
     score += query @ query * NOISE * stored.square() / 2
-    # But for what the stored scale has lost in bfloat16.
-    _, scale = encode(keys, keys.mean(0))
+    # But for what the stored scale has lost.
+    _, scale = encode(keys, centre)
     scale = by_keys(scale)[5]
-    assert abs(stored / scale - 1) < 2**-8
-    expected = query @ keys.mean(0) + query @ query * stored / scale
+    assert abs(stored / scale - 1) <= 2**-4
+    expected = query @ centre + query @ query * stored / scale
     torch.testing.assert_close(score, expected, rtol=1e-5, atol=0)

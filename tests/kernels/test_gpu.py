@@ -15,6 +15,7 @@ from kernels.attention import Impl, dense_decode, selected_attention
 from kernels.budget import marks, probed
 from kernels.cache import LayerCache, Rows
 from kernels.gpu.decode import look_over
+from kernels.gpu import layout as layout_module
 from kernels.gpu.layout import HELD, Layout, Scratch
 from kernels.gpu.prepare import LOG2E
 from kernels.gpu.scan import scan
@@ -105,7 +106,8 @@ def estimated(case, policy):
     """What the kernels leave in memory, and every key's share by their estimates."""
     layout, scratch = look_over(*case.layout, policy, SCALE)
     shares = torch.zeros(layout.lines, layout.pages * PAGE, device=DEVICE)
-    scan(case.cache, case.rows, policy.sinks, layout, scratch, shares=shares)
+    rest = (policy.sinks, SCALE, layout, scratch)
+    scan(case.query, case.cache, case.rows, *rest, shares=shares)
     rows = len(case.rows.lengths)
     return layout, scratch, shares.view(rows, layout.kv_heads, -1)
 
@@ -194,6 +196,22 @@ def test_marks_fall_alike_whoever_looks_for_them(make, spans):
         selection = select(case, policy)
         assert layout.spans == spans
     check_marks(case, policy, scratch, share, selection)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_two_programs_keys_are_read_as_each_ones_are(make, monkeypatch, biased):
+    """Also where the last one has no neighbour."""
+    case = make(1, 4, 64, lengths=(4300, 3000), dtype=torch.float16)
+    if biased:
+        case.cache = case.cache.biased(2.0 ** -torch.arange(4, 8.0, device=DEVICE))
+    with programs(5, 1):
+        alone = attend(case, POLICIES["a fixed number"])
+        monkeypatch.setattr(layout_module, "ALONE", 1)
+        joined = attend(case, POLICIES["a fixed number"])
+        assert Layout.of(case.query, case.cache, case.rows).spans == 5
+    assert torch.equal(alone.keys, joined.keys)
+    torch.testing.assert_close(joined.output, alone.output, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(joined.lse, alone.lse, atol=1e-5, rtol=1e-5)
 
 
 def test_estimates_are_torchs_but_for_the_querys_rounding(found):

@@ -98,7 +98,7 @@ def test_the_scan_estimates_what_torch_does(paged, shape):
     policy, rest = Dynamic(), (one.query, one.cache, one.rows)
     layout, scratch = look_over(*rest, policy, SCALE)
     share = torch.zeros(layout.lines, layout.pages * PAGE, device=DEVICE)
-    scan(one.cache, one.rows, policy.sinks, layout, scratch, shares=share)
+    scan(one.query, one.cache, one.rows, policy.sinks, SCALE, layout, scratch, shares=share)
     known = estimate_masses(*rest, policy.sinks, SCALE)
     norm = scratch.norm[:, : one.group].reshape(known.norm.shape) / LOG2E.value
     near(norm, known.norm, 0.1)
