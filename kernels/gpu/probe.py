@@ -24,7 +24,7 @@ from kernels.gpu.lanes import (
     own_word,
     signed_sums,
 )
-from kernels.gpu.layout import CHUNK
+from kernels.gpu.layout import CHUNK, ROOM
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
     from kernels.cache import LayerCache, Rows
     from kernels.gpu.layout import Layout, Scratch
+
+REGISTERS = 64
+"""Of a thread, at the most: so `layout.ROOM` programs begin at once."""
 
 def probe(
     query: Tensor,
@@ -56,23 +59,26 @@ def probe(
     """
     centres, asked, direct = centres_of(cache, query)
     overlaps = overlap.possible(query.device)
-    _probe[layout.lines, scratch.masses.shape[1]](
+    chunks = scratch.masses.shape[1]
+    programs = -(-chunks // -(-layout.lines * chunks // ROOM))
+    _probe[layout.lines, programs](
         asked, centres, cache.codes, cache.scale.view(torch.int32), rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors,
         scratch.probes, scratch.masses,
-        scale * LOG2E.value, sinks, rows.queries, layout.kv_heads,
+        scale * LOG2E.value, sinks, rows.queries, layout.kv_heads, chunks,
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
         SETS=layout.sets, STEPS=layout.steps, WORDS=layout.words, DIRECT=direct,
         BFLOAT=query.dtype == torch.bfloat16, CHUNK=CHUNK, FAR=budget.FAR, PROBE=PROBE, FOURS=FOURS, PAGE=PAGE,
         BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
+        maxnreg=REGISTERS,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sinks", "queries", "kv_heads", "table_stride", "cache_pages"])
+@triton.jit(do_not_specialize=["sinks", "queries", "kv_heads", "chunks", "table_stride", "cache_pages"])
 def _probe(
     query, centres, codes, scales, tables, starts, lengths, slopes, planes, factors, probes,
-    masses, scale, sinks, queries, kv_heads, table_stride, cache_pages,
+    masses, scale, sinks, queries, kv_heads, chunks, table_stride, cache_pages,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, SETS: tl.constexpr,
     STEPS: tl.constexpr, WORDS: tl.constexpr, DIRECT: tl.constexpr, BFLOAT: tl.constexpr,
     CHUNK: tl.constexpr, FAR: tl.constexpr, PROBE: tl.constexpr, FOURS: tl.constexpr,
@@ -80,95 +86,95 @@ def _probe(
 ):  # fmt: skip
     """Some of one line's probed pages, by one warp: see `kernels.gpu.lanes`.
 
-    These are 16 of as many chunks of pages as one page is probed of: lane (g, t) has pages g and
-    8 + g of 16, of which each is of the next chunk.
+    It takes 16 at a time, of as many chunks of pages as one page is probed of: lane (g, t) has
+    pages g and 8 + g of 16, of which each is of the next chunk.
 
     What is read of the cache is of pages that were full before this step. The query, too, was
     complete before the kernel that quantises it let this one begin: only what that one writes has
     to be waited for, and the centres are scored by then.
     """
     overlap.begin(OVERLAP)
-    line, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = line * tl.num_programs(1) + chunk
+    line = tl.program_id(0).to(tl.int64)
     row, kv_head = line // kv_heads, line % kv_heads
     start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
     stop, apart = tl.maximum(length // PAGE - 1, 0), apart_of(length - start, FAR)
-    first = (start // (apart * (CHUNK * PAGE)) + chunk) * (apart * CHUNK)  # page
-    masses += place * PADDED
-    if first >= stop:  # no key is probed
-        tl.store(masses + tl.arange(0, PADDED), tl.full((PADDED,), float("-inf"), tl.float32))
-        overlap.wait(OVERLAP)
-        return
+    every = apart * CHUNK  # pages of which a chunk is probed
+    begin = start // (every * PAGE)
+    masses += line * chunks * PADDED
+    probes += line * chunks * (CHUNK * PADDED * PROBE)
     table = tables + (row // queries) * table_stride
     centres += kv_head * cache_pages * (DIM // 4 if DIRECT else DIM)
     lane = tl.arange(0, 32)
     column, member = lane // 4, lane % 4
     codes += kv_head * cache_pages * (WORDS * PAGE) + own_word(member, WORDS)
     scales += kv_head * cache_pages * (PAGE // 4)
-    probes += place * (CHUNK * PADDED * PROBE)
     last = tl.maximum(stop - 1, 0)  # behind it it is loaded again: that asks for no mask
-    low_page = first + column % apart * CHUNK + column
-    high_page = low_page + CHUNK // 2
-    low_place = tl.load(table + tl.minimum(low_page, last)).to(tl.int64)
-    high_place = tl.load(table + tl.minimum(high_page, last)).to(tl.int64)
-    low_four, high_four = low_page * 7 % FOURS, high_page * 7 % FOURS
-    low_words, low_size = _load_probed(
-        codes, scales, low_place, low_four, member, STEPS, WORDS, PROBE, PAGE
-    )
-    high_words, high_size = _load_probed(
-        codes, scales, high_place, high_four, member, STEPS, WORDS, PROBE, PAGE
-    )
-    middles = ()
-    for some in tl.static_range(SETS):
-        middles += (
-            score_centres(
-                centres, query, low_place, high_place, low_page, line * GROUP, lane,
-                scale, slopes, kv_head, length - 1,
-                some * 4, GROUP, DIM, PAGE, DIRECT, BFLOAT, BIASED,
-            ),
-        )  # fmt: skip
-    low_sizes, high_sizes = float8.of_word(low_size, DIRECT), float8.of_word(high_size, DIRECT)
-    # Places of the first keys that are probed; the others are 8 apart.
-    low_key, high_key = low_four // 8 * 24 + low_four, high_four // 8 * 24 + high_four
-    low_free = tl.maximum(start, sinks) - low_page * PAGE - low_key
-    high_free = tl.maximum(start, sinks) - high_page * PAGE - high_key
-    overlap.wait(OVERLAP)
-    for some in tl.static_range(SETS):
-        set_planes = planes + (line * SETS + some) * (STEPS * 2 * 32)
-        set_planes = load_planes(set_planes, lane, STEPS)
-        set_factors = load_factors(factors, line, member, PADDED, some)
-        head = some * 4 + member
-        low_centre, high_centre = middles[some]  # type: ignore[var-annotated]
-        low_scores, high_scores = (), ()
-        peak = tl.full((32,), float("-inf"), tl.float32)
-        for probed in tl.static_range(PROBE):
-            lows, highs = (), ()
-            for step in tl.static_range(STEPS):
-                lows += (low_words[step * PROBE + probed],)  # type: ignore[assignment]
-                highs += (high_words[step * PROBE + probed],)  # type: ignore[assignment]
-            counts = signed_sums(lows, highs, set_planes, STEPS)
-            score = estimate(counts[0], low_sizes[probed], set_factors, low_centre)
-            next_score = estimate(counts[1], high_sizes[probed], set_factors, high_centre)
-            if BIASED:
-                slope = load_slopes(slopes, kv_head, head, GROUP)
-                score += slope * (low_key + 8 * probed).to(tl.float32)
-                next_score += slope * (high_key + 8 * probed).to(tl.float32)
-            free = (low_page < stop) & (8 * probed >= low_free)
-            score = tl.where(free, score, float("-inf"))
-            free = (high_page < stop) & (8 * probed >= high_free)
-            next_score = tl.where(free, next_score, float("-inf"))
-            low_scores += (score,)  # type: ignore[assignment]
-            high_scores += (next_score,)  # type: ignore[assignment]
-            peak = tl.maximum(peak, tl.maximum(score, next_score))
-        _store_scores(probes, column, head, low_scores, PADDED, PROBE)
-        _store_scores(probes, column + CHUNK // 2, head, high_scores, PADDED, PROBE)
-        safe = tl.where(peak == float("-inf"), 0.0, peak)
-        total = tl.zeros((32,), tl.float32)
-        for number in tl.static_range(PROBE):
-            total += tl.exp2(low_scores[number] - safe)
-            total += tl.exp2(high_scores[number] - safe)
-        own = some * 4 + tl.arange(0, 4)
-        tl.store(masses + own, _joined_rows(peak, total), own < PADDED)
+    there = tl.cdiv(stop, every) - begin
+    for chunk in range(tl.program_id(1), there, tl.num_programs(1)):
+        low_page = (begin + chunk) * every + column % apart * CHUNK + column
+        high_page = low_page + CHUNK // 2
+        low_place = tl.load(table + tl.minimum(low_page, last)).to(tl.int64)
+        high_place = tl.load(table + tl.minimum(high_page, last)).to(tl.int64)
+        low_four, high_four = low_page * 7 % FOURS, high_page * 7 % FOURS
+        low_words, low_size = _load_probed(
+            codes, scales, low_place, low_four, member, STEPS, WORDS, PROBE, PAGE
+        )
+        high_words, high_size = _load_probed(
+            codes, scales, high_place, high_four, member, STEPS, WORDS, PROBE, PAGE
+        )
+        middles = ()
+        for some in tl.static_range(SETS):
+            middles += (
+                score_centres(
+                    centres, query, low_place, high_place, low_page, line * GROUP, lane,
+                    scale, slopes, kv_head, length - 1,
+                    some * 4, GROUP, DIM, PAGE, DIRECT, BFLOAT, BIASED,
+                ),
+            )  # fmt: skip
+        low_sizes, high_sizes = float8.of_word(low_size, DIRECT), float8.of_word(high_size, DIRECT)
+        # Places of the first keys that are probed; the others are 8 apart.
+        low_key, high_key = low_four // 8 * 24 + low_four, high_four // 8 * 24 + high_four
+        low_free = tl.maximum(start, sinks) - low_page * PAGE - low_key
+        high_free = tl.maximum(start, sinks) - high_page * PAGE - high_key
+        overlap.wait(OVERLAP)
+        for some in tl.static_range(SETS):
+            set_planes = planes + (line * SETS + some) * (STEPS * 2 * 32)
+            set_planes = load_planes(set_planes, lane, STEPS)
+            set_factors = load_factors(factors, line, member, PADDED, some)
+            head = some * 4 + member
+            low_centre, high_centre = middles[some]  # type: ignore[var-annotated]
+            low_scores, high_scores = (), ()
+            peak = tl.full((32,), float("-inf"), tl.float32)
+            for probed in tl.static_range(PROBE):
+                lows, highs = (), ()
+                for step in tl.static_range(STEPS):
+                    lows += (low_words[step * PROBE + probed],)  # type: ignore[assignment]
+                    highs += (high_words[step * PROBE + probed],)  # type: ignore[assignment]
+                counts = signed_sums(lows, highs, set_planes, STEPS)
+                score = estimate(counts[0], low_sizes[probed], set_factors, low_centre)
+                next_score = estimate(counts[1], high_sizes[probed], set_factors, high_centre)
+                if BIASED:
+                    slope = load_slopes(slopes, kv_head, head, GROUP)
+                    score += slope * (low_key + 8 * probed).to(tl.float32)
+                    next_score += slope * (high_key + 8 * probed).to(tl.float32)
+                free = (low_page < stop) & (8 * probed >= low_free)
+                score = tl.where(free, score, float("-inf"))
+                free = (high_page < stop) & (8 * probed >= high_free)
+                next_score = tl.where(free, next_score, float("-inf"))
+                low_scores += (score,)  # type: ignore[assignment]
+                high_scores += (next_score,)  # type: ignore[assignment]
+                peak = tl.maximum(peak, tl.maximum(score, next_score))
+            row_of = chunk * CHUNK + column
+            _store_scores(probes, row_of, head, low_scores, PADDED, PROBE)
+            _store_scores(probes, row_of + CHUNK // 2, head, high_scores, PADDED, PROBE)
+            safe = tl.where(peak == float("-inf"), 0.0, peak)
+            total = tl.zeros((32,), tl.float32)
+            for number in tl.static_range(PROBE):
+                total += tl.exp2(low_scores[number] - safe)
+                total += tl.exp2(high_scores[number] - safe)
+            own = some * 4 + tl.arange(0, 4)
+            tl.store(masses + chunk * PADDED + own, _joined_rows(peak, total), own < PADDED)
+    overlap.wait(OVERLAP)  # also where there is nothing to do
 
 
 @triton.jit

@@ -64,17 +64,19 @@ def _settle(
 ):  # fmt: skip
     """One line: `kernels.masses` norm, `kernels.budget.marks`."""
     overlap.begin(OVERLAP)
-    overlap.wait(OVERLAP)
     line = tl.program_id(0).to(tl.int64)
     row = line // kv_heads
+    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+    apart, stop = apart_of(length - start, FAR), tl.maximum(length // PAGE - 1, 0) * PAGE
+    every = apart * (CHUNK * PAGE)
+    probed = tl.maximum(tl.cdiv(stop, every) - start // every, 0)  # chunks
+    overlap.wait(OVERLAP)
     head, chunk, key = tl.arange(0, PADDED), tl.arange(0, CHUNKS), tl.arange(0, HELD // 3)
     some = tl.load(
         masses + (line * chunks + chunk[:, None]) * PADDED + head[None],
-        (chunk < chunks)[:, None],
+        (chunk < probed)[:, None],
         float("-inf"),
     )  # [CHUNKS, PADDED]
-    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-    apart = apart_of(length - start, FAR)
     each = (FOURS * apart).to(tl.float32)  # keys for which a probed one stands
     some += log2(each)
     top = tl.max(some, 0)
@@ -92,7 +94,6 @@ def _settle(
     share = tl.where(head < GROUP, certain / (total + certain), 0.0)
     always_mass = tl.sum(share, 0) / GROUP
 
-    stop = tl.maximum(length // PAGE - 1, 0) * PAGE
     always = always_read(start, length, sinks, PAGE)
     free = tl.maximum(stop - tl.maximum(start, sinks), 0)
     limits += row * stride
@@ -104,8 +105,7 @@ def _settle(
         probes += line * chunks * (CHUNK * PADDED * PROBE)
         shares += line * chunks * (CHUNK * PROBE)
         # Probed keys: of whole chunks, of no mass where there are none.
-        every = apart * (CHUNK * PAGE)
-        last = (tl.cdiv(stop, every) - start // every) * (CHUNK * PROBE)
+        last = probed * (CHUNK * PROBE)
         _share_out(probes, shares, whole, last, head, GROUP, PADDED, SUMMED, PROBE)
         tl.debug_barrier()
         keys, mass = _met(shares, last, chosen, each, SUMMED)
