@@ -43,7 +43,9 @@ SEED = 0
 FLOAT8 = torch.float8_e4m3fn
 """Of centres and scales: a sign, 4 bits of exponent, 3 of mantissa, and no infinity."""
 MOST = 448.0
-"""The greatest number of 8 bits."""
+"""The greatest number of 8 bits, and so the greatest scale."""
+FARTHEST = 256.0
+"""A centre's greatest channel: where one key draws its page's mean away, the others keep scales."""
 
 
 def words(head_dim: int) -> int:
@@ -76,7 +78,7 @@ def rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def stored_centre(mean: Tensor) -> Tensor:
     """Pages' means as they are stored: float8 of any shape."""
-    return mean.clamp(-MOST, MOST).to(FLOAT8)
+    return mean.clamp(-FARTHEST, FARTHEST).to(FLOAT8)
 
 
 def stored_scale(scale: Tensor) -> Tensor:

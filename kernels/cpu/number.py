@@ -184,7 +184,7 @@ def _times_power(_typing: Any, _number: Any, _power: Any) -> Any:
 popcount: Any = intrinsic(_popcount)
 """How many bits of an int64 are set: LLVM's own, which numba does not offer."""
 number: Any = intrinsic(_number)
-"""The float32 of a stored number: itself, of a bfloat16 given as uint16, of a float8 given as uint8."""
+"""The float32 of a stored number: itself, or of a bfloat16 as uint16 or a float8 as uint8."""
 stored: Any = intrinsic(_stored)
 """A float32 as an array stores it: itself, or rounded to a bfloat16 given as uint16."""
 bits: Any = intrinsic(_bits)

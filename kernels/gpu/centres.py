@@ -1,4 +1,4 @@
-"""Scores of pages' centres, 16 pages at once: lane (g, t) has pages g and 8 + g with head t of four.
+"""Scores of pages' centres, 16 at once: lane (g, t) has pages g and 8 + g with head t of four.
 
 See `kernels.gpu.lanes` for what g and t are.
 """
@@ -94,10 +94,7 @@ def score_centres(
 @inlined
 def _load_numbers(centres, EACH: tl.constexpr):
     """So many channels on end, two float16 a word."""
-    if EACH == 16:
-        bytes_ = load_four(centres, 0)
-    else:
-        bytes_ = load_two(centres)
+    bytes_ = load_four(centres, 0) if EACH == 16 else load_two(centres)
     words = ()
     for place in tl.static_range(EACH // 4):
         words += float8.as_halves(bytes_[place])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from kernels import codes
 from kernels.gpu.lanes import INTERPRETED, inlined, pack
 
-MOST = tl.constexpr(codes.MOST)
 NAN, SIGN = tl.constexpr(127), tl.constexpr(128)
 HIGHER = tl.constexpr(2.0**120)
 """What a float32's exponent is greater by."""
@@ -29,7 +27,7 @@ def of_byte(byte):
 
 
 @inlined
-def to_byte(number):
+def to_byte(number, MOST: tl.constexpr):
     """uint8 of float32: the nearest, of two the even one; none is greater than `MOST`."""
     size = tl.minimum(tl.abs(number), MOST) * (1 / HIGHER)
     bits = size.to(tl.int32, bitcast=True)

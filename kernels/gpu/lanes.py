@@ -265,8 +265,7 @@ def _halves(words, BFLOAT: tl.constexpr):
 
 @inlined
 def half_numbers(word, BFLOAT: tl.constexpr):
-    """Two 16-bit numbers of an int32 [lanes] as float16; greater ones than there are are infinite.
-    """
+    """Two 16-bit numbers of an int32 [lanes] as float16; what it has no number for is infinite."""
     if BFLOAT:
         low, high = word << 16, word & -65536
         word = pack(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True), False)

@@ -107,7 +107,7 @@ def _look(
     BIASED: tl.constexpr, LANES: tl.constexpr, JOINED: tl.constexpr, BFLOAT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One line over a part of what was met in a span, or in two, or some of the keys always read."""
+    """One line over a part of what was met in a span, or in two, or some keys always read."""
     overlap.begin(OVERLAP)
     kv_head, row, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     line = row * tl.num_programs(0) + kv_head

@@ -54,7 +54,8 @@ def prepare(
         STEPS=layout.steps, SETS=layout.sets, HELD=HELD, PAGE=PAGE,
         CHANNELS=min(CHANNELS, triton.next_power_of_2(layout.head_dim)),
         SPANS=triton.next_power_of_2(layout.spans),
-        BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
+        HALVES=query.dtype == torch.bfloat16, BIASED=cache.slopes is not None, OVERLAP=overlaps,
+        launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def _prepare(
     GROUP: tl.constexpr, PADDED: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, SETS: tl.constexpr,
     HELD: tl.constexpr, PAGE: tl.constexpr, CHANNELS: tl.constexpr, SPANS: tl.constexpr,
-    BIASED: tl.constexpr, OVERLAP: tl.constexpr,
+    HALVES: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some lines' queries, or a page of one line's keys always read."""
     # The next kernel reads the query without waiting for this one: it may begin when that is there.
@@ -80,7 +81,7 @@ def _prepare(
         owner = number.to(tl.int64) * (TILE // ROOM) + place // ROOM
         mate = tl.where(owner < lines, place % ROOM, ROOM)
         across = tl.arange(0, STEPS * 128)
-        turned = tl.zeros((TILE, STEPS * 128), tl.float32)
+        turned, most = tl.zeros((TILE, STEPS * 128), tl.float32), tl.zeros((TILE,), tl.float32)
         for first in tl.static_range(0, WIDTH, CHANNELS):
             some = first + tl.arange(0, CHANNELS)
             piece = tl.load(
@@ -94,6 +95,9 @@ def _prepare(
                 0.0,
             )  # [CHANNELS, channels]
             turned = tl.dot(piece, matrix, turned, input_precision="ieee")
+            most = tl.maximum(most, tl.max(tl.abs(piece.to(tl.float32)), 1))
+        if HALVES:  # as which centres are scored: what these do not hold is to show
+            turned = tl.where((most > 65504.0)[:, None], float("nan"), turned)
         _quantise(
             turned * (scale * LOG2E), mate, planes + owner * (SETS * STEPS * 2 * 32),
             factors + owner * (3 * PADDED), PADDED, ROOM, TILE, STEPS,

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 REGISTERS = 64
 """Of a thread, at the most: so `layout.ROOM` programs begin at once."""
 
+
 def probe(
     query: Tensor,
     cache: LayerCache,
@@ -69,13 +70,15 @@ def probe(
         rows.block_tables.stride(0), cache.kv.shape[1],
         GROUP=layout.group, PADDED=layout.padded, DIM=layout.head_dim,
         SETS=layout.sets, STEPS=layout.steps, WORDS=layout.words, DIRECT=direct,
-        BFLOAT=query.dtype == torch.bfloat16, CHUNK=CHUNK, FAR=budget.FAR, PROBE=PROBE, FOURS=FOURS, PAGE=PAGE,
-        BIASED=cache.slopes is not None, OVERLAP=overlaps, launch_pdl=overlaps, num_warps=1,
-        maxnreg=REGISTERS,
+        BFLOAT=query.dtype == torch.bfloat16, CHUNK=CHUNK, FAR=budget.FAR, PROBE=PROBE,
+        FOURS=FOURS, PAGE=PAGE, BIASED=cache.slopes is not None, OVERLAP=overlaps,
+        launch_pdl=overlaps, num_warps=1, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sinks", "queries", "kv_heads", "chunks", "table_stride", "cache_pages"])
+@triton.jit(
+    do_not_specialize=["sinks", "queries", "kv_heads", "chunks", "table_stride", "cache_pages"]
+)
 def _probe(
     query, centres, codes, scales, tables, starts, lengths, slopes, planes, factors, probes,
     masses, scale, sinks, queries, kv_heads, chunks, table_stride, cache_pages,
@@ -124,13 +127,12 @@ def _probe(
         )
         middles = ()
         for some in tl.static_range(SETS):
-            middles += (
-                score_centres(
-                    centres, query, low_place, high_place, low_page, line * GROUP, lane,
-                    scale, slopes, kv_head, length - 1,
-                    some * 4, GROUP, DIM, PAGE, DIRECT, BFLOAT, BIASED,
-                ),
+            pair = score_centres(
+                centres, query, low_place, high_place, low_page, line * GROUP, lane,
+                scale, slopes, kv_head, length - 1,
+                some * 4, GROUP, DIM, PAGE, DIRECT, BFLOAT, BIASED,
             )  # fmt: skip
+            middles += (pair,)  # type: ignore[assignment]
         low_sizes, high_sizes = float8.of_word(low_size, DIRECT), float8.of_word(high_size, DIRECT)
         # Places of the first keys that are probed; the others are 8 apart.
         low_key, high_key = low_four // 8 * 24 + low_four, high_four // 8 * 24 + high_four

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import codes
 from kernels.codes import WORD, rotation, words
 from kernels.gpu import float8, overlap
 from kernels.page import PAGE
@@ -25,6 +26,7 @@ CODED = 16
 """Keys that a program codes: a quarter of a page."""
 CHUNK = 32
 """Channels that it rotates at once."""
+FARTHEST, MOST = tl.constexpr(codes.FARTHEST), tl.constexpr(codes.MOST)
 
 
 def rotate_and_write(
@@ -186,7 +188,7 @@ def _code(
             last = _turned(head, norm, size, cosines, sines, channel, DIM, NORMED)
             keys = _keys(kv, every, channel, last, DIM, PAGE)
             mean = (tl.sum(keys, 0) / PAGE).to(head.dtype.element_ty)
-            byte = float8.to_byte(mean.to(tl.float32))
+            byte = float8.to_byte(mean.to(tl.float32), FARTHEST)
             centre = float8.of_byte(byte)
             if word == 0:
                 tl.store(means + channel, mean, channel < DIM)
@@ -213,8 +215,8 @@ def _code(
         lengths += tl.sum(tl.abs(turned), 1)
     tl.store(spread, variance / (PAGE * DIM))
     scale = squares / tl.maximum(lengths, 1e-30)
-    scale = tl.where(scale <= float8.MOST, scale, float("nan"))  # `kernels.codes.stored_scale`
-    tl.store(scales + place, float8.to_byte(scale))
+    scale = tl.where(scale <= MOST, scale, float("nan"))  # `kernels.codes.stored_scale`
+    tl.store(scales + place, float8.to_byte(scale, MOST))
 
 
 @triton.jit

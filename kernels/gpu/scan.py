@@ -352,15 +352,16 @@ def _score_pages(
     PAGES: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, DIM: tl.constexpr,
     PAGE: tl.constexpr, DIRECT: tl.constexpr, BFLOAT: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the centres of pages from `begin` on, of each four heads, eight by eight: lane (g, t)
-    has page g with head t, float32 [lanes].
+    """Scores of the centres of pages from `begin` on, of each four heads, eight by eight.
+
+    They are float32 [lanes]: lane (g, t) has page g with head t.
     """
     column, middles = lane // 4, ()
     for some in tl.static_range(SETS):
         own = ()
         for first in tl.static_range(0, PAGES, 16):
             low, high = of_lane(owned, first + column), of_lane(owned, first + 8 + column)
-            own += score_centres(  # type: ignore[assignment]
+            own += score_centres(
                 centres, query, low.to(tl.int64), high.to(tl.int64), begin + first + column, heads,
                 lane, scale, slopes, kv_head, newest,
                 some * 4, GROUP, DIM, PAGE, DIRECT, BFLOAT, BIASED,

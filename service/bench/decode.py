@@ -164,10 +164,8 @@ class _Bench:
         if name == "topk":  # a float32 score of every key
             return lines * context * 4
         line = keys * 2 * shape.head_dim * self.dtype.itemsize
-        if name == "dynamic":  # a code, a scale, and a share of the page's mean
-            line += context * (
-                4 * words(shape.head_dim) + 2 + shape.head_dim * self.dtype.itemsize / PAGE
-            )
+        if name == "dynamic":  # a code, a scale, and a share of the page's centre
+            line += context * (4 * words(shape.head_dim) + 1 + shape.head_dim / PAGE)
         return round(lines * line)
 
     def _dynamic(self, number: int) -> dynamic.Attended:

@@ -128,8 +128,8 @@ def step_bytes(decoder: Decoder, cell: Cell, keys: float, *, dynamic: bool) -> i
     """Bytes that a step reads at least.
 
     All weights, of an embedding that is no output layer nothing to speak of; and of each row and
-    KV head either every key and value, or every key's code, scale and share of its page's mean, and
-    the keys and values that are kept.
+    KV head either every key and value, or every key's code, scale and share of its page's centre,
+    and the keys and values that are kept.
     """
     config, weight = decoder.config, decoder.model.norm.weight
     parameters = dict(decoder.named_parameters())
@@ -138,8 +138,7 @@ def step_bytes(decoder: Decoder, cell: Cell, keys: float, *, dynamic: bool) -> i
     pair = 2 * config.head_dim * weight.itemsize
     line = keys * pair
     if dynamic:
-        code = 4 * words(config.head_dim) + 2 + config.head_dim * weight.itemsize / PAGE
-        line += cell.context * code
+        line += cell.context * (4 * words(config.head_dim) + 1 + config.head_dim / PAGE)
     lines = cell.batch * config.layers * config.kv_heads
     return sum(one.nbytes for one in parameters.values()) + round(lines * line)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.codes import (
+    FARTHEST,
     MOST,
     NOISE,
     WORD,
@@ -58,10 +59,29 @@ def test_codes_lie_by_fours_of_keys_eight_apart():
 
 def test_centres_and_scales_are_stored_as_near_as_there_is():
     mean = torch.tensor([0.0, 1.0, -3.3, 1e4, -1e9, 2**-12, torch.nan])
-    expected = torch.tensor([0, 1, -3.25, MOST, -MOST, 0, torch.nan])
+    expected = torch.tensor([0, 1, -3.25, FARTHEST, -FARTHEST, 0, torch.nan])
     assert torch.equal(stored_centre(mean).float().nan_to_num(7), expected.nan_to_num(7))
     scale = torch.tensor([0.0, 3.3, MOST, MOST + 1, torch.inf, torch.nan])
     assert stored_scale(scale).float().nan_to_num(-1).tolist() == [0, 3.25, MOST, -1, -1, -1]
+
+
+@pytest.mark.parametrize("gain", [0.02, 1.0, 30.0])
+def test_eight_bits_lose_little_of_what_signs_tell(gain):
+    """Of an estimate's variance, with centres that are as far away as keys are from them."""
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(64, PAGE, 128, generator=generator)
+    keys += 2 * torch.randn(64, 1, 128, generator=generator)
+    keys, query = keys * gain, torch.randn(128, generator=generator)
+    mean, variances = keys.mean(1), []
+    for centre, rounded in ((mean, False), (stored_centre(mean).float(), True)):
+        _, scale = encode(keys, centre)
+        scale = by_keys(stored_scale(scale).float() if rounded else scale)
+        turned = (keys - centre[:, None]) @ rotation(128, keys.dtype, keys.device)
+        signs = torch.where(turned >= 0, 1.0, -1.0)
+        score = signs @ (query @ rotation(128, keys.dtype, keys.device)) * scale
+        error = score + (centre @ query)[:, None] - keys @ query
+        variances.append(float(error.square().mean()))
+    assert variances[1] < 1.03 * variances[0]
 
 
 def test_keys_too_far_away_for_a_code_are_read_for_certain(paged):

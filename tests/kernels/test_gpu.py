@@ -14,8 +14,8 @@ from kernels import budget, dynamic, judge, sample
 from kernels.attention import Impl, dense_decode, selected_attention
 from kernels.budget import marks, probed
 from kernels.cache import LayerCache, Rows
-from kernels.gpu.decode import look_over
 from kernels.gpu import layout as layout_module
+from kernels.gpu.decode import look_over
 from kernels.gpu.layout import HELD, Layout, Scratch
 from kernels.gpu.prepare import LOG2E
 from kernels.gpu.scan import scan
@@ -372,9 +372,12 @@ def test_keys_that_are_not_finite_show(make):
     assert bool(found.coverage[1].isfinite().all())
 
 
-def test_a_query_that_is_not_finite_shows_and_draws_nothing(make):
-    case = make(1, 2, 32, lengths=(1213, 1150))
-    case.query[0] = torch.nan
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, torch.nan), (torch.bfloat16, -7e4)]
+)  # of the second float16 has none, as which centres are scored
+def test_a_query_that_is_not_finite_shows_and_draws_nothing(make, dtype, value):
+    case = make(1, 2, 32, lengths=(1213, 1150), dtype=dtype)
+    case.query[0, :, 3] = value
     found = attend(case, POLICIES["a fixed number"])
     assert bool(found.coverage[0].isnan().all())
     window = 1213 - (1213 // PAGE - 1) * PAGE
