@@ -139,6 +139,7 @@ def check(decoder, bucket, steps):
         for one, other in zip(ours.caches, theirs.caches, strict=True):
             close(one.kv, other.kv, dtype)
             close(one.key_mean, other.key_mean, dtype)
+            assert (one.centre.float() != other.centre.float()).float().mean() < 0.01
             close(one.value_mean, other.value_mean, dtype)
             close(one.spread, other.spread, dtype)
             assert (one.codes != other.codes).float().mean() < 0.01

@@ -230,8 +230,8 @@ def spoil_code(cache, pages):
     cache.scale[0, pages[1], :, 0] = torch.nan  # wherever it is probed
 
 
-def spoil_mean(cache, pages):
-    cache.key_mean[0, pages[1]] = torch.nan
+def spoil_centre(cache, pages):
+    cache.centre[0, pages[1]] = torch.nan
 
 
 def spoil_recent_key(cache, pages):
@@ -250,7 +250,7 @@ SPOILT = {
     "a key": spoil_key(torch.nan),
     "an infinite key": spoil_key(torch.inf),
     "a code": spoil_code,
-    "a page's mean": spoil_mean,
+    "a page's centre": spoil_centre,
 }
 PAIR = prompt_of(200), prompt_of(195, 1)
 """Tables of the same width: what a row rounds depends on it."""

@@ -109,6 +109,7 @@ def same(ours, theirs, world, other):
     for mine, its in zip(world.caches, other.caches, strict=True):
         close(mine.kv, its.kv)
         close(mine.key_mean, its.key_mean)
+        close(mine.centre.float(), its.centre.float())
         close(mine.value_mean, its.value_mean)
         close(mine.spread, its.spread)
 
@@ -318,7 +319,7 @@ def test_scores_that_are_not_finite_take_the_fixed_pattern():
         sick, well = one.sequence(600), one.sequence(300)
         for cache in one.caches:  # a page that neither the window nor the sinks are in
             cache.kv[:, sick.pages[2], :, 0] = torch.nan
-            cache.key_mean[:, sick.pages[2]] = torch.nan
+            cache.centre[:, sick.pages[2]] = torch.nan
         results.append(one.step(sick, well))
         assert sick.hold_reason is Fallback.KERNEL_ERROR
         assert one.runner.degraded
