@@ -159,7 +159,7 @@ def _scan(
     last = tl.maximum(high - 1, 0)
     every: tl.constexpr = DEPTH * WARPS
     together: tl.constexpr = min(SPAN * SEGMENT, 32)  # pages, of one segment or two
-    # Pages that were full before this step need not be waited for.
+    # Pages that were full before this step need not be waited for, nor the query (`_probe`).
     begin = span * (SPAN * SEGMENT)
     owned, pending = _first_pages(
         codes, scales, table, begin, low, last, lane, warp, member, STEPS, WORDS, PAGE, every, WARPS

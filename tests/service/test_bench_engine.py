@@ -49,7 +49,7 @@ def test_bytes_are_those_of_weights_and_keys():
     cell = Cell(3, 5000)
     assert step_bytes(decoder, cell, 5001, dynamic=False) == weights + 3 * 2 * 8 * 5001 * 512
     assert step_bytes(decoder, cell, 1000, dynamic=True) == (
-        weights + 3 * 2 * 8 * (5000 * 22 + 1000 * 512)
+        weights + 3 * 2 * 8 * (5000 * 19 + 1000 * 512)
     )
 
 
