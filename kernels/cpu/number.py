@@ -49,12 +49,16 @@ def _number(_typing: Any, stored: Any) -> Any:
 def _of_byte(builder: Any, byte: Any) -> Any:
     """A number of 8 bits (`kernels.codes.FLOAT8`)."""
     size = builder.and_(byte, _WORD(127))
-    # Its exponent is less by 120 than a float32's is.
-    value = builder.bitcast(builder.shl(size, _WORD(20)), _FLOAT)
-    word = builder.bitcast(builder.fmul(value, _FLOAT(2.0**120)), _WORD)
+    # A float32's exponent is greater by 120. Of the least exponent there is no leading bit: for it
+    # the number is built with one, which is then taken away; processors are slow with subnormals.
+    least = builder.icmp_unsigned("<", size, _WORD(8))
+    word = builder.add(builder.shl(size, _WORD(20)), _WORD(120 << 23))
+    word = builder.select(least, builder.add(word, _WORD(1 << 23)), word)
+    value = builder.bitcast(word, _FLOAT)
+    value = builder.select(least, builder.fsub(value, _FLOAT(2.0**-6)), value)
     nan = builder.icmp_unsigned("==", size, _WORD(127))
-    word = builder.select(nan, _WORD(0x7FC00000), word)
-    sign = builder.shl(builder.and_(byte, _WORD(128)), _WORD(24))
+    word = builder.select(nan, _WORD(0x7FC00000), builder.bitcast(value, _WORD))
+    sign = builder.and_(builder.shl(byte, _WORD(24)), _WORD(-(2**31)))
     return builder.bitcast(builder.or_(word, sign), _FLOAT)
 
 

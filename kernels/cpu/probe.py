@@ -10,7 +10,7 @@ from kernels.budget import PROBE
 from kernels.codes import FOURS
 from kernels.cpu.keys import fall, fall_of_pages, kept_of, key_of, pages_of, slots_of
 from kernels.cpu.launch import jit
-from kernels.cpu.scan import estimate_page, sums_of
+from kernels.cpu.scan import estimate_page, room_of
 from kernels.cpu.vectors import dot_rows
 from kernels.sample import SEGMENT
 
@@ -44,7 +44,7 @@ def probe_pages(
     # The probed keys of several pages, as if they were one page's.
     group, codes = score.shape[0], np.empty((1, *stored.shape[1:]), np.uint32)
     scales, out = np.empty((1, 64), np.uint8), np.empty((group, 64), np.float32)
-    sums = sums_of(planes)
+    room = room_of(planes)
     each = SEGMENT // place.apart  # probed pages of a segment
     stands = np.log(np.float32(place.apart * FOURS))
     stop = min(last * each, probes_of(place) // PROBE)
@@ -58,7 +58,7 @@ def probe_pages(
                 for probe in range(PROBE):
                     scales[0, index * PROBE + probe] = sizes[cached, four * PROBE + probe]
         # Not a literal 0, of which a version of its own would be compiled.
-        estimate_page(codes, scales, np.int64(0), planes, level, sums, out)
+        estimate_page(codes, scales, np.int64(0), planes, level, room, out)
         for head in range(group):
             own = score[head, begin * PROBE : (begin + many) * PROBE]
             own[:] = -np.inf

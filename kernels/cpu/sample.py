@@ -9,7 +9,7 @@ import numpy as np
 from kernels.cpu.keys import fall_in_page, key_of, pages_of
 from kernels.cpu.launch import inlined, jit
 from kernels.cpu.number import add_columns, exp, long_vectors, popcount
-from kernels.cpu.scan import estimate_page, sums_of
+from kernels.cpu.scan import estimate_page, room_of
 from kernels.sample import BITS, SEGMENT, STEP, STRIDE, TURN
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def draw_keys(keys: Keys, work: Work, unit: int, place: Place, first: int, last:
     group, everything = work.norm.shape[1], work.marks[unit] >= place.coded - place.low
     factor = np.float32(work.marks[unit]) / np.float32(group)
     scores, length = np.empty((group, 64), np.float32), np.empty(64, np.int32)
-    sums, share = sums_of(work.planes[unit]), np.empty(64, np.float32)
+    room, share = room_of(work.planes[unit]), np.empty(64, np.float32)
     columns, end = np.empty(STRIDE, np.int32), 0
     begin = total = first * SEGMENT * 64
     # Views are made once: each counts a reference.
@@ -57,7 +57,7 @@ def draw_keys(keys: Keys, work: Work, unit: int, place: Place, first: int, last:
         if everything:
             length[:] = _WHOLE
         else:
-            estimate_page(codes, scales, pages[index], planes, level, sums, scores)
+            estimate_page(codes, scales, pages[index], planes, level, room, scores)
             fall_in_page(keys, place, scores)
             _measure(scores, centre, page, norm, factor, share, length)
         for key in range(place.low - page * 64):

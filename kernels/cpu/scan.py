@@ -76,14 +76,14 @@ def level_query(query: Any, rotation: Any, planes: Any, level: Any) -> None:
 
 
 @jit
-def sums_of(planes: Any) -> Any:
-    """Room for the sums of `estimate_page`."""
-    return np.empty((planes.shape[2] + 2, 64), np.int64)
+def room_of(planes: Any) -> Any:
+    """Room for what `estimate_page` computes."""
+    return np.empty((planes.shape[2] + 2, 64), np.int64), np.empty(64, np.float32)
 
 
 @jit
 def estimate_page(
-    codes: Any, scales: Any, page: Any, planes: Any, level: Any, sums: Any, out: Any
+    codes: Any, scales: Any, page: Any, planes: Any, level: Any, room: Any, out: Any
 ) -> None:
     """What the codes of a page's 64 keys add to the score of the page's centre.
 
@@ -93,13 +93,15 @@ def estimate_page(
         page: which of them.
         planes: see `level_query`.
         level: likewise.
-        sums: int64 [words / 2 + 2, 64], of any content.
+        room: see `room_of`, of any content.
         out: float32 [group, 64], out.
     """
     long_vectors()
-    words = codes.shape[2] // 2
+    words, (sums, factors) = codes.shape[2] // 2, room
     code, ones, total = sums[:words], sums[words], sums[words + 1]
     size = scales[page]
+    for key in range(64):
+        factors[key] = number(size[key])
     for word in range(words):
         for four in range(16):
             join_words(codes[page, four], word, code[word], four)
@@ -130,7 +132,7 @@ def estimate_page(
                 total[key] = count
             before = total
         for key in range(64):
-            factor = number(size[key])
+            factor = factors[key]
             product = step * (np.float32(total[key]) + shift)
             scores[key] = (product - less * factor) * factor
 
@@ -152,13 +154,13 @@ def scan_segment(
     """
     low, pages = pages_of(keys, place, segment, segment + 1)
     first = low - segment * SEGMENT
-    centre, sums = np.empty((scores.shape[0], SEGMENT), np.float32), sums_of(planes)
+    centre, room = np.empty((scores.shape[0], SEGMENT), np.float32), room_of(planes)
     out = np.empty((scores.shape[0], 64), np.float32)
     scores[:] = -np.inf
     dot_rows(query, keys.centre, pages, centre, first)
     fall_of_pages(keys, place, low, pages.shape[0], centre, first)
     for index in range(pages.shape[0]):
-        estimate_page(keys.codes, keys.scale, pages[index], planes, level, sums, out)
+        estimate_page(keys.codes, keys.scale, pages[index], planes, level, room, out)
         fall_in_page(keys, place, out)
         page = first + index
         for head in range(scores.shape[0]):

@@ -94,10 +94,10 @@ def score_centres(
 @inlined
 def _load_numbers(centres, EACH: tl.constexpr):
     """So many channels on end, two float16 a word."""
-    bytes_ = load_four(centres, 0) if EACH == 16 else load_two(centres)
+    packed = load_four(centres, 0) if EACH == 16 else load_two(centres)
     words = ()
     for place in tl.static_range(EACH // 4):
-        words += float8.as_halves(bytes_[place])
+        words += float8.as_halves(packed[place])
     return words
 
 

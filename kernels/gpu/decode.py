@@ -100,17 +100,8 @@ def attend(
     positions = None if cache.slopes is None else scratch.positions()
     looks = parts if at_once else None
     with phases.time("select", query.device):
-        scan(
-            query,
-            cache,
-            rows,
-            policy.sinks,
-            scale,
-            layout,
-            scratch,
-            positions=positions,
-            look=looks,
-        )
+        rest = (policy.sinks, scale, layout, scratch)
+        scan(query, cache, rows, *rest, positions=positions, look=looks)
     with phases.time("attend", query.device):
         if not at_once:
             look(cache, rows, layout, scratch, parts, positions)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numba
+import numpy as np
 import pytest
 import torch
 
 from kernels import dynamic, judge
 from kernels.attention import Impl, selected_attention
 from kernels.budget import FAR, SAMPLE, probed
-from kernels.codes import rotation
+from kernels.codes import FLOAT8, rotation
+from kernels.cpu.number import number
 from kernels.page import PAGE
 from kernels.patterns.pattern import Pattern
 from kernels.policy import Dynamic
@@ -93,6 +96,17 @@ def in_float32(case):
     cache = case.cache
     case.cache = replace(cache, kv=cache.kv.float(), key_mean=cache.key_mean.float())
     return case
+
+
+def test_numbers_of_eight_bits_are_torchs():
+    @numba.njit
+    def unpack(source, target):
+        for place in range(len(source)):
+            target[place] = number(source[place])
+
+    every, found = torch.arange(256).to(torch.uint8), np.empty(256, np.float32)
+    unpack(every.numpy(), found)
+    assert np.array_equal(found, every.view(FLOAT8).float().numpy(), equal_nan=True)
 
 
 def test_the_budgets_here_are_between_their_bounds(paged):

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from kernels import budget, dynamic, judge, sample
 from kernels.attention import Impl, dense_decode, selected_attention
 from kernels.budget import marks, probed
 from kernels.cache import LayerCache, Rows
+from kernels.codes import FLOAT8
+from kernels.gpu import float8
 from kernels.gpu import layout as layout_module
 from kernels.gpu.decode import look_over
 from kernels.gpu.layout import HELD, Layout, Scratch
@@ -346,6 +350,34 @@ def test_plain_top_k_takes_the_greatest_shares(make):
         ranked = share[2, head, PLAIN.sinks : stop].topk(number).indices + PLAIN.sinks
         expected = set(ranked.tolist()) | set(range(PLAIN.sinks)) | set(range(stop, 1213))
         assert set(weights_by_key(selection, 2, head)) == expected
+
+
+@triton.jit
+def _of_eight_bits(words, by_word, by_byte, back, known: tl.constexpr):
+    lane = tl.arange(0, 32)
+    for half in tl.static_range(2):
+        word = tl.load(words + half * 32 + lane)
+        four = float8.of_word(word, known)
+        for place in tl.static_range(4):
+            target = (half * 32 + lane) * 4 + place
+            tl.store(by_word + target, four[place])
+            number = float8.of_byte(word >> 8 * place)
+            tl.store(by_byte + target, number)
+            tl.store(back + target, float8.to_byte(number, 448.0))
+
+
+def test_numbers_of_eight_bits_are_torchs():
+    every = torch.arange(256, device=DEVICE).to(torch.uint8)
+    by_word, by_byte = torch.empty(2, 256, device=DEVICE)
+    back = torch.empty_like(every)
+    known = float8.known(every.device)
+    _of_eight_bits[1,](every.view(torch.int32), by_word, by_byte, back, known=known, num_warps=1)
+    expected = every.view(FLOAT8).float()
+    assert torch.equal(by_word.nan_to_num(1e3), expected.nan_to_num(1e3))
+    assert torch.equal(by_byte.nan_to_num(1e3), expected.nan_to_num(1e3))
+    numbers = expected.isfinite() & (expected != 0)
+    assert torch.equal(back[numbers], every[numbers])
+    assert back.view(FLOAT8).float().isnan().equal(expected.isnan())
 
 
 @pytest.mark.parametrize("spec", ["sinks:16+window:100", "window:3"])
