@@ -77,10 +77,14 @@ def score_centres(
     else:
         own = heads + tl.minimum(FIRST + member, GROUP - 1)
         low_score, high_score = tl.zeros(lane.shape, tl.float32), tl.zeros(lane.shape, tl.float32)
-        for channel in range(DIM):
-            mine = tl.load(query + own * DIM + channel).to(tl.float32)
-            low_score += float8.of_byte(tl.load(centres + low * DIM + channel)) * mine
-            high_score += float8.of_byte(tl.load(centres + high * DIM + channel)) * mine
+        for first in range(0, DIM, 16):
+            channel = first + tl.arange(0, 16)[None]
+            inside = channel < DIM
+            mine = tl.load(query + own[:, None] * DIM + channel, inside, 0.0).to(tl.float32)
+            low_bytes = tl.load(centres + low[:, None] * DIM + channel, inside, 0)
+            high_bytes = tl.load(centres + high[:, None] * DIM + channel, inside, 0)
+            low_score += tl.sum(float8.of_byte(low_bytes) * mine, 1)
+            high_score += tl.sum(float8.of_byte(high_bytes) * mine, 1)
     low_score, high_score, head = low_score * scale, high_score * scale, FIRST + member
     if BIASED:
         slope, distance = load_slopes(slopes, kv_head, head, GROUP), page * PAGE - newest

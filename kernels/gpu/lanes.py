@@ -115,7 +115,7 @@ def multiply(low, high, columns, sums, BFLOAT: tl.constexpr):
         `sums` with the products.
     """
     if INTERPRETED:
-        products = (*_products(low, columns, BFLOAT), *_products(high, columns, BFLOAT))
+        products = _products(low, high, columns, BFLOAT)
         sums = tuple(one + more for one, more in zip(sums, products, strict=True))
     else:
         product: tl.constexpr = BFLOAT_PRODUCT if BFLOAT else HALF_PRODUCT
@@ -133,16 +133,17 @@ def multiply(low, high, columns, sums, BFLOAT: tl.constexpr):
 
 
 @inlined
-def _products(rows, columns, BFLOAT: tl.constexpr):
-    """Products of rows g with columns 2 t and 2 t + 1, without tensor cores."""
-    every, shape = 0.0, rows[0].shape
+def _products(low, high, columns, BFLOAT: tl.constexpr):
+    """What `multiply` adds, without tensor cores."""
+    every, shape = 0.0, low[0].shape
     warps = shape[0] // 32
-    for row, column in zip(rows, columns, strict=True):
-        for one, other in zip(_halves(row, BFLOAT), _halves(column, BFLOAT), strict=True):
-            turned = tl.permute(tl.reshape(other, (warps, 8, 4)), (0, 2, 1))
-            every += tl.dot(tl.reshape(one, (warps, 8, 4)), turned)
-    even, odd = tl.split(tl.reshape(every, (warps, 8, 4, 2)))
-    return tl.reshape(even, shape), tl.reshape(odd, shape)
+    for one, other, column in zip(low, high, columns, strict=True):
+        rows = tl.join(*_halves(tl.join(one, other), BFLOAT))
+        rows = tl.permute(tl.reshape(rows, (warps, 8, 4, 2, 2)), (0, 3, 1, 2, 4))
+        turned = tl.reshape(tl.join(*_halves(column, BFLOAT)), (warps, 8, 8))
+        every += tl.dot(tl.reshape(rows, (warps, 16, 8)), tl.permute(turned, (0, 2, 1)))
+    every = tl.permute(tl.reshape(every, (warps, 2, 8, 4, 2)), (0, 2, 3, 4, 1))
+    return tuple(tl.reshape(part, shape) for half in tl.split(every) for part in tl.split(half))
 
 
 @inlined
