@@ -233,9 +233,7 @@ class Segment:
     """Consecutive tokens of one sequence: a prefill chunk or a decode token."""
 
     block_table: Tensor  # int64 [pages]  physical pages
-    runs: tuple[
-        tuple[int, int], ...
-    ]  # (first physical page, pages) of neighbouring pages, in order
+    run: tuple[int, int]  # its first page, and how many lie in a row from that one on
     start: int  # position of the first token; the keys before it are cached
     tokens: int
     # What its tiles read by patterns, once known: all layers share it. By pattern and KV heads.
@@ -252,13 +250,9 @@ class Segment:
     def of(block_table: list[int], start: int, tokens: int, device: torch.device) -> Segment:
         """The segment of `tokens` tokens at position `start`."""
         pages = block_table[: -(-(start + tokens) // PAGE)]
-        runs: list[tuple[int, int]] = []
-        for page in pages:
-            if runs and page == sum(runs[-1]):
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-            else:
-                runs.append((page, 1))
-        return Segment(torch.tensor(pages, device=device), tuple(runs), start, tokens)
+        apart = (number for number, page in enumerate(pages) if page != pages[0] + number)
+        run = (pages[0], next(apart, len(pages)))
+        return Segment(torch.tensor(pages, device=device), run, start, tokens)
 
 
 def neighbours(pages: Tensor) -> int | None:

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
     from kernels.cache import LayerCache, Rows
 
-# A run of neighbouring pages at least this long is read in place; shorter ones are gathered
-# together first, since each call costs as much as reading a few pages.
-RUN_PAGES = 16
-GATHER_PAGES = 128
+PIECE = 16384
+"""Keys that a token sees at once, at most: a call costs as much as reading a few hundred."""
 BIASED = 256
 """Tokens that attend at once where distance counts: distances within them are rounded little."""
 # Of a GPU's kernels for contiguous keys the first that can; on one H200 at 32K tokens the first two
@@ -49,7 +47,7 @@ def dense_decode(
         table = rows.block_tables[row // rows.queries, : -(-stop // PAGE)].tolist()
         segment = Segment.of(table, stop - 1, 1, query.device)
         if start == 0:
-            blocks = list(_key_blocks(cache, segment, stop))
+            blocks = list(_pieces(cache, segment, stop))
         else:
             blocks = [_gather(cache, segment, start, stop)]
         parts, first = [], start
@@ -83,7 +81,7 @@ def dense_attention(
     stacked = stacked.reshape(1, kv_heads, -1, head_dim)  # [1, kv_heads, group * tokens, head_dim]
     parts = [
         plain_attention(stacked, keys, values, None, scale)
-        for keys, values in _key_blocks(cache, segment, segment.start)
+        for keys, values in _pieces(cache, segment, segment.start)
     ]
     keys, values = _gather(cache, segment, segment.start, total, heads // kv_heads)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -107,7 +105,7 @@ def _biased_attention(
         stop = min(start + BIASED, segment.start + segment.tokens)
         mine = query[start - segment.start : stop - segment.start].transpose(0, 1)[None]
         parts, first = [], 0
-        for keys, values in _key_blocks(cache, segment, start) if window is None else ():
+        for keys, values in _pieces(cache, segment, start) if window is None else ():
             bias = _falling(cache, first, keys.shape[2], stop - 1).view(1, -1, 1, keys.shape[2])
             if group > 1:
                 keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
@@ -153,25 +151,17 @@ def _gathered_attention(
     return output[0].transpose(0, 1)
 
 
-def _key_blocks(cache: LayerCache, segment: Segment, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The keys and values before position `stop`, in pieces [1, kv_heads, keys, head_dim]."""
-    page = 0  # logical page that the next run begins with
-    pending = 0  # logical page from which short runs wait to be gathered together
-    for first, pages in segment.runs:
-        long = pages >= RUN_PAGES
-        if page > pending and (long or page - pending >= GATHER_PAGES):
-            yield _gather(cache, segment, pending * PAGE, min(page * PAGE, stop))
-            pending = page
-        if page * PAGE >= stop:
-            break
-        if long:
-            run = cache.kv[:, first : first + pages].view(1, cache.kv_heads, -1, 2, cache.head_dim)
-            keys, values = run[:, :, : stop - page * PAGE].unbind(3)
-            yield keys, values
-            pending = page + pages
-        page += pages
-    if pending * PAGE < min(page * PAGE, stop):
-        yield _gather(cache, segment, pending * PAGE, stop)
+def _pieces(cache: LayerCache, segment: Segment, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The keys and values before position `stop`, in pieces [1, kv_heads, keys, head_dim].
+
+    They are cut by position alone, so that sums are rounded alike wherever the pages lie.
+    """
+    for first in range(0, stop, PIECE):
+        last = min(first + PIECE, stop)
+        pages = segment.block_table[first // PAGE : -(-last // PAGE)]
+        kept = cache.of_pages(cache.kv, pages[None]).flatten(1, 2)
+        keys, values = kept[None, :, : last - first].unbind(3)
+        yield keys, values
 
 
 def _gather(

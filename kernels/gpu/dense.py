@@ -95,7 +95,7 @@ def _far(
     padded = F.pad(query, (0, 0, 0, 0, 0, -tokens % STEP))
     # A group's heads are rows beside each other's tokens: keys are read once for all of them.
     rows = padded.view(len(padded), kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
-    start, pages = segment.runs[0]
+    start, pages = segment.run
     if pages * PAGE >= behind:  # they lie in order, and stay where they are
         kept = cache.kv[:, start : start + behind // PAGE]
     else:

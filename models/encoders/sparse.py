@@ -53,7 +53,7 @@ class Place:
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Store a layer's keys and values: [tokens, heads, head_dim] each."""
-        self.cache.write_run(self.segment.runs[0][0], keys, values)
+        self.cache.write_run(self.segment.run[0], keys, values)
 
 
 def attend(query: Tensor, place: Place, plan: Plan, scale: float, impl: Impl) -> Tensor:

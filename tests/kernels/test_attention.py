@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import torch_dense
 from kernels.attention import Impl, dense_attention, dense_decode, selected_attention
 from kernels.cache import LayerCache, Rows, Segment
 from kernels.errors import KernelError
@@ -165,24 +166,36 @@ def test_dense_attention_is_a_causal_softmax(paged, dtype, shape, start, tokens,
         assert_as_exact(output, plain, exact, impl)
 
 
-@pytest.mark.parametrize("layout", ["one run", "long and short runs", "single pages"])
-def test_dense_attention_reads_any_layout_of_pages(layout):
-    pages = 200
-    order = {
-        "one run": list(range(pages)),
-        "long and short runs": [*range(50, 90), 3, 7, *range(100, 200), *range(10, 40), 0, 1, 2],
-        "single pages": list(range(pages - 1, -1, -1)),
-    }[layout]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("falling", [False, True])
+@pytest.mark.parametrize("window", [None, 1500])
+def test_dense_attention_gives_the_same_bits_wherever_pages_lie(
+    monkeypatch, dtype, falling, window
+):
+    monkeypatch.setattr(torch_dense, "PIECE", 16 * PAGE)  # several pieces, the last one short
+    count, pages = 40, list(range(60))
+    orders = [pages, pages[::-1], [*pages[20:37], 3, 7, *pages[40:], 2, 0, 1]]
     generator = torch.Generator().manual_seed(1)
-    cache = LayerCache.allocate(pages, 2, 16, torch.float64, "cpu")
-    cache.kv.copy_(torch.randn(cache.kv.shape, generator=generator, dtype=torch.float64))
+    kv = torch.randn(2, count, PAGE, 2, 32, generator=generator).to(dtype)
+    slopes = torch.linspace(0.001, 0.1, 6) if falling else None
+    total = count * PAGE - 5
     for tokens in (1, 70):
-        total = len(order) * PAGE - 5
-        segment = Segment.of(order, total - tokens, tokens, torch.device("cpu"))
-        query = torch.randn(tokens, 6, 16, generator=generator, dtype=torch.float64)
-        expected = dense_attention(query, cache, segment, 0.3, impl=Impl.REFERENCE)
-        actual = dense_attention(query, cache, segment, 0.3)
-        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
+        query = torch.randn(tokens, 6, 32, generator=generator).to(dtype)
+        ends = torch.arange(total - tokens, total) + 1
+        results = []
+        for order in orders:
+            table = order[:count]
+            cache = LayerCache.allocate(len(pages), 2, 32, dtype, "cpu").biased(slopes)
+            cache.kv[:, table] = kv
+            segment = Segment.of(table, total - tokens, tokens, query.device)
+            rows = Rows(torch.tensor([table]), ends, torch.zeros_like(ends)).within(window)
+            output = dense_attention(query, cache, segment, 0.3, window)
+            results.append((output, *dense_decode(query, cache, rows, 0.3)))
+        expected = dense_attention(query, cache, segment, 0.3, window, Impl.REFERENCE)
+        near = 1e-5 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(output, expected, atol=near, rtol=near)
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
 
 
 def test_shapes_that_do_not_fit_are_refused(paged):
