@@ -105,6 +105,19 @@ class Head:
                 raise SystemExit(f"{url} does not answer; {log} ends with\n{said}")
             time.sleep(0.2)
 
+    def ended(self, process: subprocess.Popen[bytes], log: str) -> None:
+        """Wait until `process` has ended.
+
+        Raises:
+            SystemExit: it has not in a minute; with the end of what it and Ray Serve said.
+        """
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            logs = [self.folder / log, *self.folder.glob("session_latest/logs/serve/*.log")]
+            said = "\n".join(f"{file.name}:\n{file.read_text()[-3000:]}" for file in logs)
+            raise SystemExit(f"{process.args} does not end\n{said}") from None
+
 
 def program(name: str) -> str:
     """A command of the environment whose Python runs this."""
@@ -167,7 +180,7 @@ def served_by_serve_run(head: Head) -> None:
         ask(f"{url}/v1/completions")
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        head.ended(process, "serve.log")
         log.close()
 
 
