@@ -224,6 +224,8 @@ def served_as_by_the_operator(
 
 def main() -> None:
     """Both, one after the other."""
+    # What a shell runs in the background ignores it, and so would what is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = ray_service(VARIANTS["cpu"])
     # Short, because sockets lie in it and their paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="saccade-", dir="/tmp"))
