@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from kernels.alibi import bias_at
-from kernels.cache import Segment
 from kernels.page import PAGE
 from kernels.softmax import merge, plain_attention
 
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from kernels.cache import LayerCache, Rows
+    from kernels.cache import LayerCache, Rows, Segment
 
 PIECE = 16384
-"""Keys that a token sees at once, at most: a call costs as much as reading a few hundred."""
+"""Keys that a token sees at once: longer copies, where pages lie apart, cost more a key."""
 BIASED = 256
 """Tokens that attend at once where distance counts: distances within them are rounded little."""
 # Of a GPU's kernels for contiguous keys the first that can; on one H200 at 32K tokens the first two
@@ -44,12 +43,11 @@ def dense_decode(
     outputs, lses = [], []
     spans = zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True)
     for row, (start, stop) in enumerate(spans):
-        table = rows.block_tables[row // rows.queries, : -(-stop // PAGE)].tolist()
-        segment = Segment.of(table, stop - 1, 1, query.device)
+        table = rows.block_tables[row // rows.queries]
         if start == 0:
-            blocks = list(_pieces(cache, segment, stop))
+            blocks = list(_pieces(cache, table, stop))
         else:
-            blocks = [_gather(cache, segment, start, stop)]
+            blocks = [_gather(cache, table, start, stop)]
         parts, first = [], start
         for keys, values in blocks:
             bias = None
@@ -81,9 +79,9 @@ def dense_attention(
     stacked = stacked.reshape(1, kv_heads, -1, head_dim)  # [1, kv_heads, group * tokens, head_dim]
     parts = [
         plain_attention(stacked, keys, values, None, scale)
-        for keys, values in _pieces(cache, segment, segment.start)
+        for keys, values in _pieces(cache, segment.block_table, segment.start)
     ]
-    keys, values = _gather(cache, segment, segment.start, total, heads // kv_heads)
+    keys, values = _gather(cache, segment.block_table, segment.start, total, heads // kv_heads)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(0, 1)[None], keys, values, 0.0, True, scale=scale
     )
@@ -100,12 +98,12 @@ def _biased_attention(
     What is added to the scores of keys that all of a piece see is the same for all of them but for
     a constant, of which a softmax knows nothing: it is counted from the piece's last token.
     """
-    group, outputs = query.shape[1] // cache.kv_heads, []
+    group, table, outputs = query.shape[1] // cache.kv_heads, segment.block_table, []
     for start in range(segment.start, segment.start + segment.tokens, BIASED):
         stop = min(start + BIASED, segment.start + segment.tokens)
         mine = query[start - segment.start : stop - segment.start].transpose(0, 1)[None]
         parts, first = [], 0
-        for keys, values in _pieces(cache, segment, start) if window is None else ():
+        for keys, values in _pieces(cache, table, start) if window is None else ():
             bias = _falling(cache, first, keys.shape[2], stop - 1).view(1, -1, 1, keys.shape[2])
             if group > 1:
                 keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
@@ -115,7 +113,7 @@ def _biased_attention(
         bias = _falling(cache, early, stop - early, stop - 1).view(1, -1, 1, stop - early)
         seen = _sees(segment, start, stop, early, window)
         bias = bias.masked_fill(~seen, -torch.inf)  # [1, heads, tokens, keys]
-        own = _gather(cache, segment, early, stop, group)
+        own = _gather(cache, table, early, stop, group)
         parts.append(plain_attention(mine, *own, bias, scale))
         outputs.append(merge(parts)[0][0].transpose(0, 1))
     return torch.cat(outputs).to(query.dtype)
@@ -132,7 +130,7 @@ def _gathered_attention(
     """Dense attention over a contiguous copy of the keys from `first` on."""
     tokens, heads, _ = query.shape
     stop = segment.start + tokens
-    keys, values = _gather(cache, segment, first, stop, heads // cache.kv_heads)
+    keys, values = _gather(cache, segment.block_table, first, stop, heads // cache.kv_heads)
     mask: Tensor | None
     if window is None:
         # From the start on there is a faster kernel.
@@ -151,29 +149,29 @@ def _gathered_attention(
     return output[0].transpose(0, 1)
 
 
-def _pieces(cache: LayerCache, segment: Segment, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(cache: LayerCache, table: Tensor, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The keys and values before position `stop`, in pieces [1, kv_heads, keys, head_dim].
 
     They are cut by position alone, so that sums are rounded alike wherever the pages lie.
     """
     for first in range(0, stop, PIECE):
         last = min(first + PIECE, stop)
-        pages = segment.block_table[first // PAGE : -(-last // PAGE)]
-        kept = cache.of_pages(cache.kv, pages[None]).flatten(1, 2)
+        pages = table[None, first // PAGE : -(-last // PAGE)]
+        kept = cache.of_pages(cache.kv, pages).flatten(1, 2)
         keys, values = kept[None, :, : last - first].unbind(3)
         yield keys, values
 
 
 def _gather(
-    cache: LayerCache, segment: Segment, start: int, stop: int, group: int = 1
+    cache: LayerCache, table: Tensor, start: int, stop: int, group: int = 1
 ) -> tuple[Tensor, Tensor]:
     """A copy of the keys and values at positions `start` to `stop`, for each head of a group.
 
     Returns:
         [1, kv_heads * group, keys, head_dim] each.
     """
-    position = torch.arange(start, stop, device=segment.block_table.device)
-    slots = segment.block_table[position // PAGE] * PAGE + position % PAGE  # [keys]
+    position = torch.arange(start, stop, device=table.device)
+    slots = table[position // PAGE] * PAGE + position % PAGE  # [keys]
     copy = cache.kv.view(cache.kv_heads, -1, 2, cache.head_dim).index_select(1, slots)
     if group > 1:
         copy = copy.repeat_interleave(group, dim=0)
