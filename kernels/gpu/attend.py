@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from kernels.gpu import overlap
 from kernels.gpu.distance import bias_at, load_slopes, slopes_of
 from kernels.gpu.launch import splits_for, tile_of
 from kernels.gpu.parts import Parts, leave
@@ -71,12 +72,14 @@ def dense_decode(
     blocks = -(-rows.block_tables.shape[1] * PAGE // block)
     splits = _dense_splits(blocks, tiles * kv_heads)
     parts = Parts.of(query, splits, weighted=False)
+    overlaps = overlap.possible(query.device)
     _dense[tiles, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), parts.outputs, parts.lses, scale,
         rows.queries, rows.block_tables.stride(0), cache.kv.shape[1], -(-blocks // splits),
         GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim, WIDTH=width, BLOCK=block,
-        BIASED=cache.slopes is not None, PAGE=PAGE, num_warps=4, num_stages=2,
+        BIASED=cache.slopes is not None, PAGE=PAGE, OVERLAP=overlaps, launch_pdl=overlaps,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return parts.joined(query.dtype)[:2]
 
@@ -142,8 +145,10 @@ def _dense(
     queries, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, PAGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one sequence over a split of the keys that any of them sees."""
+    overlap.begin(OVERLAP)
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(queries, TOGETHER)
     sequence = tile // tiles
@@ -153,7 +158,6 @@ def _dense(
     row = (sequence * queries + number).to(tl.int64)
     line = row * (tl.num_programs(1) * GROUP) + kv_head * GROUP + place % GROUP
     wide = there[:, None] & (channel < DIM)[None]
-    mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
     start = tl.load(starts + row, there, 1 << 40)
     stop = tl.load(lengths + row, there, 0)
     table = tables + sequence * table_stride
@@ -163,6 +167,13 @@ def _dense(
     sums = tl.zeros((TILE, WIDTH), tl.float32)
     begin, end = tl.min(start, 0).to(tl.int32), tl.max(stop, 0).to(tl.int32)
     low = tl.maximum(split * blocks * BLOCK, begin // BLOCK * BLOCK)
+    # The first keys are on their way to the L2 cache while the query is computed.
+    position = low + tl.arange(0, BLOCK)
+    page = tl.load(table + position // PAGE, position < end, 0)
+    slot = base + page * PAGE + position % PAGE
+    overlap.prefetch_lines(kv + slot * (2 * DIM), 2 * DIM, OVERLAP)
+    overlap.wait(OVERLAP)
+    mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
     for block in range(low, tl.minimum((split + 1) * blocks * BLOCK, end), BLOCK):
         position = block + tl.arange(0, BLOCK)
         page = tl.load(table + position // PAGE, position < end, 0)

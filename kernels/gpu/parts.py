@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import overlap
 from kernels.gpu.softmax import finite, lse_of
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ class Parts:
         output = torch.empty(count, heads, head_dim, dtype=dtype, device=self.lses.device)
         lse = self.lses.new_empty(count, heads)
         own = torch.empty_like(lse) if weighted else lse
+        overlaps = overlap.possible(lse.device)
         join_parts[count, heads](
             self.outputs, self.lses, self.owns, output, lse, own, splits,
             SPLITS=triton.next_power_of_2(splits), DIM=head_dim,
-            WIDTH=triton.next_power_of_2(head_dim), WEIGHTED=weighted, num_warps=4,
+            WIDTH=triton.next_power_of_2(head_dim), WEIGHTED=weighted, OVERLAP=overlaps,
+            launch_pdl=overlaps, num_warps=4,
         )  # fmt: skip
         return output, lse, own
 
@@ -67,8 +70,11 @@ def leave(
 def join_parts(
     outputs, lses, owns, output, lse, own, splits,
     SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The parts of one row and head, weighted with their masses."""
+    overlap.begin(OVERLAP)
+    overlap.wait(OVERLAP)
     line = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     split, channel = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     part = tl.load(lses + line * splits + split, split < splits, float("-inf"))

@@ -73,10 +73,32 @@ def _prepare(
     HALVES: tl.constexpr, BIASED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some lines' queries, or a page of one line's keys always read."""
+    number, place = tl.program_id(0), tl.arange(0, TILE)
+    pages: tl.constexpr = HELD // PAGE
+    held_page = tl.maximum(number - turns, 0)
+    line, part = (held_page // pages).to(tl.int64), held_page % pages
+    row, kv_head = line // kv_heads, line % kv_heads
+    start, length = tl.load(starts + row), tl.load(lengths + row)
+    stop = tl.maximum(length // PAGE - 1, 0)  # page of the recent window
+    key = tl.arange(0, PAGE)
+    page = tl.where(part == 0, 0, stop + part - 1)
+    position = page * PAGE + key
+    end = tl.where(part == 0, tl.minimum(stop * PAGE, sinks), length)
+    seen = (position >= start) & (position < end)
+    table = tables + (row // queries) * table_stride
+    cached = tl.load(table + position // PAGE, seen, 0)
+    # Where there is none stands the newest, of no length.
+    newest = tl.maximum(length - 1, 0)
+    newest = tl.load(table + newest // PAGE) * PAGE + newest % PAGE
+    slot = (kv_head * cache_pages + cached) * PAGE + key
+    # On their way to the L2 cache while the query is computed.
+    if number < turns:
+        overlap.prefetch_lines(rotated + tl.arange(0, WIDTH) % DIM * DIM, DIM, OVERLAP)
+    else:
+        overlap.prefetch_lines(kv + slot * (2 * DIM), DIM, OVERLAP)
     # The next kernel reads the query without waiting for this one: it may begin when that is there.
     overlap.wait(OVERLAP)
     overlap.begin(OVERLAP)
-    number, place = tl.program_id(0), tl.arange(0, TILE)
     if number < turns:
         owner = number.to(tl.int64) * (TILE // ROOM) + place // ROOM
         mate = tl.where(owner < lines, place % ROOM, ROOM)
@@ -103,8 +125,6 @@ def _prepare(
             factors + owner * (3 * PADDED), PADDED, ROOM, TILE, STEPS,
         )  # fmt: skip
     else:
-        pages: tl.constexpr = HELD // PAGE
-        line, part = ((number - turns) // pages).to(tl.int64), (number - turns) % pages
         head, channel = place, tl.arange(0, WIDTH)
         inside = channel < DIM
         mine = tl.load(
@@ -112,17 +132,6 @@ def _prepare(
             (head < GROUP)[:, None] & inside[None],
             0.0,
         )  # [TILE, WIDTH]
-        row, kv_head = line // kv_heads, line % kv_heads
-        start, length = tl.load(starts + row), tl.load(lengths + row)
-        stop = tl.maximum(length // PAGE - 1, 0)  # page of the recent window
-        key = tl.arange(0, PAGE)
-        page = tl.where(part == 0, 0, stop + part - 1)
-        position = page * PAGE + key
-        end = tl.where(part == 0, tl.minimum(stop * PAGE, sinks), length)
-        seen = (position >= start) & (position < end)
-        table = tables + (row // queries) * table_stride
-        cached = tl.load(table + position // PAGE, seen, 0)
-        slot = (kv_head * cache_pages + cached) * PAGE + key
         keys = tl.load(
             kv + slot[:, None] * (2 * DIM) + channel[None], seen[:, None] & inside[None], 0.0
         )  # [PAGE, WIDTH]
@@ -133,9 +142,6 @@ def _prepare(
         score = tl.where(seen[None], score, float("-inf"))  # [TILE, PAGE]
         target = (line * PADDED + head)[:, None] * HELD + part * PAGE + key[None]
         tl.store(held + target, score, (head < PADDED)[:, None])
-        # Where there is none stands the newest, of no length.
-        newest = tl.maximum(length - 1, 0)
-        newest = tl.load(table + newest // PAGE) * PAGE + newest % PAGE
         certain = tl.full((PAGE,), CERTAIN, tl.int64) << SLOT_BITS
         note = tl.where(seen, certain | (cached * PAGE + key), newest)
         tl.store(always + line * HELD + part * PAGE + key, note)
