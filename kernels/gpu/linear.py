@@ -7,6 +7,7 @@ depend on how many others there are.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import triton
@@ -23,13 +24,25 @@ MOST = 8
 """Rows: the columns of the smallest product. More rows are the vendor's library's."""
 LINES = 16
 """Outputs of a program."""
-DEEP = 256
-"""Channels that it reads at once."""
-STAGES = 6
-"""Pieces on their way at once."""
-FETCHED = 1024
-"""Bytes of each line that are fetched before the input is there."""
+RESIDENT = 264
+"""Programs that a GPU of 132 multiprocessors has room for: all begin at once."""
 WARPS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """How a program reads its lines."""
+
+    deep: int  # channels at once
+    stages: int  # pieces on their way at once
+    fetched: int  # bytes of each line that are fetched before the input is there
+
+
+FEW = Pipeline(256, 8, 512)
+"""Where all programs begin at once."""
+MANY = Pipeline(512, 4, 1024)
+GATED = Pipeline(512, 2, 256)
+"""Of twice as many lines."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,10 +60,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     outputs = weight.shape[0]
     if rows > MOST:
         return F.linear(x, weight, bias)
-    output = x.new_empty(rows, outputs)
-    _linear[triton.cdiv(outputs, LINES),](
+    output, programs = x.new_empty(rows, outputs), triton.cdiv(outputs, LINES)
+    _linear[programs,](
         x, weight, weight if bias is None else bias, output, rows,
-        OUTPUTS=outputs, BIASED=bias is not None, **_sizes(x),
+        OUTPUTS=outputs, BIASED=bias is not None,
+        **_sizes(x, FEW if programs <= RESIDENT else MANY),
     )  # fmt: skip
     return output
 
@@ -73,22 +87,22 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     output = x.new_empty(rows, outputs)
     _gated_linear[triton.cdiv(outputs, LINES),](
         x, weight, weight if bias is None else bias, output, rows,
-        OUTPUTS=outputs, BIASED=bias is not None, **_sizes(x),
+        OUTPUTS=outputs, BIASED=bias is not None, **_sizes(x, GATED),
     )  # fmt: skip
     return output
 
 
-def _sizes(x: Tensor) -> dict[str, int | bool]:
+def _sizes(x: Tensor, pipeline: Pipeline) -> dict[str, int | bool]:
     """What both kernels are compiled and launched with."""
     overlaps = overlap.possible(x.device)
-    deep = min(DEEP, triton.next_power_of_2(x.shape[1]))
+    deep = min(pipeline.deep, triton.next_power_of_2(x.shape[1]))
     return {
         "INPUTS": x.shape[1],
         "ROWS": MOST,
         "LINES": LINES,
         "DEEP": max(deep, 16),
-        "STAGES": STAGES,
-        "FETCHED": FETCHED,
+        "STAGES": pipeline.stages,
+        "FETCHED": pipeline.fetched,
         "OVERLAP": overlaps,
         "launch_pdl": overlaps,
         "num_warps": WARPS,

@@ -12,8 +12,7 @@ import triton.language as tl
 from kernels.codes import NOISE, rotation
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
-from kernels.gpu.lanes import HEADS, PLANES, WORD
-from kernels.gpu.launch import tile_of
+from kernels.gpu.lanes import HEADS, INTERPRETED, PLANES, WORD
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.page import PAGE
 
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
 CHANNELS = 64
 """Channels that are rotated at once."""
+LEAST = 8
+"""Columns of the smallest product, which heads stand in."""
 LOG2E = tl.constexpr(math.log2(math.e))
 HALF_NOISE = tl.constexpr(NOISE / 2)
 
@@ -41,7 +42,8 @@ def prepare(
     """Rotate and quantise the queries; find and score the sinks and the recent window."""
     wide = query.dtype if query.dtype != torch.float64 else torch.float32
     overlaps = overlap.possible(query.device)
-    tile, room = tile_of(layout.group), layout.sets * HEADS
+    room = layout.sets * HEADS
+    tile = max(LEAST, room)
     turns = triton.cdiv(layout.lines, tile // room)
     _prepare[(turns + layout.lines * (HELD // PAGE),)](
         query, rotation(layout.head_dim, wide, query.device), cache.kv, rows.block_tables,
@@ -103,45 +105,47 @@ def _prepare(
         owner = number.to(tl.int64) * (TILE // ROOM) + place // ROOM
         mate = tl.where(owner < lines, place % ROOM, ROOM)
         across = tl.arange(0, STEPS * 128)
-        turned, most = tl.zeros((TILE, STEPS * 128), tl.float32), tl.zeros((TILE,), tl.float32)
+        turned = tl.zeros((STEPS * 128, TILE), tl.float32)
         for first in tl.static_range(0, WIDTH, CHANNELS):
             some = first + tl.arange(0, CHANNELS)
             piece = tl.load(
-                query + (owner * GROUP + mate)[:, None] * DIM + some[None],
-                (mate < GROUP)[:, None] & (some < DIM)[None],
+                query + (owner * GROUP + mate)[None] * DIM + some[:, None],
+                (mate < GROUP)[None] & (some < DIM)[:, None],
                 0.0,
-            )  # [TILE, CHANNELS]
+            )  # [CHANNELS, TILE]
             matrix = tl.load(
-                rotated + some[:, None] * DIM + across[None],
-                (some < DIM)[:, None] & (across < DIM)[None],
+                rotated + some[None] * DIM + across[:, None],
+                (some < DIM)[None] & (across < DIM)[:, None],
                 0.0,
-            )  # [CHANNELS, channels]
-            turned = tl.dot(piece, matrix, turned, input_precision="ieee")
-            most = tl.maximum(most, tl.max(tl.abs(piece.to(tl.float32)), 1))
-        if HALVES:  # as which centres are scored: what these do not hold is to show
-            turned = tl.where((most > 65504.0)[:, None], float("nan"), turned)
+            )  # [channels, CHANNELS]
+            if INTERPRETED:  # it takes a bfloat16's bits for a number
+                matrix, piece = matrix.to(tl.float32), piece.to(tl.float32)
+            turned = tl.dot(matrix, piece, turned, input_precision="ieee")
+        most = float("inf")
+        if HALVES:
+            most = 65504.0 * scale * LOG2E
         _quantise(
-            turned * (scale * LOG2E), mate, planes + owner * (SETS * STEPS * 2 * 32),
+            turned * (scale * LOG2E), mate, most * most, planes + owner * (SETS * STEPS * 2 * 32),
             factors + owner * (3 * PADDED), PADDED, ROOM, TILE, STEPS,
         )  # fmt: skip
     else:
         head, channel = place, tl.arange(0, WIDTH)
         inside = channel < DIM
         mine = tl.load(
-            query + (line * GROUP + head)[:, None] * DIM + channel[None],
-            (head < GROUP)[:, None] & inside[None],
+            query + (line * GROUP + head)[None] * DIM + channel[:, None],
+            (head < GROUP)[None] & inside[:, None],
             0.0,
-        )  # [TILE, WIDTH]
+        )  # [WIDTH, TILE]
         keys = tl.load(
             kv + slot[:, None] * (2 * DIM) + channel[None], seen[:, None] & inside[None], 0.0
         )  # [PAGE, WIDTH]
-        score = tl.dot(mine, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+        score = tl.dot(keys, mine, input_precision="ieee") * (scale * LOG2E)
         if BIASED:
             distance = (position - (length - 1)).to(tl.float32)
-            score += load_slopes(slopes, kv_head, head, GROUP)[:, None] * distance[None]
-        score = tl.where(seen[None], score, float("-inf"))  # [TILE, PAGE]
-        target = (line * PADDED + head)[:, None] * HELD + part * PAGE + key[None]
-        tl.store(held + target, score, (head < PADDED)[:, None])
+            score += distance[:, None] * load_slopes(slopes, kv_head, head, GROUP)[None]
+        score = tl.where(seen[:, None], score, float("-inf"))  # [PAGE, TILE]
+        target = (line * PADDED + head)[None] * HELD + part * PAGE + key[:, None]
+        tl.store(held + target, score, (head < PADDED)[None])
         certain = tl.full((PAGE,), CERTAIN, tl.int64) << SLOT_BITS
         note = tl.where(seen, certain | (cached * PAGE + key), newest)
         tl.store(always + line * HELD + part * PAGE + key, note)
@@ -151,25 +155,30 @@ def _prepare(
 
 @triton.jit
 def _quantise(
-    turned, head, planes, factors,
+    turned, head, most_square, planes, factors,
     PADDED: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The rotated query in whole steps, bit by bit, as `kernels.gpu.lanes` takes it."""
     most: tl.constexpr = 2**PLANES // 2
-    step = tl.maximum(tl.max(tl.abs(turned), 1), 1e-30) / (most - 0.5)  # [TILE]
-    whole = tl.floor(turned / step[:, None] + 0.5)  # [TILE, channels]
+    step = tl.maximum(tl.max(tl.abs(turned), 0), 1e-30) / (most - 0.5)  # [TILE]
+    whole = tl.floor(turned * (1.0 / step)[None] + 0.5)  # [channels, TILE]
     whole = tl.minimum(tl.maximum(whole, -most), most - 1).to(tl.int32)
     words: tl.constexpr = STEPS * 128 // WORD
-    # All planes at once: each sum over lanes of other warps would be waited for.
-    bit, plane = tl.arange(0, WORD)[None, None, :, None], tl.arange(0, PLANES)[None, None]
-    signs = tl.reshape(whole, (TILE, words, WORD, 1)) >> plane[:, :, None]
-    signs = tl.sum((signs & 1) << bit, 2)  # [TILE, words, PLANES]
-    word, place = tl.arange(0, words)[None, :, None], head[:, None, None]
-    target = planes[:, None, None] + (place // 4 * STEPS + word // 4) * (2 * 32)
+    # A channel's bits in a byte of a plane each, eight channels side by side in it; then, of each
+    # plane, the bytes of four times eight channels.
+    eighth, byte = tl.arange(0, 8)[None, None, :, None], tl.arange(0, 4)[None, :, None, None]
+    bits = ((tl.reshape(whole, (words, 4, 8, TILE)) & 15) * 0x204081 & 0x01010101) << eighth
+    plane = tl.arange(0, PLANES)[None, None]
+    signs = tl.sum(bits, 2)[:, :, :, None] >> 8 * plane[None] & 255
+    signs = tl.sum(signs << 8 * byte, 1)  # [words, TILE, PLANES]
+    word, place = tl.arange(0, words)[:, None, None], head[None, :, None]
+    target = planes[None, :, None] + (place // 4 * STEPS + word // 4) * (2 * 32)
     target += place % 4 * 8 + word % 4 + plane % 2 * 32 + plane // 2 * 4
     tl.store(target, signs, place < ROOM)
-    both = tl.sum(tl.join(turned * turned, whole.to(tl.float32)), 1)
+    both = tl.sum(tl.join(turned * turned, whole.to(tl.float32)), 0)
     size, total = tl.split(both)
+    # Centres are scored with queries of float16: what these do not hold is to show.
+    size = tl.where(size > most_square, float("nan"), size)
     tl.store(factors + head, step * 2, head < PADDED)
     tl.store(factors + PADDED + head, step * -total, head < PADDED)
     tl.store(factors + 2 * PADDED + head, size * (HALF_NOISE / LOG2E), head < PADDED)
