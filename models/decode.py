@@ -74,11 +74,11 @@ def decode(
         update = linear(gated_linear(normed, gate_up.weight, gate_up.bias), down.weight, down.bias)
     _, normed = add_norm(hidden, update, body.norm.weight, body.norm.eps)
     decoded = Decoded.over(packed, normed, bucket, decoder.config)
-    decoded.logits.copy_(linear(normed, decoder.head))
-    decoded.finite.copy_(normed.isfinite().all(-1))
+    linear(normed, decoder.head, output=decoded.logits)
+    torch.sum(normed, -1, dtype=torch.float32, out=decoded.total)
     if decoded.keys is not None and decoded.coverage is not None:
         decoded.keys.copy_(torch.stack(attention.keys))
-        decoded.coverage.copy_(torch.stack(attention.coverage))
+        torch.stack(attention.coverage, out=decoded.coverage)
     return decoded
 
 

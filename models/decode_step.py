@@ -102,7 +102,7 @@ class Decoded:
     hidden: Tensor  # [batch, hidden_size]  behind the final norm
     packed: Tensor  # float32 [Decoded.size]  everything below
     logits: Tensor  # [batch, vocab_size]
-    finite: Tensor  # [batch]  1 where the hidden state is finite, else 0
+    total: Tensor  # [batch]  sum of the hidden state: no finite number where one of it is not
     # Of each layer, under a dynamic policy; None where every key is read.
     keys: Tensor | None  # [layers, batch, kv_heads]  keys read
     coverage: Tensor | None  # [layers, batch, heads]  estimated share of the mass on them
@@ -118,13 +118,13 @@ class Decoded:
         batch, layers = bucket.batch, config.layers
         packed = packed[: Decoded.size(bucket, config)]
         parts = torch.split(packed, [batch * numbers for numbers in _numbers(bucket, config)])
-        logits, finite, keys, coverage = parts
+        logits, total, keys, coverage = parts
         dynamic = bucket.dynamic
         return Decoded(
             hidden,
             packed,
             logits.view(batch, -1),
-            finite,
+            total,
             keys.view(layers, batch, -1) if dynamic else None,
             coverage.view(layers, batch, -1) if dynamic else None,
         )

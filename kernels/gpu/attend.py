@@ -176,11 +176,12 @@ def _dense(
     mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
     for block in range(low, tl.minimum((split + 1) * blocks * BLOCK, end), BLOCK):
         position = block + tl.arange(0, BLOCK)
-        page = tl.load(table + position // PAGE, position < end, 0)
-        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
-        loaded = ((position >= begin) & (position < end))[:, None] & (channel < DIM)[None]
-        keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
-        values = tl.load(data + DIM, loaded, 0.0)
+        # In the place of keys that no row sees stand others: that asks for no masks.
+        nearest = tl.minimum(tl.maximum(position, begin), end - 1)
+        page = tl.load(table + nearest // PAGE)
+        data = kv + (base + page * PAGE + nearest % PAGE)[:, None] * (2 * DIM) + channel[None]
+        keys = tl.load(data, (channel < DIM)[None], 0.0)  # [BLOCK, WIDTH]
+        values = tl.load(data + DIM, (channel < DIM)[None], 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
         score = _score(mine, keys, seen, scale)
         if BIASED:

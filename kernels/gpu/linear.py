@@ -45,22 +45,27 @@ GATED = Pipeline(512, 2, 256)
 """Of twice as many lines."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, output: Tensor | None = None
+) -> Tensor:
     """`torch.nn.functional.linear`, for few rows on a GPU.
 
     Args:
         x: [rows, inputs], contiguous: bfloat16, float16 or float32.
         weight: [outputs, inputs], contiguous.
         bias: [outputs].
+        output: [rows, outputs], contiguous: takes the result, which is rounded as without it.
 
     Returns:
-        [rows, outputs].
+        [rows, outputs], of the dtype of `x` or `output` itself.
     """
-    rows = x.shape[0]
-    outputs = weight.shape[0]
+    rows, outputs = x.shape[0], weight.shape[0]
     if rows > MOST:
-        return F.linear(x, weight, bias)
-    output, programs = x.new_empty(rows, outputs), triton.cdiv(outputs, LINES)
+        result = F.linear(x, weight, bias)
+        return result if output is None else output.copy_(result)
+    if output is None:
+        output = x.new_empty(rows, outputs)
+    programs = triton.cdiv(outputs, LINES)
     _linear[programs,](
         x, weight, weight if bias is None else bias, output, rows,
         OUTPUTS=outputs, BIASED=bias is not None,
@@ -131,7 +136,8 @@ def _linear(
     if BIASED:
         total += tl.load(bias + line, inside, 0.0).to(tl.float32)[:, None]
     target = output + row[None] * OUTPUTS + line[:, None]
-    tl.store(target, total.to(output.dtype.element_ty), inside[:, None] & (row < rows)[None])
+    rounded = total.to(x.dtype.element_ty).to(output.dtype.element_ty)
+    tl.store(target, rounded, inside[:, None] & (row < rows)[None])
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -106,14 +107,14 @@ class Replays:
         for (_, places), decoded in zip(groups, fetched, strict=True):
             positions = [work[place].start for place in places]
             seen = looked.of_replay(decoded, positions, self._windows, self._heads)
-            finite = decoded.finite.tolist()
+            totals = decoded.total.tolist()
             for row, place in enumerate(places):
                 outcomes[place] = Outcome(
                     work[place],
                     None,
                     seen.cut(slice(row, row + 1)),
                     logits=decoded.logits[row],
-                    finite=finite[row] == 1,
+                    finite=math.isfinite(totals[row]),
                 )
         return [outcomes[place] for place in range(len(work))]
 
