@@ -25,7 +25,7 @@ MOST = 8
 LINES = 16
 """Outputs of a program."""
 RESIDENT = 264
-"""Programs that a GPU of 132 multiprocessors has room for: all begin at once."""
+"""Programs of a product, at the most, that are few: two for each of 132 multiprocessors."""
 WARPS = 1
 
 
@@ -33,15 +33,15 @@ WARPS = 1
 class Pipeline:
     """How a program reads its lines."""
 
-    deep: int  # channels at once
+    deep: int  # bytes of each line at once
     stages: int  # pieces on their way at once
     fetched: int  # bytes of each line that are fetched before the input is there
 
 
-FEW = Pipeline(256, 8, 512)
-"""Where all programs begin at once."""
-MANY = Pipeline(512, 4, 1024)
-GATED = Pipeline(512, 2, 256)
+FEW = Pipeline(1024, 5, 512)
+"""Of a product of few programs."""
+MANY = Pipeline(1024, 4, 1024)
+GATED = Pipeline(1024, 2, 256)
 """Of twice as many lines."""
 
 
@@ -100,7 +100,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def _sizes(x: Tensor, pipeline: Pipeline) -> dict[str, int | bool]:
     """What both kernels are compiled and launched with."""
     overlaps = overlap.possible(x.device)
-    deep = min(pipeline.deep, triton.next_power_of_2(x.shape[1]))
+    deep = min(pipeline.deep // x.itemsize, triton.next_power_of_2(x.shape[1]))
     return {
         "INPUTS": x.shape[1],
         "ROWS": MOST,

@@ -60,15 +60,18 @@ def rotate_and_write(
     query = qkv.new_empty(rows, heads, head_dim)
     query_norm, key_norm = norms or (qkv, qkv)  # not read where there are none
     overlaps = overlap.possible(qkv.device)
-    jobs = heads + 2 * kv_heads + coded * kv_heads * (PAGE // CODED)
-    _rotate_and_write[rows, jobs](
+    jobs = heads + 2 * kv_heads
+    programs = kv_heads * (PAGE // CODED) if coded else jobs
+    each = triton.next_power_of_2(triton.cdiv(jobs, programs))
+    _rotate_and_write[rows, max(programs, triton.cdiv(jobs, each))](
         qkv, *angles, slots, query_norm, key_norm, rotation(head_dim, torch.float32, qkv.device),
         query, cache.kv, cache.key_mean, cache.centre.view(torch.uint8), cache.codes,
         cache.scale.view(torch.uint8), cache.value_mean, cache.spread,
         eps, cache.kv.shape[1],
-        HEADS=heads, KV_HEADS=kv_heads, DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-        NORMED=norms is not None, CODED=CODED, CHUNK=CHUNK, WORDS=words(head_dim), WORD=WORD,
-        PAGE=PAGE, OVERLAP=overlaps, launch_pdl=overlaps,
+        HEADS=heads, KV_HEADS=kv_heads, EACH=each, DIM=head_dim,
+        WIDTH=triton.next_power_of_2(head_dim),
+        NORMED=norms is not None, CODES=coded, CODED=CODED, CHUNK=CHUNK, WORDS=words(head_dim),
+        WORD=WORD, PAGE=PAGE, OVERLAP=overlaps, launch_pdl=overlaps,
         num_warps=4 if coded else 1, enable_fp_fusion=False,
     )  # fmt: skip
     return query
@@ -78,45 +81,41 @@ def rotate_and_write(
 def _rotate_and_write(
     qkv, cosines, sines, slots, query_norm, key_norm, rotated, query, kv, means, centres, codes,
     scales, value_means, spreads, eps, cache_pages,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    NORMED: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr, WORDS: tl.constexpr,
-    WORD: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, EACH: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, NORMED: tl.constexpr, CODES: tl.constexpr, CODED: tl.constexpr,
+    CHUNK: tl.constexpr, WORDS: tl.constexpr, WORD: tl.constexpr, PAGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row's query, key or value of one head, or a part of a page that the row completes."""
+    """Some of one row's queries, keys and values, and a part of a page that the row completes."""
     overlap.begin(OVERLAP)
     overlap.wait(OVERLAP)
-    row, job = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     line = qkv + row * ((HEADS + 2 * KV_HEADS) * DIM)
     cosines += row * (DIM // 2)
     sines += row * (DIM // 2)
-    channel = tl.arange(0, WIDTH)
+    channel, every = tl.arange(0, WIDTH)[None], HEADS + 2 * KV_HEADS
+    job = part * EACH + tl.arange(0, EACH)[:, None]  # first queries, then keys, then values
+    head = line + tl.minimum(job, every - 1) * DIM
+    size = _size(head, channel, eps, DIM, NORMED)
+    norm = tl.where(job < HEADS, query_norm, key_norm)
+    turned = _turned(head, norm, size, cosines, sines, channel, DIM, NORMED)
     inside = channel < DIM
-    if job < HEADS:
-        head = line + job * DIM
-        size = _size(head, channel, eps, DIM, NORMED)
-        turned = _turned(head, query_norm, size, cosines, sines, channel, DIM, NORMED)
-        tl.store(query + (row * HEADS + job) * DIM + channel, turned, inside)
-    elif job < HEADS + 2 * KV_HEADS:
-        own = job - HEADS  # its key's or its value's number
-        head = line + job * DIM
-        place = (own % KV_HEADS).to(tl.int64) * cache_pages * PAGE + slot
-        there = channel < tl.where(slot < 0, 0, DIM)  # a row of padding writes nothing
-        if own < KV_HEADS:
-            size = _size(head, channel, eps, DIM, NORMED)
-            turned = _turned(head, key_norm, size, cosines, sines, channel, DIM, NORMED)
-            tl.store(kv + place * (2 * DIM) + channel, turned, there)
-        else:
-            value = tl.load(head + channel, inside, 0.0)
-            tl.store(kv + place * (2 * DIM) + DIM + channel, value, there)
-    elif (slot >= 0) & (slot % PAGE == PAGE - 1):
-        part = job - (HEADS + 2 * KV_HEADS)
+    value = tl.load(head + channel, inside, 0.0)
+    result = tl.where(job < HEADS + KV_HEADS, turned, value)
+    tl.store(query + (row * HEADS + job) * DIM + channel, result, inside & (job < HEADS))
+    # A row of padding writes nothing.
+    place = ((job - HEADS) % KV_HEADS).to(tl.int64) * cache_pages * PAGE + slot
+    target = kv + place * (2 * DIM) + (job - HEADS) // KV_HEADS * DIM + channel
+    written = (job >= HEADS) & (job < every) & tl.where(slot >= 0, inside, False)
+    tl.store(target, result, written)
+    if CODES and (slot >= 0) & (slot % PAGE == PAGE - 1) & (part < KV_HEADS * (PAGE // CODED)):
         kv_head = part // (PAGE // CODED)
-        head = line + (HEADS + kv_head) * DIM
-        size = _size(head, channel, eps, DIM, NORMED)
+        key = line + (HEADS + kv_head) * DIM
+        own = _size(key, tl.arange(0, WIDTH), eps, DIM, NORMED)
         page = kv_head.to(tl.int64) * cache_pages + slot // PAGE
         _code(
-            head, key_norm, size, cosines, sines, rotated, kv + page * (PAGE * 2 * DIM),
+            key, key_norm, own, cosines, sines, rotated, kv + page * (PAGE * 2 * DIM),
             means + page * DIM, centres + page * DIM, codes + page * (WORDS * PAGE),
             scales + page * PAGE,
             line + (HEADS + KV_HEADS + kv_head) * DIM, value_means + page * DIM, spreads + page,
@@ -127,11 +126,12 @@ def _rotate_and_write(
 
 @triton.jit
 def _size(head, channel, eps, DIM: tl.constexpr, NORMED: tl.constexpr):
-    """What normalises a head: its root mean square, inverted; 1 where there is no norm."""
+    """What normalises heads: their root mean squares, inverted; 1 where there is no norm."""
     size = 1.0
     if NORMED:
         wide = tl.load(head + channel, channel < DIM, 0.0).to(tl.float32)
-        size = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
+        total = tl.sum(wide * wide, len(wide.shape) - 1, keep_dims=True)
+        size = tl.rsqrt(total / DIM + eps)
     return size
 
 
