@@ -72,7 +72,8 @@ def dense_decode(
     blocks = -(-rows.block_tables.shape[1] * PAGE // block)
     splits = _dense_splits(blocks, tiles * kv_heads)
     parts = Parts.of(query, splits, weighted=False)
-    overlaps = overlap.possible(query.device)
+    # Programs that begin early are not as evenly spread: only where each has little to read.
+    overlaps = splits in (1, blocks) and overlap.possible(query.device)
     _dense[tiles, kv_heads, splits](
         query.contiguous(), cache.kv, rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), parts.outputs, parts.lses, scale,
@@ -176,12 +177,11 @@ def _dense(
     mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
     for block in range(low, tl.minimum((split + 1) * blocks * BLOCK, end), BLOCK):
         position = block + tl.arange(0, BLOCK)
-        # In the place of keys that no row sees stand others: that asks for no masks.
-        nearest = tl.minimum(tl.maximum(position, begin), end - 1)
-        page = tl.load(table + nearest // PAGE)
-        data = kv + (base + page * PAGE + nearest % PAGE)[:, None] * (2 * DIM) + channel[None]
-        keys = tl.load(data, (channel < DIM)[None], 0.0)  # [BLOCK, WIDTH]
-        values = tl.load(data + DIM, (channel < DIM)[None], 0.0)
+        page = tl.load(table + position // PAGE, position < end, 0)
+        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
+        loaded = ((position >= begin) & (position < end))[:, None] & (channel < DIM)[None]
+        keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
+        values = tl.load(data + DIM, loaded, 0.0)
         seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
         score = _score(mine, keys, seen, scale)
         if BIASED:
