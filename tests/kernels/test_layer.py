@@ -122,6 +122,9 @@ def test_products_are_those_of_torch(rows, inputs, outputs, biased, dtype):
     error = error + rounding(exact, dtype)
     ours = linear(x, weight, bias)
     assert_within(ours, exact, error)
+    taken = torch.empty_like(ours, dtype=torch.float32)
+    assert linear(x, weight, bias, taken) is taken
+    assert torch.equal(taken, ours.float())
 
     # The errors of both halves, through silu, whose slope is below 1.1, and the product.
     (gate, up), (gate_error, up_error) = exact.chunk(2, dim=-1), error.chunk(2, dim=-1)
