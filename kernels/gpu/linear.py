@@ -178,9 +178,8 @@ def _fetch(
 ):
     """Have the beginning of some lines in the L2 cache when the input is there."""
     size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    piece = tl.arange(0, FETCHED // 128) * (128 // size)
-    there = tl.where(inside, line, 0).to(tl.int64)[:, None] * INPUTS
-    overlap.prefetch(weight + there + tl.where(piece < INPUTS, piece, 0)[None], OVERLAP)
+    there = weight + tl.where(inside, line, 0).to(tl.int64) * INPUTS
+    overlap.prefetch_lines(there, min(FETCHED // size, INPUTS), OVERLAP)
 
 
 @triton.jit

@@ -66,15 +66,6 @@ def published(pointer):
 
 
 @triton.jit
-def prefetch_lines(pointers, NUMBERS: tl.constexpr, OVERLAP: tl.constexpr):
-    """Likewise `NUMBERS` numbers from each of `pointers` [n] on."""
-    size: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth // 8
-    pieces: tl.constexpr = (NUMBERS * size + 127) // 128
-    piece = tl.arange(0, triton.next_power_of_2(pieces)) % pieces * (128 // size)
-    prefetch(pointers[:, None] + piece[None], OVERLAP)
-
-
-@triton.jit
 def prefetch(pointers, OVERLAP: tl.constexpr):
     """Bring the 128 bytes around each pointer into the L2 cache."""
     if OVERLAP:
@@ -86,3 +77,12 @@ def prefetch(pointers, OVERLAP: tl.constexpr):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def prefetch_lines(pointers, NUMBERS: tl.constexpr, OVERLAP: tl.constexpr):
+    """Likewise all of the `NUMBERS` numbers from each of `pointers` [n] on."""
+    size: tl.constexpr = pointers.dtype.element_ty.primitive_bitwidth // 8
+    pieces: tl.constexpr = (NUMBERS * size + 127) // 128
+    piece = tl.arange(0, triton.next_power_of_2(pieces)) % pieces * (128 // size)
+    prefetch(pointers[:, None] + piece[None], OVERLAP)

@@ -159,6 +159,7 @@ def _quantise(
     PADDED: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The rotated query in whole steps, bit by bit, as `kernels.gpu.lanes` takes it."""
+    tl.static_assert(PLANES == 4)  # a byte each of a word, below
     most: tl.constexpr = 2**PLANES // 2
     step = tl.maximum(tl.max(tl.abs(turned), 0), 1e-30) / (most - 0.5)  # [TILE]
     whole = tl.floor(turned * (1.0 / step)[None] + 0.5)  # [channels, TILE]

@@ -63,7 +63,7 @@ def rotate_and_write(
     jobs = heads + 2 * kv_heads
     programs = kv_heads * (PAGE // CODED) if coded else jobs
     each = triton.next_power_of_2(triton.cdiv(jobs, programs))
-    _rotate_and_write[rows, max(programs, triton.cdiv(jobs, each))](
+    _rotate_and_write[rows, programs](
         qkv, *angles, slots, query_norm, key_norm, rotation(head_dim, torch.float32, qkv.device),
         query, cache.kv, cache.key_mean, cache.centre.view(torch.uint8), cache.codes,
         cache.scale.view(torch.uint8), cache.value_mean, cache.spread,
@@ -109,7 +109,7 @@ def _rotate_and_write(
     target = kv + place * (2 * DIM) + (job - HEADS) // KV_HEADS * DIM + channel
     written = (job >= HEADS) & (job < every) & tl.where(slot >= 0, inside, False)
     tl.store(target, result, written)
-    if CODES and (slot >= 0) & (slot % PAGE == PAGE - 1) & (part < KV_HEADS * (PAGE // CODED)):
+    if CODES and (slot >= 0) & (slot % PAGE == PAGE - 1):
         kv_head = part // (PAGE // CODED)
         key = line + (HEADS + kv_head) * DIM
         own = _size(key, tl.arange(0, WIDTH), eps, DIM, NORMED)
