@@ -18,7 +18,7 @@ from kernels.budget import SAMPLE
 from kernels.dynamic import Attended
 from kernels.gpu import overlap
 from kernels.gpu.lanes import log2
-from kernels.gpu.launch import PROGRAMS
+from kernels.gpu.launch import MULTIPROCESSORS, PROGRAMS, mostly_cache
 from kernels.gpu.layout import Layout, Scratch
 from kernels.gpu.look import Look, always_read, look
 from kernels.gpu.prepare import LOG2E, prepare
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from kernels.policy import Dynamic
     from kernels.timing import Phases
 
-AT_ONCE = 1056
-"""Programs of a scan, eight for each of 132 multiprocessors, that read the keys they meet as well.
+AT_ONCE = 8 * MULTIPROCESSORS
+"""Programs of a scan that read the keys they meet as well.
 
 More of them do so faster in a launch of their own: a scan's programs then have more room.
 """
@@ -129,7 +129,7 @@ def _united(rows: Rows, sinks: int, layout: Layout, scratch: Scratch, parts: Loo
     while piece < width and piece * together < PART and count * heads * width > PROGRAMS * piece:
         piece *= 2
     warps = min(8, max(1, piece * together // (2 * PART)))
-    _unite[count, heads, width // piece](
+    kernel = _unite[count, heads, width // piece](
         parts.outputs, parts.lses, parts.owns, rows.starts, rows.lengths, scratch.counts,
         found.output, found.lse, found.own, found.coverage, found.keys,
         sinks, splits, layout.kv_heads, layout.spans,
@@ -137,6 +137,7 @@ def _united(rows: Rows, sinks: int, layout: Layout, scratch: Scratch, parts: Loo
         SPANS=triton.next_power_of_2(layout.spans), PAGE=PAGE, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=warps,
     )  # fmt: skip
+    mostly_cache(kernel)
     return found
 
 
@@ -149,8 +150,9 @@ def _unite(
 ):  # fmt: skip
     """Some channels of one row and head; and what share of the mass the keys read carry."""
     overlap.begin(OVERLAP)
-    overlap.wait(OVERLAP)
     row, head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+    overlap.wait(OVERLAP)
     place = row * tl.num_programs(1) + head
     line = row * kv_heads + head // GROUP
     split, span = tl.arange(0, SPLITS), tl.arange(0, SPANS)
@@ -173,7 +175,6 @@ def _unite(
         tl.store(own + place, carried * (1.0 / LOG2E))
         tl.store(coverage + place, tl.exp2(carried - whole))
         amount = tl.load(counts + line * spans + span, span < spans, 0)
-        start, length = tl.load(starts + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
         certain = always_read(start, length, sinks, PAGE)
         tl.store(keys + line, certain + tl.sum(amount, 0), head % GROUP == 0)
 

@@ -13,6 +13,7 @@ from kernels import budget, sample
 from kernels.budget import APART, PROBE
 from kernels.codes import words
 from kernels.gpu.lanes import HEADS
+from kernels.gpu.launch import MULTIPROCESSORS
 from kernels.page import PAGE
 from kernels.sample import SEGMENT
 
@@ -36,8 +37,8 @@ SPANS = 512
 """Most programs that share a line's keys: each leaves a part of the output."""
 ALONE = 256
 """Programs of a line's scan, at the most, whose keys are read by a program each."""
-ROOM = 4224
-"""Programs of a scan that a GPU has room for, 32 for each of 132 multiprocessors."""
+ROOM = 32 * MULTIPROCESSORS
+"""Programs of a scan that a GPU has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,8 @@ class Layout:
 
     @property
     def parts(self) -> int:
-        """Programs that share what is met in a program's segments."""
-        return max(1, PARTS // self.spans)
+        """Programs that share what is met in a program's segments: fewer where lines are many."""
+        return max(1, min(PARTS, ROOM // self.lines) // self.spans)
 
 
 @dataclass(frozen=True, slots=True)

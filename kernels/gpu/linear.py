@@ -15,6 +15,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from kernels.gpu import overlap
+from kernels.gpu.launch import MULTIPROCESSORS
 from kernels.gpu.layer import silu, silu_mul
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ MOST = 8
 """Rows: the columns of the smallest product. More rows are the vendor's library's."""
 LINES = 16
 """Outputs of a program."""
-RESIDENT = 264
-"""Programs of a product, at the most, that are few: two for each of 132 multiprocessors."""
+RESIDENT = 2 * MULTIPROCESSORS
+"""Programs of a product, at the most, that are few."""
 WARPS = 1
 
 
@@ -40,7 +41,8 @@ class Pipeline:
 
 FEW = Pipeline(1024, 5, 512)
 """Of a product of few programs."""
-MANY = Pipeline(1024, 4, 1024)
+MANY = Pipeline(512, 6, 1024)
+"""Three on a multiprocessor leave shared memory for programs of what follows."""
 GATED = Pipeline(1024, 2, 256)
 """Of twice as many lines."""
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import log2
+from kernels.gpu.launch import mostly_cache
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS, SLOTS
 from kernels.gpu.look_lanes import look_in_lanes
 from kernels.gpu.prepare import LOG2E
@@ -84,7 +85,7 @@ def look(
     """
     overlaps = overlap.possible(parts.query.device)
     query, kv, outputs = parts.words(parts.query, cache.kv, parts.outputs)
-    _look[layout.kv_heads, len(rows.lengths), parts.outputs.shape[2]](
+    kernel = _look[layout.kv_heads, len(rows.lengths), parts.outputs.shape[2]](
         query, kv, rows.starts, rows.lengths, slopes_of(cache), scratch.marks,
         scratch.met, scratch.counts if positions is None else positions, scratch.counts,
         scratch.always, outputs, parts.lses, parts.owns,
@@ -96,6 +97,7 @@ def look(
         BFLOAT=parts.query.dtype == torch.bfloat16, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=1, num_stages=1, maxnreg=REGISTERS,
     )  # fmt: skip
+    mostly_cache(kernel)
 
 
 @triton.jit(do_not_specialize=["spans", "parts", "places", "cache_pages"])

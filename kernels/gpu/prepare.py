@@ -13,6 +13,7 @@ from kernels.codes import NOISE, rotation
 from kernels.gpu import overlap
 from kernels.gpu.distance import load_slopes, slopes_of
 from kernels.gpu.lanes import HEADS, INTERPRETED, PLANES, WORD
+from kernels.gpu.launch import mostly_cache
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.page import PAGE
 
@@ -45,7 +46,7 @@ def prepare(
     room = layout.sets * HEADS
     tile = max(LEAST, room)
     turns = triton.cdiv(layout.lines, tile // room)
-    _prepare[(turns + layout.lines * (HELD // PAGE),)](
+    kernel = _prepare[(turns + layout.lines * (HELD // PAGE),)](
         query, rotation(layout.head_dim, wide, query.device), cache.kv, rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors, scratch.held,
         scratch.always, scratch.counts,
@@ -59,6 +60,7 @@ def prepare(
         HALVES=query.dtype == torch.bfloat16, BIASED=cache.slopes is not None, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
+    mostly_cache(kernel)
 
 
 @triton.jit(

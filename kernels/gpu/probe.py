@@ -24,6 +24,7 @@ from kernels.gpu.lanes import (
     own_word,
     signed_sums,
 )
+from kernels.gpu.launch import mostly_cache
 from kernels.gpu.layout import CHUNK, ROOM
 from kernels.gpu.prepare import LOG2E
 from kernels.page import PAGE
@@ -62,7 +63,7 @@ def probe(
     overlaps = overlap.possible(query.device)
     chunks = scratch.masses.shape[1]
     programs = -(-chunks // -(-layout.lines * chunks // ROOM))
-    _probe[layout.lines, programs](
+    kernel = _probe[layout.lines, programs](
         asked, centres, cache.codes, cache.scale.view(torch.int32), rows.block_tables,
         rows.starts, rows.lengths, slopes_of(cache), scratch.planes, scratch.factors,
         scratch.probes, scratch.masses,
@@ -74,6 +75,7 @@ def probe(
         FOURS=FOURS, PAGE=PAGE, BIASED=cache.slopes is not None, OVERLAP=overlaps,
         launch_pdl=overlaps, num_warps=1, maxnreg=REGISTERS,
     )  # fmt: skip
+    mostly_cache(kernel)
 
 
 @triton.jit(

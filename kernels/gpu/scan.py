@@ -24,6 +24,7 @@ from kernels.gpu.lanes import (
     running_sum,
     signed_sums,
 )
+from kernels.gpu.launch import MULTIPROCESSORS, mostly_cache
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
 from kernels.gpu.look import EACH, look_here
 from kernels.gpu.look_lanes import look_in_lanes
@@ -44,8 +45,10 @@ TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
 ROUND = tl.constexpr(1.0 * 2**23)
 """Added to it, a number is rounded to a whole one, which its last bits then are."""
-REGISTERS = 64
-"""Of a thread, at the most: how many programs a multiprocessor has room for."""
+REGISTERS = (128, 96, 80, 64)
+"""Of a thread, at the most: the first that lets all programs begin at once. With fewer some
+multiprocessors would take more programs than others.
+"""
 DEPTH = tl.constexpr(2)
 """Pages of a warp that are on their way at once, each in registers of its own."""
 WARPS = 2
@@ -91,7 +94,7 @@ def scan(
         parts = (looking, kv, scratch.always, outputs, look.lses, look.owns)
     width = triton.next_power_of_2(layout.head_dim)
     warps = WARPS if looks else 1
-    _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
+    kernel = _scan[layout.lines, layout.spans + (HELD // EACH if looks else 0)](
         cache.codes, cache.scale.view(torch.int32), rows.block_tables, rows.starts, rows.lengths,
         slopes_of(cache), scratch.planes, scratch.factors, asked, centres, scratch.norm,
         scratch.marks, scratch.met, scratch.counts,
@@ -107,8 +110,16 @@ def scan(
         EACH=EACH, BLOCK=16 * warps, BYTES=2 * layout.head_dim * cache.kv.itemsize,
         BIASED=cache.slopes is not None, LANES=look is not None and look.lanes,
         BFLOAT=cache.kv.dtype == torch.bfloat16, WARPS=warps, OVERLAP=overlaps,
-        launch_pdl=overlaps, num_warps=warps, num_stages=1, maxnreg=128 if looks else REGISTERS,
+        launch_pdl=overlaps, num_warps=warps, num_stages=1,
+        maxnreg=registers_for(layout.lines * layout.spans),
     )  # fmt: skip
+    mostly_cache(kernel)
+
+
+def registers_for(programs: int) -> int:
+    """Of a thread, where so many programs of one warp are to begin at once."""
+    each = -(-programs // MULTIPROCESSORS)
+    return next((few for few in REGISTERS if 2048 // few >= each), REGISTERS[-1])
 
 
 @triton.jit(

@@ -13,6 +13,7 @@ from kernels.budget import PROBE
 from kernels.codes import FOURS
 from kernels.gpu import overlap
 from kernels.gpu.lanes import log2
+from kernels.gpu.launch import mostly_cache
 from kernels.gpu.layout import CHUNK, HELD
 from kernels.gpu.look import always_read
 from kernels.gpu.probe import apart_of
@@ -43,7 +44,7 @@ def settle(
     """
     overlaps, chunks = overlap.possible(limits.device), scratch.masses.shape[1]
     shares = torch.empty(layout.lines, chunks * CHUNK * PROBE, device=limits.device)
-    _settle[(layout.lines,)](
+    kernel = _settle[(layout.lines,)](
         scratch.masses, scratch.held, scratch.probes, rows.starts, rows.lengths, limits, shares,
         scratch.norm, scratch.marks,
         sinks, chunks, layout.kv_heads, 4 if limits.shape[0] > 1 else 0,
@@ -52,6 +53,7 @@ def settle(
         CHUNK=CHUNK, PAGE=PAGE,
         OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4,
     )  # fmt: skip
+    mostly_cache(kernel)
 
 
 @triton.jit(do_not_specialize=["sinks", "chunks", "kv_heads", "stride"])
@@ -70,6 +72,9 @@ def _settle(
     apart, stop = apart_of(length - start, FAR), tl.maximum(length // PAGE - 1, 0) * PAGE
     every = apart * (CHUNK * PAGE)
     probed = tl.maximum(tl.cdiv(stop, every) - start // every, 0)  # chunks
+    limits += row * stride
+    coverage, worth = tl.load(limits), tl.load(limits + 1) / (length - start).to(tl.float32)
+    fewest, most = tl.load(limits + 2).to(tl.int32), tl.load(limits + 3).to(tl.int32)
     overlap.wait(OVERLAP)
     head, chunk, key = tl.arange(0, PADDED), tl.arange(0, CHUNKS), tl.arange(0, HELD // 3)
     some = tl.load(
@@ -96,9 +101,6 @@ def _settle(
 
     always = always_read(start, length, sinks, PAGE)
     free = tl.maximum(stop - tl.maximum(start, sinks), 0)
-    limits += row * stride
-    coverage, worth = tl.load(limits), tl.load(limits + 1) / (length - start).to(tl.float32)
-    fewest, most = tl.load(limits + 2).to(tl.int32), tl.load(limits + 3).to(tl.int32)
     most = tl.maximum(most - always, SAMPLE)
     chosen = tl.minimum(tl.maximum(fewest - always, max(SAMPLE, 1)), most)
     if chosen < tl.minimum(most, free):
