@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kernels.gpu import overlap
 from kernels.gpu.distance import bias_at, load_slopes, slopes_of
-from kernels.gpu.launch import splits_for, tile_of
+from kernels.gpu.launch import MULTIPROCESSORS, splits_for, tile_of
 from kernels.gpu.parts import Parts, leave
 from kernels.gpu.prepare import LOG2E
 from kernels.gpu.softmax import add_scores, grow_scores, lse_of
@@ -28,8 +28,8 @@ BLOCK = 64
 """Selected keys that a program reads at once."""
 RUN_BYTES = 128 * 256
 """Keys that a dense program reads at once, and as many of values."""
-RESIDENT = 264
-"""Dense programs that a GPU of 132 multiprocessors has room for: all begin and end together."""
+RESIDENT = 2 * MULTIPROCESSORS
+"""Dense programs that a GPU has room for: all begin and end together."""
 ALONE = 2
 """Blocks that one dense program reads sooner than parts of them are joined."""
 
@@ -79,8 +79,8 @@ def dense_decode(
         slopes_of(cache), parts.outputs, parts.lses, scale,
         rows.queries, rows.block_tables.stride(0), cache.kv.shape[1], -(-blocks // splits),
         GROUP=group, TOGETHER=tile // group, TILE=tile, DIM=head_dim, WIDTH=width, BLOCK=block,
-        BIASED=cache.slopes is not None, PAGE=PAGE, OVERLAP=overlaps, launch_pdl=overlaps,
-        num_warps=4, num_stages=2,
+        BIASED=cache.slopes is not None, PAGE=PAGE, EARLY=splits == blocks and rows.queries == 1,
+        OVERLAP=overlaps, launch_pdl=overlaps, num_warps=4, num_stages=2,
     )  # fmt: skip
     return parts.joined(query.dtype)[:2]
 
@@ -146,9 +146,13 @@ def _dense(
     queries, table_stride, cache_pages, blocks,
     GROUP: tl.constexpr, TOGETHER: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, PAGE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows of one sequence over a split of the keys that any of them sees."""
+    """A tile of rows of one sequence over a split of the keys that any of them sees.
+
+    Where it is one block of one row's keys, it is loaded while the query is computed: all keys but
+    the row's newest have been in the cache since earlier steps.
+    """
     overlap.begin(OVERLAP)
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.cdiv(queries, TOGETHER)
@@ -167,29 +171,67 @@ def _dense(
     total = tl.zeros((TILE,), tl.float32)
     sums = tl.zeros((TILE, WIDTH), tl.float32)
     begin, end = tl.min(start, 0).to(tl.int32), tl.max(stop, 0).to(tl.int32)
-    low = tl.maximum(split * blocks * BLOCK, begin // BLOCK * BLOCK)
-    # The first keys are on their way to the L2 cache while the query is computed.
-    position = low + tl.arange(0, BLOCK)
-    page = tl.load(table + position // PAGE, position < end, 0)
-    slot = base + page * PAGE + position % PAGE
-    overlap.prefetch_lines(kv + slot * (2 * DIM), 2 * DIM, OVERLAP)
-    overlap.wait(OVERLAP)
-    mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
-    for block in range(low, tl.minimum((split + 1) * blocks * BLOCK, end), BLOCK):
-        position = block + tl.arange(0, BLOCK)
-        page = tl.load(table + position // PAGE, position < end, 0)
-        data = kv + (base + page * PAGE + position % PAGE)[:, None] * (2 * DIM) + channel[None]
-        loaded = ((position >= begin) & (position < end))[:, None] & (channel < DIM)[None]
-        keys = tl.load(data, loaded, 0.0)  # [BLOCK, WIDTH]
-        values = tl.load(data + DIM, loaded, 0.0)
-        seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
-        score = _score(mine, keys, seen, scale)
-        if BIASED:
-            slope = load_slopes(slopes, kv_head, place % GROUP, GROUP) / LOG2E
-            score += bias_at(slope[:, None], position[None], stop[:, None] - 1)
+    data = kv + base * (2 * DIM) + channel
+    low, high = split * blocks * BLOCK, tl.minimum((split + 1) * blocks * BLOCK, end)
+    if EARLY:
+        keys, values = _load_pairs(data, table, low, begin, end - 1, channel, DIM, BLOCK, PAGE)
+        newest = tl.maximum(end - 1, 0)
+        fresh = data + (tl.load(table + newest // PAGE) * PAGE + newest % PAGE) * (2 * DIM)
+        overlap.wait(OVERLAP)
+        mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)  # [TILE, WIDTH]
+        own = (low <= newest) & (newest < high)
+        here = tl.where(own, channel < DIM, False)
+        key = tl.load(fresh, here, 0.0).to(tl.float32)
+        score = tl.sum(mine.to(tl.float32) * key[None], 1) * scale
+        peak = tl.where(own, score, float("-inf"))
+        total = tl.where(own, tl.full((TILE,), 1.0, tl.float32), 0.0)
+        value = tl.load(fresh + DIM, here, 0.0)
+        sums += value.to(tl.float32)[None]
+        score = _seen_scores(
+            mine, keys, low, start, stop - 1, stop, scale, slopes, kv_head, place,
+            GROUP, BLOCK, BIASED,
+        )  # fmt: skip
         peak, total, sums = add_scores(score, values, peak, total, sums)
+    else:
+        overlap.wait(OVERLAP)
+        mine = tl.load(query + line[:, None] * DIM + channel[None], wide, 0.0)
+        for block in range(tl.maximum(low, begin // BLOCK * BLOCK), high, BLOCK):
+            keys, values = _load_pairs(data, table, block, begin, end, channel, DIM, BLOCK, PAGE)
+            score = _seen_scores(
+                mine, keys, block, start, stop, stop, scale, slopes, kv_head, place,
+                GROUP, BLOCK, BIASED,
+            )  # fmt: skip
+            peak, total, sums = add_scores(score, values, peak, total, sums)
     target = line * tl.num_programs(2) + split
     leave(outputs, lses, target, channel, wide, there, peak, total, sums, DIM)
+
+
+@triton.jit
+def _load_pairs(
+    data, table, block, begin, end, channel,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values from position `block` on, [BLOCK, WIDTH] each; 0 where there are none."""
+    position = block + tl.arange(0, BLOCK)
+    page = tl.load(table + position // PAGE, position < end, 0)
+    place = data[None] + (page * PAGE + position % PAGE)[:, None] * (2 * DIM)
+    there = ((position >= begin) & (position < end))[:, None] & (channel < DIM)[None]
+    return tl.load(place, there, 0.0), tl.load(place + DIM, there, 0.0)
+
+
+@triton.jit
+def _seen_scores(
+    mine, keys, block, start, stop, length, scale, slopes, kv_head, place,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """A tile's scores of keys from position `block` on, those before `stop`: [TILE, BLOCK]."""
+    position = block + tl.arange(0, BLOCK)
+    seen = (position[None] >= start[:, None]) & (position[None] < stop[:, None])
+    score = _score(mine, keys, seen, scale)
+    if BIASED:
+        slope = load_slopes(slopes, kv_head, place % GROUP, GROUP) / LOG2E
+        score += bias_at(slope[:, None], position[None], length[:, None] - 1)
+    return score
 
 
 @triton.jit

@@ -76,6 +76,17 @@ def test_rows_over_all_keys_and_over_some(paged, shape):
             near(ours, theirs)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_keys_in_as_many_programs_as_there_are_blocks(paged, monkeypatch, shape):
+    one = Case(paged, [65, 129, 700], *shape)
+    monkeypatch.setattr("kernels.gpu.attend.RESIDENT", 1 << 10)
+    rest = (one.query, one.cache, one.rows, SCALE)
+    for ours, theirs in zip(
+        dense_decode(*rest, Impl.TRITON), dense_decode(*rest, Impl.REFERENCE), strict=True
+    ):
+        near(ours, theirs)
+
+
 def test_places_at_a_million_keys_are_told_apart(paged):
     one = Case(paged, [320], 2, 1, 32)
     behind = (1 << 20) - 320
