@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.cache import LayerCache, Rows
+    from kernels.gpu.coder import Coder
     from models.attention import LayerAttention
     from models.decode_step import Bucket, DecodeStep
     from models.decoder import Attention, Decoder, DecoderLayer
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 def decode(
     decoder: Decoder,
     caches: Sequence[LayerCache],
+    coder: Coder,
     step: DecodeStep,
     bucket: Bucket,
     packed: Tensor,
@@ -52,6 +54,7 @@ def decode(
         decoder: in bfloat16, float16 or float32, on a GPU (or under Triton's interpreter), whose
             layers are like Llama's (`Decoder.fused`).
         caches: one a layer.
+        coder: of these caches.
         step: the input, padded to the bucket's size.
         bucket: how the rows attend.
         packed: float32, `Decoded.size` numbers or more: where the result goes.
@@ -79,6 +82,7 @@ def decode(
     if decoded.keys is not None and decoded.coverage is not None:
         decoded.keys.copy_(torch.stack(attention.keys))
         torch.stack(attention.coverage, out=decoded.coverage)
+    coder(step.slots)
     return decoded
 
 

@@ -221,7 +221,7 @@ class Attention(nn.Module):
 
             weights = None if norms is None else (norms[0].weight, norms[1].weight)
             eps = 0.0 if norms is None else norms[0].eps
-            return rotate_and_write(qkv, angles, step.slots, cache, weights, eps, coded=False)
+            return rotate_and_write(qkv, angles, step.slots, cache, weights, eps)
         if self.attend.impl is Impl.NUMBA and norms is None and angles is not None:
             from kernels.cpu import layer  # numba takes a moment
 

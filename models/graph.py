@@ -48,7 +48,10 @@ class CapturedStep:
         self._decoder, self._caches = decoder, caches
         self._device = caches[0].kv.device
         self._graph: torch.cuda.CUDAGraph | None = None
+        from kernels.gpu.coder import Coder  # a CPU has no Triton
+
         with torch.inference_mode():
+            self._coder = Coder(caches)
             self._input = DecodeStep.padding(bucket, self._device)
             self._packed = _room([bucket], decoder, self._device) if packed is None else packed
             if self._device.type == "cuda":
@@ -90,9 +93,10 @@ class CapturedStep:
         self._graph = graph
 
     def _run(self) -> Decoded:
-        from models.decode import decode  # a CPU has no Triton
+        from models.decode import decode
 
-        return decode(self._decoder, self._caches, self._input, self.bucket, self._packed)
+        rest = (self._input, self.bucket, self._packed)
+        return decode(self._decoder, self._caches, self._coder, *rest)
 
 
 class CapturedSteps:

@@ -26,6 +26,7 @@ from kernels import dynamic, judge, prefill
 from kernels.attention import MOST_HEADS, Impl, dense_decode, selected_attention
 from kernels.cache import LayerCache, Rows, Segment
 from kernels.gpu import overlap
+from kernels.gpu.coder import Coder
 from kernels.gpu.decode import attend
 from kernels.gpu.layer import add_norm, silu_mul
 from kernels.gpu.linear import gated_linear, linear
@@ -139,6 +140,7 @@ def layer(
     linear(hidden, matrix, matrix[0, :320])
     gated_linear(hidden, matrix)
     rotate_and_write(qkv, (cosines, cosines), slots, cache, norms, 1e-5)
+    Coder([cache])(slots)
 
 
 JOBS = (

@@ -25,6 +25,7 @@ KERNELS = {
     "_linear",
     "_gated_linear",
     "_rotate_and_write",
+    "_code_pages",
 }
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from kernels.attention import Impl
 from kernels.cache import LayerCache
 from kernels.codes import by_keys, rotation
+from kernels.gpu.coder import Coder
 from kernels.gpu.layer import add_norm, silu_mul
 from kernels.gpu.linear import MOST, gated_linear, linear
 from kernels.gpu.rotate import rotate_and_write
@@ -171,11 +172,14 @@ class Case:
         for cache in (self.ours, self.theirs):
             cache.kv.copy_(keys)
             cache.codes.fill_(7)
+        self.coder = Coder([self.ours])
 
     def rotate_and_write(self):
         norms = None if self.norms is None else tuple(norm.weight for norm in self.norms)
         eps = 0.0 if self.norms is None else self.norms[0].eps
-        return rotate_and_write(self.qkv, self.angles, self.slots, self.ours, norms, eps)
+        query = rotate_and_write(self.qkv, self.angles, self.slots, self.ours, norms, eps)
+        self.coder(self.slots)
+        return query
 
     def eagerly(self):
         heads = self.qkv.view(len(SLOTS), -1, self.ours.head_dim)
