@@ -2,7 +2,7 @@
 
 python3 tests/bench/timeline.py [1x1024:dense 1x131072:dynamic ...]
 
-A layer of the middle of a model in the shape of Llama 3.1 8B, from CUDA's own profiler. Kernels
+The mean of the layers of a model in the shape of Llama 3.1 8B, from CUDA's own profiler. Kernels
 begin before their input is there: what one adds is the time from the last one's end to its own.
 """
 
@@ -29,8 +29,6 @@ STEPS = ("1x1024:dense", "1x131072:dynamic", "6x131072:dynamic")
 OPTIONS = engine.Options(keys=2048, repeats=1, steps=1, bandwidth=None)
 MARK = "_gated_linear"
 """A kernel that each layer launches once."""
-SHOWN = 9
-"""Of the model's layers."""
 
 
 def main() -> None:
@@ -56,7 +54,7 @@ def main() -> None:
 
 
 def _show(name: str, kind: str, profile: torch.profiler.profile) -> None:
-    """The whole step's time, and one layer's kernels."""
+    """The whole step's time, and a layer's kernels."""
     events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.start)
     marks = [number for number, event in enumerate(events) if MARK in event.name]
@@ -64,12 +62,15 @@ def _show(name: str, kind: str, profile: torch.profiler.profile) -> None:
     layer = statistics.median(after - before for before, after in pairwise(starts))
     whole = events[-1].time_range.end - events[0].time_range.start
     print(f"{name} {kind}: {len(events)} kernels, {whole:.0f} us, {layer:.1f} us a layer")
-    first, last = marks[SHOWN], marks[SHOWN + 1]
-    done = events[first - 1].time_range.end
-    for event in events[first:last]:
-        start, end = event.time_range.start - starts[SHOWN], event.time_range.end
-        print(f"  {event.name[:32]:32} begins at {start:6.1f}, adds {end - done:5.1f} us")
-        done = end
+    layers = [events[first - 1 : last] for first, last in pairwise(marks)]  # and the one before
+    for kernels in zip(*map(pairwise, layers), strict=True):
+        begins, adds = [], []
+        for (before, event), first in zip(kernels, starts, strict=False):
+            begins.append(event.time_range.start - first)
+            adds.append(event.time_range.end - before.time_range.end)
+        name = kernels[0][1].name[:32]
+        begin, more = statistics.mean(begins), statistics.mean(adds)
+        print(f"  {name:32} begins at {begin:6.1f}, adds {more:5.1f} us")
 
 
 if __name__ == "__main__":
