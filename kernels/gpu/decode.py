@@ -25,6 +25,7 @@ from kernels.gpu.prepare import LOG2E, prepare
 from kernels.gpu.probe import probe
 from kernels.gpu.scan import WARPS, scan
 from kernels.gpu.settle import settle
+from kernels.gpu.softmax import finite
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -182,6 +183,5 @@ def _unite(
 @triton.jit
 def _combined(part):
     """Peak and mass above it of the splits' log-sum-exps, to base 2."""
-    peak = tl.max(part, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    peak = finite(tl.max(part, 0))
     return peak, tl.sum(tl.exp2(part - peak), 0)

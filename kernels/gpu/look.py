@@ -16,6 +16,7 @@ from kernels.gpu.launch import mostly_cache
 from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS, SLOTS
 from kernels.gpu.look_lanes import look_in_lanes
 from kernels.gpu.prepare import LOG2E
+from kernels.gpu.softmax import finite
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def look_here(
         score -= log2(size * (1.0 / CERTAIN))[:, None]
         score = tl.where((size > 0.0)[:, None], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 0))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        safe = finite(higher)
         shrink = tl.exp2(peak - safe)
         share = tl.exp2(score - safe[None])
         mass = mass * shrink[None] + share
@@ -218,6 +219,6 @@ def look_here(
     output = sums * (1.0 / tl.where(mass == 0.0, 1.0, mass))[None]
     output = output.to(outputs.dtype.element_ty)
     tl.store(outputs + place[None] * DIM + channel[:, None], output, wide)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    peak = finite(peak)
     tl.store(lses + place, peak + log2(mass), there)
     tl.store(owns + place, peak + log2(own_mass * (1.0 / CERTAIN)), there)

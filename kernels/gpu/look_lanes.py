@@ -26,6 +26,7 @@ from kernels.gpu.lanes import (
     upper_halves,
 )
 from kernels.gpu.layout import CERTAIN, SLOT_BITS
+from kernels.gpu.softmax import finite
 
 KEYS = tl.constexpr(16)
 """Keys of a warp's products."""
@@ -82,7 +83,7 @@ def look_in_lanes(
         inverse = 1.0 / tl.where(mass == 0.0, 1.0, mass)
         target = outputs + place * (DIM // 2) + column * 4
         _store(target, sums, inverse, head < GROUP, number, DIM, BFLOAT)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        peak = finite(peak)
         there = (head < GROUP) & (column == 0)
         tl.store(lses + place, peak + log2(mass), there)
         tl.store(owns + place, peak + log2(own_mass * (1.0 / CERTAIN)), there)
@@ -179,7 +180,7 @@ def _weighed(low, high, sizes, state):
     low = tl.where(sizes[0] > 0.0, low - log2(sizes[0] * (1.0 / CERTAIN)), float("-inf"))
     high = tl.where(sizes[1] > 0.0, high - log2(sizes[1] * (1.0 / CERTAIN)), float("-inf"))
     peak = tl.maximum(state[0], over_rows(tl.maximum(low, high), SUM=False))
-    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    safe = finite(peak)
     low, high, shrink = tl.exp2(low - safe), tl.exp2(high - safe), tl.exp2(state[0] - safe)
     mass = state[1] * shrink + (low + high)
     own_mass = state[2] * shrink + (low * sizes[0] + high * sizes[1])

@@ -27,6 +27,7 @@ from kernels.gpu.lanes import (
 from kernels.gpu.launch import mostly_cache
 from kernels.gpu.layout import CHUNK, ROOM
 from kernels.gpu.prepare import LOG2E
+from kernels.gpu.softmax import finite
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _probe(
             row_of = chunk * CHUNK + column
             _store_scores(probes, row_of, head, low_scores, PADDED, PROBE)
             _store_scores(probes, row_of + CHUNK // 2, head, high_scores, PADDED, PROBE)
-            safe = tl.where(peak == float("-inf"), 0.0, peak)
+            safe = finite(peak)
             total = tl.zeros((32,), tl.float32)
             for number in tl.static_range(PROBE):
                 total += tl.exp2(low_scores[number] - safe)
@@ -203,8 +204,7 @@ def _load_probed(
 def _joined_rows(peak, total):
     """Log of the mass of a column's lanes, of which each has `total` times 2 ** `peak`: [4]."""
     peak = tl.reshape(peak, (8, 4))
-    most = tl.max(peak, 0)
-    most = tl.where(most == float("-inf"), 0.0, most)
+    most = finite(tl.max(peak, 0))
     total = tl.sum(tl.reshape(total, (8, 4)) * tl.exp2(peak - most[None]), 0)
     return most + log2(total)
 

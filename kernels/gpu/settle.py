@@ -17,6 +17,7 @@ from kernels.gpu.launch import mostly_cache
 from kernels.gpu.layout import CHUNK, HELD
 from kernels.gpu.look import always_read
 from kernels.gpu.probe import apart_of
+from kernels.gpu.softmax import finite
 from kernels.page import PAGE
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _settle(
     for third in tl.static_range(3):
         near = tl.load(held + (line * PADDED + head)[:, None] * HELD + third * PAGE + key[None])
         top = tl.maximum(top, tl.max(near, 1))
-    safe = tl.where(top == float("-inf"), 0.0, top)
+    safe = finite(top)
     total = tl.sum(tl.exp2(some - safe[None]), 0)
     certain = tl.zeros((PADDED,), tl.float32)
     for third in tl.static_range(3):
