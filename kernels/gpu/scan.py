@@ -220,40 +220,15 @@ def _scan(
                 following = next_place + turn * WARPS + warp
                 own, words, sizes = before[turn]
                 middle = _middle_of(middles, place, turn * WARPS + warp, member, SETS)
-                zero = tl.zeros((32 * WARPS,), tl.float32)
-                total = (zero, zero, zero, zero)
-                for block in tl.static_range(PAGE // (2 * STRIDE)):
-                    lows, highs = (), ()
-                    for step in tl.static_range(STEPS):
-                        # Of four rows of each half.
-                        lows += (words[block // 2][step * 4 + block % 2 * 2],)  # type: ignore[assignment]
-                        highs += (words[block // 2][step * 4 + block % 2 * 2 + 1],)  # type: ignore[assignment]
-                    four = float8.of_word(sizes[block // 2], DIRECT)
-                    low_size, high_size = four[block % 2 * 2], four[block % 2 * 2 + 1]
-                    chosen = tl.where(column // 2 == block, 1.0, 0.0)
-                    for some in tl.static_range(SETS):
-                        low_sums, high_sums = signed_sums(lows, highs, line_planes[some], STEPS)
-                        factor = line_factors[some]  # type: ignore[var-annotated]
-                        low_score = estimate(low_sums, low_size, factor, middle[some])
-                        high_score = estimate(high_sums, high_size, factor, middle[some])
-                        if BIASED:
-                            slope = load_slopes(slopes, kv_head, some * 4 + member, GROUP)
-                            at = (block * (2 * STRIDE) + column).to(tl.float32)
-                            low_score += slope * at
-                            high_score += slope * (at + STRIDE)
-                        low_mass, high_mass = tl.exp2(low_score), tl.exp2(high_score)
-                        total = add_heads(low_mass, high_mass, chosen, total)
-                        if MASSES:
-                            taken = _taken(page, low, high, first, PAGE)
-                            at = block * (2 * STRIDE) + column
-                            mass = tl.where(at >= taken, low_mass, 0.0)
-                            mass += tl.where(at + STRIDE >= taken, high_mass, 0.0)
-                            by_head += tl.where(
-                                tl.arange(0, SETS)[:, None] == some, mass[None], 0.0
-                            )
+                taken = _taken(page, low, high, first, PAGE)
+                total, by_head, last_sums = _score_page(
+                    words, sizes, line_planes, line_factors, middle, slopes, kv_head, taken,
+                    column, member, by_head,
+                    GROUP, SETS, STEPS, STRIDE, PAGE, DIRECT, BIASED, MASSES, WARPS,
+                )  # fmt: skip
                 # Not loaded before the last product is done: what is loaded then takes the place of
                 # what was multiplied, and nothing has to be moved.
-                later = high_sums.to(tl.int32, bitcast=True) & nothing
+                later = last_sums.to(tl.int32, bitcast=True) & nothing
                 cached = of_lane(owned, following) + later
                 words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
                 pending += ((cached, words, sizes),)
@@ -261,11 +236,9 @@ def _scan(
                     tl.debug_barrier()
                 drawn, next_drawn = _drawn(total[0], stretch), _drawn(total[2], stretch)
                 if edge:
-                    taken = _taken(page, low, high, first, PAGE)
                     drawn = tl.where(key >= taken, drawn, 0)
                     next_drawn = tl.where(key + STRIDE >= taken, next_drawn, 0)
                 if SHARES:
-                    taken = _taken(page, low, high, first, PAGE)
                     share, inside = shares + page * PAGE + key, (page >= low) & (page < high)
                     tl.store(share, tl.where(key >= taken, total[0] / GROUP, 0.0), inside)
                     free = key + STRIDE >= taken
@@ -276,23 +249,10 @@ def _scan(
                 end_of_line += tl.sum(found[turn][2] + found[turn][3], 0)
             # All pages' marks at once: what one waits for another uses.
             if (end_of_line >> BITS) != (begin_of_pages >> BITS):
-                for turn in tl.static_range(DEPTH):
-                    own, page, drawn, next_drawn = found[turn]
-                    both = drawn + next_drawn  # type: ignore[var-annotated]
-                    end = begin_of_pages + running_sum(both, WARPS)
-                    begin_of_pages += tl.sum(both, 0)
-                    position, slot = page * PAGE + key, own * PAGE + key
-                    hit, mark = _marked(drawn, end - next_drawn)
-                    next_hit, next_mark = _marked(next_drawn, end)
-                    _note(met + noted + mark, slot, drawn, hit)
-                    _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
-                    if PLACED:
-                        tl.store(positions + noted + mark, position, hit)
-                        tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
-                    if LOOKS and OVERLAP:
-                        data = kv + slot.to(tl.int64) * (2 * wide)
-                        _fetch(data, hit, BYTES)
-                        _fetch(data + STRIDE * (2 * wide), next_hit, BYTES)
+                _note_pages(
+                    found, begin_of_pages, noted, met, positions, kv, key, BYTES, wide,
+                    STRIDE, PAGE, PLACED, LOOKS and OVERLAP, WARPS,
+                )  # fmt: skip
         noted += end_of_line >> BITS
         if together < SPAN * SEGMENT:
             owned, pending = _first_pages(
@@ -419,6 +379,93 @@ def _load_page(
         words += (load_words(codes, member, half * (WORDS * PAGE // 2), STEPS, WORDS),)  # type: ignore[assignment]
         sizes += (tl.load(scales + half * (PAGE // 8)),)  # type: ignore[assignment]
     return words, sizes
+
+
+@inlined
+def _score_page(
+    words, sizes, planes, factors, middle, slopes, kv_head, taken, column, member, by_head,
+    GROUP: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr, STRIDE: tl.constexpr,
+    PAGE: tl.constexpr, DIRECT: tl.constexpr, BIASED: tl.constexpr, MASSES: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """Masses over the norm of a page's keys.
+
+    Args:
+        words, sizes: `_load_page`.
+        planes, factors, middle: of each set of heads: the queries' bits, `load_factors`, and what
+            `_middle_of` says of the page.
+        slopes, kv_head: what distance costs, where scores depend on it.
+        taken: how many keys at the page's beginning are not free.
+        column, member: g and t.
+        by_head: float32 [SETS, lanes], masses by head so far, kept where `MASSES`.
+
+    Returns:
+        Two keys' masses, at 0 and 2 of four: float32 [lanes], summed over the heads; `by_head`; and
+        the last product.
+    """
+    zero = tl.zeros((32 * WARPS,), tl.float32)
+    total = (zero, zero, zero, zero)
+    for block in tl.static_range(PAGE // (2 * STRIDE)):
+        lows, highs = (), ()
+        for step in tl.static_range(STEPS):
+            # Of four rows of each half.
+            lows += (words[block // 2][step * 4 + block % 2 * 2],)  # type: ignore[assignment]
+            highs += (words[block // 2][step * 4 + block % 2 * 2 + 1],)  # type: ignore[assignment]
+        four = float8.of_word(sizes[block // 2], DIRECT)
+        low_size, high_size = four[block % 2 * 2], four[block % 2 * 2 + 1]
+        chosen = tl.where(column // 2 == block, 1.0, 0.0)
+        for some in tl.static_range(SETS):
+            low_sums, high_sums = signed_sums(lows, highs, planes[some], STEPS)
+            low_score = estimate(low_sums, low_size, factors[some], middle[some])
+            high_score = estimate(high_sums, high_size, factors[some], middle[some])
+            if BIASED:
+                slope = load_slopes(slopes, kv_head, some * 4 + member, GROUP)
+                at = (block * (2 * STRIDE) + column).to(tl.float32)
+                low_score += slope * at
+                high_score += slope * (at + STRIDE)
+            low_mass, high_mass = tl.exp2(low_score), tl.exp2(high_score)
+            total = add_heads(low_mass, high_mass, chosen, total)
+            if MASSES:
+                at = block * (2 * STRIDE) + column
+                mass = tl.where(at >= taken, low_mass, 0.0)
+                mass += tl.where(at + STRIDE >= taken, high_mass, 0.0)
+                by_head += tl.where(tl.arange(0, SETS)[:, None] == some, mass[None], 0.0)
+    return total, by_head, high_sums
+
+
+@inlined
+def _note_pages(
+    found, end, noted, met, positions, kv, key,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr,
+    PLACED: tl.constexpr, FETCHED: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Note the keys of some pages on which marks fall.
+
+    Args:
+        found: of each page where it lies, its number, and how long its two keys of a lane are.
+        end: of the line before these pages.
+        noted: keys before the line.
+        met, positions: what takes a key's slot and length, and its position where `PLACED`.
+        kv: from where keys met are fetched, where `FETCHED`.
+        key: the first of a lane's two in its page.
+    """
+    for turn in tl.static_range(len(found)):
+        own, page, drawn, next_drawn = found[turn]
+        both = drawn + next_drawn
+        stop = end + running_sum(both, WARPS)
+        end += tl.sum(both, 0)
+        position, slot = page * PAGE + key, own * PAGE + key
+        hit, mark = _marked(drawn, stop - next_drawn)
+        next_hit, next_mark = _marked(next_drawn, stop)
+        _note(met + noted + mark, slot, drawn, hit)
+        _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
+        if PLACED:
+            tl.store(positions + noted + mark, position, hit)
+            tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
+        if FETCHED:
+            data = kv + slot.to(tl.int64) * (2 * WIDE)
+            _fetch(data, hit, BYTES)
+            _fetch(data + STRIDE * (2 * WIDE), next_hit, BYTES)
 
 
 @inlined
