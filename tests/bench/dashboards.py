@@ -34,11 +34,11 @@ from tests.deploy.monitoring import (  # noqa: E402
     ask,
     expressions,
     filled_in,
-    free_port,
     program,
     rules_not_loaded,
     targets_down,
 )
+from tests.ports import free_port  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -38,11 +38,11 @@ sys.path.insert(0, str(ROOT))
 
 from tests.deploy.monitoring import (  # noqa: E402
     ask,
-    free_port,
     program,
     rules_not_loaded,
     targets_down,
 )
+from tests.ports import free_port  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from service.processes import descendants
-from tests.deploy.monitoring import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,7 +24,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import sys
 import tempfile
 import threading
@@ -52,6 +51,7 @@ from service.load.plan import Planned  # noqa: E402
 from service.load.prompts import TokenIds  # noqa: E402
 from service.load.target import Target  # noqa: E402
 from service.processes import descendants  # noqa: E402
+from tests.ports import free_port  # noqa: E402
 from tests.service.conftest import write_checkpoint  # noqa: E402
 
 if TYPE_CHECKING:
@@ -306,9 +306,7 @@ def checkpoint() -> Iterator[Path]:
 
 def main() -> None:
     """Run all parts; exit with 1 where one failed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     run = Run(f"http://127.0.0.1:{port}")
     with checkpoint() as model:
         fields = {

@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from service.processes import descendants, end  # noqa: E402
-from tests.bench.dashboards import free_port  # noqa: E402
 from tests.deploy.kubernetes import (  # noqa: E402
     KUBERAY,
     VARIANTS,
@@ -39,6 +38,7 @@ from tests.deploy.kubernetes import (  # noqa: E402
     ray_service,
     rendered,
 )
+from tests.ports import free_port  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import httpx
@@ -54,13 +53,6 @@ def expressions():
         for panel in panels(dashboard)
         for target in panel["targets"]
     ]
-
-
-def free_port():
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ask(prometheus, path, **parameters):

@@ -33,6 +33,7 @@ from service.engine.replay import Replays
 from service.engine.runner import Runner
 from service.engine.scheduler import Limits
 from service.metrics import Metrics
+from tests.ports import free_port
 from tests.service.engine.tiny import Harness, letters, make_decoder, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,10 +167,8 @@ def server(engine, service_config):
 
 @pytest.fixture
 def port():
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port for a service: `free_port`."""
+    return free_port()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import httpx
 
 from service.cluster import PROXY_MIDDLEWARES
 from service.processes import descendants, end
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120
@@ -40,13 +41,6 @@ serve.run_many(
      for one, (name, route) in zip(built, ROUTES.items(), strict=True)]
 )
 """
-
-
-def free_port():
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Nodes:

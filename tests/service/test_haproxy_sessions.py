@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 import subprocess
 import threading
 import time
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from service.haproxy_sessions import with_sessions
+from tests.ports import free_port
 
 LIMIT = 3
 CONFIGURATION = """global
@@ -46,12 +46,6 @@ backend http-saccade
 {servers}
     server SERVE_PROXY_ACTOR-f00 127.0.0.1:{spare} check backup
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Behind:
