@@ -1,6 +1,7 @@
 """The whole service over HTTP, dynamic against dense: time to the first token, and between tokens.
 
-python3 tests/bench/serve.py [--commit HASH] [--output FILE] [--tokens 131072] [SERVE OPTIONS ...]
+python3 tests/bench/serve.py [--commit HASH] [--output FILE] [--engine FILE] [--tokens 131072]
+    [SERVE OPTIONS ...]
 
 Makes a checkpoint of a named shape without weights, starts `saccade serve --standalone` on it with
 random ones, and sends streaming completions one after the other, the policies in turn, each with a
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from kernels.cache import LayerCache  # noqa: E402  (the script also runs uninstalled)
 from kernels.page import PAGE  # noqa: E402
+from service.bench.engine import Record as StepRecord  # noqa: E402
 from service.bench.shapes import shape_of  # noqa: E402
 from service.envelope import as_json, current_commit, envelope  # noqa: E402
 from tests.bench.running import running, standalone  # noqa: E402
@@ -200,11 +202,19 @@ def table(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def beside(engine: Path, served: str) -> str:
+    """A results file of `engine.py` with what its model does as a service, under `http`."""
+    whole = json.loads(engine.read_text(encoding="utf-8"))
+    records = [StepRecord(**record) for record in whole.pop("records")]
+    return as_json(whole | {"http": json.loads(served)}, records)
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commit")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--engine", type=Path, help="results of engine.py that these join")
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=131_072, help="of a prompt")
@@ -249,7 +259,8 @@ def main() -> None:
         machine,
         settings | options | {"more": more},
     )
-    given.output.write_text(as_json(head, records))
+    text = as_json(head, records)
+    given.output.write_text(text if given.engine is None else beside(given.engine, text))
 
 
 if __name__ == "__main__":
