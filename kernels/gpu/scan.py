@@ -9,26 +9,27 @@ import triton
 import triton.language as tl
 
 from kernels import sample
-from kernels.gpu import float8, overlap
-from kernels.gpu.centres import centres_of, score_centres
-from kernels.gpu.distance import load_slopes, slopes_of
-from kernels.gpu.lanes import (
-    add_heads,
-    estimate,
-    inlined,
-    load_factors,
-    load_planes,
-    load_words,
-    of_lane,
-    own_word,
-    running_sum,
-    signed_sums,
-)
+from kernels.gpu import overlap
+from kernels.gpu.centres import centres_of
+from kernels.gpu.distance import slopes_of
+from kernels.gpu.lanes import load_factors, load_planes, of_lane, own_word
 from kernels.gpu.launch import MULTIPROCESSORS, mostly_cache
-from kernels.gpu.layout import CERTAIN, HELD, SLOT_BITS
+from kernels.gpu.layout import CERTAIN, HELD
 from kernels.gpu.look import EACH, look_here
 from kernels.gpu.look_lanes import look_in_lanes
 from kernels.gpu.prepare import LOG2E
+from kernels.gpu.scan_pages import (
+    BITS,
+    drawn_of,
+    first_pages,
+    less_norms,
+    load_page,
+    middle_of,
+    note_pages,
+    score_page,
+    score_pages,
+    taken_keys,
+)
 from kernels.page import PAGE
 from kernels.sample import SEGMENT, STRIDE
 
@@ -39,12 +40,9 @@ if TYPE_CHECKING:
     from kernels.gpu.layout import Layout, Scratch
     from kernels.gpu.look import Look
 
-BITS = tl.constexpr(sample.BITS)
 STEP = tl.constexpr(sample.STEP - (1 << 32))  # as int32
 TURN = tl.constexpr(sample.TURN - (1 << 32))
 DROPPED = tl.constexpr(32 - sample.BITS)
-ROUND = tl.constexpr(1.0 * 2**23)
-"""Added to it, a number is rounded to a whole one, which its last bits then are."""
 REGISTERS = (128, 96, 80, 64)
 """Of a thread, at the most: the first that lets all programs begin at once. With fewer some
 multiprocessors would take more programs than others.
@@ -172,10 +170,10 @@ def _scan(
     together: tl.constexpr = min(SPAN * SEGMENT, 32)  # pages, of one segment or two
     # Pages that were full before this step need not be waited for, nor the query (`_probe`).
     begin = span * (SPAN * SEGMENT)
-    owned, pending = _first_pages(
+    owned, pending = first_pages(
         codes, scales, table, begin, low, last, lane, warp, member, STEPS, WORDS, PAGE, every, WARPS
     )
-    middles = _score_pages(
+    middles = score_pages(
         centres, asked, owned, begin, line * GROUP, lane, scale, slopes, kv_head, length - 1,
         together, GROUP, SETS, DIM, PAGE, DIRECT, BFLOAT, BIASED,
     )  # fmt: skip
@@ -193,7 +191,7 @@ def _scan(
         head = some * 4 + member
         whole = tl.load(norm + line * PADDED + head, head < PADDED, 0.0)
         wholes += (whole,)  # type: ignore[assignment]
-    middles = _less(middles, wholes, SETS)
+    middles = less_norms(middles, wholes, SETS)
     key = member * (2 * STRIDE) + column  # the first of a lane's two
     phase = kv_head.to(tl.int32) * TURN
     by_head = tl.zeros((SETS, 32 * WARPS), tl.float32)
@@ -219,9 +217,9 @@ def _scan(
                 page = begin + place + turn * WARPS + warp
                 following = next_place + turn * WARPS + warp
                 own, words, sizes = before[turn]
-                middle = _middle_of(middles, place, turn * WARPS + warp, member, SETS)
-                taken = _taken(page, low, high, first, PAGE)
-                total, by_head, last_sums = _score_page(
+                middle = middle_of(middles, place, turn * WARPS + warp, member, SETS)
+                taken = taken_keys(page, low, high, first, PAGE)
+                total, by_head, last_sums = score_page(
                     words, sizes, line_planes, line_factors, middle, slopes, kv_head, taken,
                     column, member, by_head,
                     GROUP, SETS, STEPS, STRIDE, PAGE, DIRECT, BIASED, MASSES, WARPS,
@@ -230,11 +228,11 @@ def _scan(
                 # what was multiplied, and nothing has to be moved.
                 later = last_sums.to(tl.int32, bitcast=True) & nothing
                 cached = of_lane(owned, following) + later
-                words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
+                words, sizes = load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
                 pending += ((cached, words, sizes),)
                 if turn + 1 < DEPTH:  # or a compiler puts all pages' loads behind all products
                     tl.debug_barrier()
-                drawn, next_drawn = _drawn(total[0], stretch), _drawn(total[2], stretch)
+                drawn, next_drawn = drawn_of(total[0], stretch), drawn_of(total[2], stretch)
                 if edge:
                     drawn = tl.where(key >= taken, drawn, 0)
                     next_drawn = tl.where(key + STRIDE >= taken, next_drawn, 0)
@@ -249,21 +247,21 @@ def _scan(
                 end_of_line += tl.sum(found[turn][2] + found[turn][3], 0)
             # All pages' marks at once: what one waits for another uses.
             if (end_of_line >> BITS) != (begin_of_pages >> BITS):
-                _note_pages(
+                note_pages(
                     found, begin_of_pages, noted, met, positions, kv, key, BYTES, wide,
                     STRIDE, PAGE, PLACED, LOOKS and OVERLAP, WARPS,
                 )  # fmt: skip
         noted += end_of_line >> BITS
         if together < SPAN * SEGMENT:
-            owned, pending = _first_pages(
+            owned, pending = first_pages(
                 codes, scales, table, begin + together, low, last, lane, warp, member,
                 STEPS, WORDS, PAGE, every, WARPS,
             )  # fmt: skip
-            middles = _score_pages(
+            middles = score_pages(
                 centres, asked, owned, begin + together, line * GROUP, lane, scale, slopes, kv_head,
                 length - 1, together, GROUP, SETS, DIM, PAGE, DIRECT, BFLOAT, BIASED,
             )  # fmt: skip
-            middles = _less(middles, wholes, SETS)
+            middles = less_norms(middles, wholes, SETS)
     if MASSES:
         head = tl.arange(0, SETS)[:, None] * 4 + tl.arange(0, 4)[None]
         mass = tl.sum(tl.reshape(by_head, (SETS, 8 * WARPS, 4)), 1)
@@ -288,216 +286,3 @@ def _scan(
                 line * GROUP, span, tl.num_programs(1), spans, 1, start, length, lost, noted,
                 GROUP, HEADS, DIM, WIDTH, EACH, BLOCK, PAGE, BIASED,
             )  # fmt: skip
-
-
-@inlined
-def _first_pages(
-    codes, scales, table, begin, low, last, lane, warp, member,
-    STEPS: tl.constexpr, WORDS: tl.constexpr, PAGE: tl.constexpr, EVERY: tl.constexpr,
-    WARPS: tl.constexpr,
-):  # fmt: skip
-    """Where 32 pages lie, one after the other in a warp's lanes: int32 [lanes]; and the first that
-    are scored, with what is read of them.
-
-    For a page that is not there another stands: that asks for no mask.
-    """
-    page = tl.maximum(begin + lane, tl.minimum(low, last))
-    owned = tl.load(table + tl.minimum(page, last)).to(tl.int32)
-    at, pages = tl.maximum(low - begin, 0) // EVERY * EVERY + warp, ()
-    for turn in tl.static_range(0, EVERY, WARPS):
-        cached = of_lane(owned, at + turn)
-        words, sizes = _load_page(codes, scales, cached, member, STEPS, WORDS, PAGE)
-        pages += ((cached, words, sizes),)  # type: ignore[assignment]
-    return owned, pages
-
-
-@inlined
-def _taken(page, low, high, first, PAGE: tl.constexpr):
-    """How many keys at the beginning of pages are not free."""
-    return tl.where((page < low) | (page >= high), PAGE, first - page * PAGE)
-
-
-@inlined
-def _score_pages(
-    centres, query, owned, begin, heads, lane, scale, slopes, kv_head, newest,
-    PAGES: tl.constexpr, GROUP: tl.constexpr, SETS: tl.constexpr, DIM: tl.constexpr,
-    PAGE: tl.constexpr, DIRECT: tl.constexpr, BFLOAT: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
-    """Scores of the centres of pages from `begin` on, of each four heads, eight by eight.
-
-    They are float32 [lanes]: lane (g, t) has page g with head t.
-    """
-    column, middles = lane // 4, ()
-    for some in tl.static_range(SETS):
-        own = ()
-        for first in tl.static_range(0, PAGES, 16):
-            low, high = of_lane(owned, first + column), of_lane(owned, first + 8 + column)
-            own += score_centres(
-                centres, query, low.to(tl.int64), high.to(tl.int64), begin + first + column, heads,
-                lane, scale, slopes, kv_head, newest,
-                some * 4, GROUP, DIM, PAGE, DIRECT, BFLOAT, BIASED,
-            )  # fmt: skip
-        middles += (own,)  # type: ignore[assignment]
-    return middles
-
-
-@inlined
-def _less(middles, wholes, SETS: tl.constexpr):
-    """`_score_pages`, less the norms of the heads."""
-    left = ()
-    for some in tl.static_range(SETS):
-        own = ()
-        for number in tl.static_range(len(middles[some])):
-            own += (middles[some][number] - wholes[some],)  # type: ignore[assignment]
-        left += (own,)  # type: ignore[assignment]
-    return left
-
-
-@inlined
-def _middle_of(middles, place, turn, member, SETS: tl.constexpr):
-    """Of `_score_pages`, what a page has in its four heads: float32 [lanes] of each set."""
-    found = ()
-    for some in tl.static_range(SETS):
-        eight = middles[some][0]
-        for number in tl.static_range(1, len(middles[some])):
-            eight = tl.where(place // 8 == number, middles[some][number], eight)
-        lane = (place % 8 + turn) * 4 + member
-        own = of_lane(eight.to(tl.int32, bitcast=True), lane)
-        found += (own.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
-    return found
-
-
-@inlined
-def _load_page(
-    codes, scales, cached, member, STEPS: tl.constexpr, WORDS: tl.constexpr, PAGE: tl.constexpr
-):  # fmt: skip
-    """Pages' codes, as `load_words` has them, of each half of the keys; scales of each two rows."""
-    words, sizes = (), ()
-    codes += cached.to(tl.int64) * (WORDS * PAGE)
-    scales += cached.to(tl.int64) * (PAGE // 4)
-    for half in tl.static_range(2):
-        words += (load_words(codes, member, half * (WORDS * PAGE // 2), STEPS, WORDS),)  # type: ignore[assignment]
-        sizes += (tl.load(scales + half * (PAGE // 8)),)  # type: ignore[assignment]
-    return words, sizes
-
-
-@inlined
-def _score_page(
-    words, sizes, planes, factors, middle, slopes, kv_head, taken, column, member, by_head,
-    GROUP: tl.constexpr, SETS: tl.constexpr, STEPS: tl.constexpr, STRIDE: tl.constexpr,
-    PAGE: tl.constexpr, DIRECT: tl.constexpr, BIASED: tl.constexpr, MASSES: tl.constexpr,
-    WARPS: tl.constexpr,
-):  # fmt: skip
-    """Masses over the norm of a page's keys.
-
-    Args:
-        words, sizes: `_load_page`.
-        planes, factors, middle: of each set of heads: the queries' bits, `load_factors`, and what
-            `_middle_of` says of the page.
-        slopes, kv_head: what distance costs, where scores depend on it.
-        taken: how many keys at the page's beginning are not free.
-        column, member: g and t.
-        by_head: float32 [SETS, lanes], masses by head so far, kept where `MASSES`.
-
-    Returns:
-        Two keys' masses, at 0 and 2 of four: float32 [lanes], summed over the heads; `by_head`; and
-        the last product.
-    """
-    zero = tl.zeros((32 * WARPS,), tl.float32)
-    total = (zero, zero, zero, zero)
-    for block in tl.static_range(PAGE // (2 * STRIDE)):
-        lows, highs = (), ()
-        for step in tl.static_range(STEPS):
-            # Of four rows of each half.
-            lows += (words[block // 2][step * 4 + block % 2 * 2],)  # type: ignore[assignment]
-            highs += (words[block // 2][step * 4 + block % 2 * 2 + 1],)  # type: ignore[assignment]
-        four = float8.of_word(sizes[block // 2], DIRECT)
-        low_size, high_size = four[block % 2 * 2], four[block % 2 * 2 + 1]
-        chosen = tl.where(column // 2 == block, 1.0, 0.0)
-        for some in tl.static_range(SETS):
-            low_sums, high_sums = signed_sums(lows, highs, planes[some], STEPS)
-            low_score = estimate(low_sums, low_size, factors[some], middle[some])
-            high_score = estimate(high_sums, high_size, factors[some], middle[some])
-            if BIASED:
-                slope = load_slopes(slopes, kv_head, some * 4 + member, GROUP)
-                at = (block * (2 * STRIDE) + column).to(tl.float32)
-                low_score += slope * at
-                high_score += slope * (at + STRIDE)
-            low_mass, high_mass = tl.exp2(low_score), tl.exp2(high_score)
-            total = add_heads(low_mass, high_mass, chosen, total)
-            if MASSES:
-                at = block * (2 * STRIDE) + column
-                mass = tl.where(at >= taken, low_mass, 0.0)
-                mass += tl.where(at + STRIDE >= taken, high_mass, 0.0)
-                by_head += tl.where(tl.arange(0, SETS)[:, None] == some, mass[None], 0.0)
-    return total, by_head, high_sums
-
-
-@inlined
-def _note_pages(
-    found, end, noted, met, positions, kv, key,
-    BYTES: tl.constexpr, WIDE: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr,
-    PLACED: tl.constexpr, FETCHED: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """Note the keys of some pages on which marks fall.
-
-    Args:
-        found: of each page where it lies, its number, and how long its two keys of a lane are.
-        end: of the line before these pages.
-        noted: keys before the line.
-        met, positions: what takes a key's slot and length, and its position where `PLACED`.
-        kv: from where keys met are fetched, where `FETCHED`.
-        key: the first of a lane's two in its page.
-    """
-    for turn in tl.static_range(len(found)):
-        own, page, drawn, next_drawn = found[turn]
-        both = drawn + next_drawn
-        stop = end + running_sum(both, WARPS)
-        end += tl.sum(both, 0)
-        position, slot = page * PAGE + key, own * PAGE + key
-        hit, mark = _marked(drawn, stop - next_drawn)
-        next_hit, next_mark = _marked(next_drawn, stop)
-        _note(met + noted + mark, slot, drawn, hit)
-        _note(met + noted + next_mark, slot + STRIDE, next_drawn, next_hit)
-        if PLACED:
-            tl.store(positions + noted + mark, position, hit)
-            tl.store(positions + noted + next_mark, position + STRIDE, next_hit)
-        if FETCHED:
-            data = kv + slot.to(tl.int64) * (2 * WIDE)
-            _fetch(data, hit, BYTES)
-            _fetch(data + STRIDE * (2 * WIDE), next_hit, BYTES)
-
-
-@inlined
-def _drawn(share, stretch):
-    """A key's length on the line. What is no number is the greatest."""
-    drawn = tl.minimum(share * stretch + ROUND, ROUND + CERTAIN)
-    # The last bits are now a whole number.
-    return drawn.to(tl.int32, bitcast=True) & (2 * CERTAIN - 1)
-
-
-@inlined
-def _marked(drawn, end):
-    """Whether a mark falls on a key that lies up to `end`, as long as is drawn; and its number."""
-    mark = (end - drawn) >> BITS
-    return (end >> BITS) > mark, mark
-
-
-@inlined
-def _note(place, slot, drawn, hit):
-    low = slot.to(tl.uint32, bitcast=True).to(tl.int64)
-    tl.store(place, low | (drawn.to(tl.int64) << SLOT_BITS), hit)
-
-
-@inlined
-def _fetch(pointers, wanted, BYTES: tl.constexpr):
-    """Bring keys that will be read soon into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
-        " @p cp.async.bulk.prefetch.L2.global [$1], $3; } // $0",
-        "=r,l,r,n",
-        [pointers.to(tl.int64), wanted.to(tl.int32), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
