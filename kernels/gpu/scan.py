@@ -47,6 +47,8 @@ REGISTERS = (128, 96, 80, 64)
 """Of a thread, at the most: the first that lets all programs begin at once. With fewer some
 multiprocessors would take more programs than others.
 """
+FILE = 65_536 // 32
+"""Registers of a multiprocessor for each thread of a warp."""
 DEPTH = tl.constexpr(2)
 """Pages of a warp that are on their way at once, each in registers of its own."""
 WARPS = 2
@@ -117,7 +119,7 @@ def scan(
 def registers_for(programs: int) -> int:
     """Of a thread, where so many programs of one warp are to begin at once."""
     each = -(-programs // MULTIPROCESSORS)
-    return next((few for few in REGISTERS if 2048 // few >= each), REGISTERS[-1])
+    return next((few for few in REGISTERS if FILE // few >= each), REGISTERS[-1])
 
 
 @triton.jit(

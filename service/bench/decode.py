@@ -242,7 +242,7 @@ class _Bench:
                 way(number)
 
         def replayed() -> float:
-            # A GPU that has nothing to do waits some 10 us for a graph: it is given one before.
+            # Not from idle: a GPU that has nothing to do waits for the host to send the graph.
             graph.replay()
             return seconds_of(graph.replay, self.device) * 1e6 / sets
 
