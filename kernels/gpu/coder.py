@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from kernels.cache import LayerCache
 
-CODED = 16
-"""Keys that are coded at once: a quarter of a page."""
 CHUNK = 32
 """Channels that are rotated at once."""
 FARTHEST, MOST = tl.constexpr(codes.FARTHEST), tl.constexpr(codes.MOST)
@@ -54,8 +52,8 @@ class Coder:
             slots, self._apart, rotation(head_dim, torch.float32, kv.device), *self._first,
             len(slots), pages,
             ROWS=triton.next_power_of_2(len(slots)), PARTS=len(self._first), DIM=head_dim,
-            CODED=CODED, CHUNK=CHUNK, WORDS=words(head_dim), WORD=WORD, PAGE=PAGE,
-            num_warps=4, enable_fp_fusion=False,
+            CHUNK=CHUNK, WORDS=words(head_dim), WORD=WORD, PAGE=PAGE, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -74,8 +72,8 @@ def _apart(ones: Sequence[Tensor], others: Sequence[Tensor]) -> list[int]:
 def _code_pages(
     slots, apart, rotated, kv, means, centres, codes, scales, value_means, spreads,
     rows, cache_pages,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, CODED: tl.constexpr,
-    CHUNK: tl.constexpr, WORDS: tl.constexpr, WORD: tl.constexpr, PAGE: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    WORDS: tl.constexpr, WORD: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One head of one layer. Most steps complete no page."""
     layer, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -94,33 +92,31 @@ def _code_pages(
             slot = tl.load(slots + number)
             if (slot >= 0) & (slot % PAGE == PAGE - 1):
                 page = kv_head * cache_pages + slot // PAGE
-                for low in range(0, PAGE, CODED):
-                    _code(
-                        rotated, kv + page * (PAGE * 2 * DIM), means + page * DIM,
-                        centres + page * DIM, codes + page * (WORDS * PAGE), scales + page * PAGE,
-                        value_means + page * DIM, spreads + page, low,
-                        DIM, CODED, CHUNK, WORDS, WORD, PAGE,
-                    )  # fmt: skip
+                _code(
+                    rotated, kv + page * (PAGE * 2 * DIM), means + page * DIM,
+                    centres + page * DIM, codes + page * (WORDS * PAGE), scales + page * PAGE,
+                    value_means + page * DIM, spreads + page, DIM, CHUNK, WORDS, WORD, PAGE,
+                )  # fmt: skip
 
 
 @triton.jit
 def _code(
-    rotated, kv, means, centres, codes, scales, value_means, spread, low,
-    DIM: tl.constexpr, CODED: tl.constexpr, CHUNK: tl.constexpr, WORDS: tl.constexpr,
-    WORD: tl.constexpr, PAGE: tl.constexpr,
+    rotated, kv, means, centres, codes, scales, value_means, spread,
+    DIM: tl.constexpr, CHUNK: tl.constexpr, WORDS: tl.constexpr, WORD: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a page's keys `low` to `low + CODED`, and its means: see `kernels.codes.encode`."""
-    every, mine, bit = tl.arange(0, PAGE), low + tl.arange(0, CODED), tl.arange(0, 2 * WORD)
-    place = mine // 32 * 32 + mine % 8 * 4 + mine % 32 // 8  # in the order of the codes
-    squares = tl.zeros((CODED,), tl.float32)
-    lengths = tl.zeros((CODED,), tl.float32)
+    """Means, codes and scales of a page's keys: see `kernels.codes.encode`."""
+    key, bit = tl.arange(0, PAGE), tl.arange(0, 2 * WORD)
+    place = key // 32 * 32 + key % 8 * 4 + key % 32 // 8  # in the order of the codes
+    squares = tl.zeros((PAGE,), tl.float32)
+    lengths = tl.zeros((PAGE,), tl.float32)
     variance = 0.0
     for word in tl.static_range(WORDS // 2):  # two at once
         across = word * (2 * WORD) + bit
-        turned = tl.zeros((CODED, 2 * WORD), tl.float32)
+        turned = tl.zeros((PAGE, 2 * WORD), tl.float32)
         for start in range(0, DIM, CHUNK):
             channel = start + tl.arange(0, CHUNK)
-            keys = _numbers(kv, every, channel, DIM)
+            keys = _numbers(kv, key, channel, DIM)
             mean = (tl.sum(keys, 0) / PAGE).to(means.dtype.element_ty)
             byte = float8.to_byte(mean.to(tl.float32), FARTHEST)
             centre = float8.of_byte(byte)
@@ -129,16 +125,15 @@ def _code(
                 away = keys - mean.to(tl.float32)[None]
                 variance += tl.sum(tl.sum(away * away, 0), 0)
                 tl.store(centres + channel, byte, channel < DIM)
-                values = _numbers(kv + DIM, every, channel, DIM)
+                values = _numbers(kv + DIM, key, channel, DIM)
                 mean_value = (tl.sum(values, 0) / PAGE).to(means.dtype.element_ty)
                 tl.store(value_means + channel, mean_value, channel < DIM)
-            rest = _numbers(kv, mine, channel, DIM) - centre[None]
             matrix = tl.load(
                 rotated + channel[:, None] * DIM + across[None],
                 (channel < DIM)[:, None] & (across < DIM)[None],
                 0.0,
             )  # [CHUNK, 2 * WORD]
-            turned = tl.dot(rest, matrix, turned, input_precision="ieee")
+            turned = tl.dot(keys - centre[None], matrix, turned, input_precision="ieee")
         signs = ((turned >= 0) & (across < DIM)[None]).to(tl.int64)
         signs = tl.sum(signs << bit[None].to(tl.int64), 1)
         target = codes + (place // 4 * WORDS + 2 * word) * 4 + place % 4
