@@ -28,6 +28,8 @@ TOOLS = {
     "racecheck": "shared memory that is written while others read it",
     "synccheck": "barriers that not all reach",
 }
+LIMIT = 120
+"""Seconds after which a job is ended; all take 15 to 30."""
 JOB = "from tests.kernels.compile_for_gpu import JOBS; JOBS[{}](device='cuda')"
 
 
@@ -87,18 +89,24 @@ def _outputs(commands: list[list[str]]) -> list[str]:
     """What commands print that run at once.
 
     Raises:
-        RuntimeError: if one fails.
+        RuntimeError: if one fails, or comes to no end (timeout's status 124).
     """
     running = [
         subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ["timeout", str(LIMIT), *command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for command in commands
     ]
     outputs = [each.communicate()[0] for each in running]
     for each, output in zip(running, outputs, strict=True):
         if each.returncode:
-            raise RuntimeError(f"{shlex.join(each.args)} failed:\n{output[-2000:]}")
+            raise RuntimeError(
+                f"{shlex.join(each.args)} ended with {each.returncode}:\n{output[-2000:]}"
+            )
     return outputs
 
 
