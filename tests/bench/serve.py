@@ -214,7 +214,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commit")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--engine", type=Path, help="results of engine.py that these join")
+    parser.add_argument(
+        "--engine",
+        type=Path,
+        help="results of engine.py that these join: there, where there is no --output",
+    )
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=131_072, help="of a prompt")
@@ -247,7 +251,8 @@ def main() -> None:
             )
     records = [record(given.tokens, policy, answers[policy]) for policy in POLICIES]
     print(table(records))
-    if given.output is None:
+    target = given.output or given.engine
+    if target is None:
         return
     on_gpu = given.device.startswith("cuda")
     machine = torch.cuda.get_device_name(given.device) if on_gpu else "CPU"
@@ -260,7 +265,7 @@ def main() -> None:
         settings | options | {"more": more},
     )
     text = as_json(head, records)
-    given.output.write_text(text if given.engine is None else beside(given.engine, text))
+    target.write_text(text if given.engine is None else beside(given.engine, text))
 
 
 if __name__ == "__main__":
