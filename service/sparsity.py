@@ -14,8 +14,8 @@ from service.engine.types import PolicyName, SparsityParams
 
 CPU_DENSE_BELOW = 2048
 """Tokens from which on dynamic attention is the faster, about: `saccade bench decode` tells."""
-GPU_DENSE_BELOW = 32_768
-"""The same on a GPU, by `tests/bench/decode.py`: for one sequence; fewer where several run
+GPU_DENSE_BELOW = 16_384
+"""The same on a GPU, by `tests/bench/engine.py`: for one sequence; fewer where several run
 together."""
 CPU_PREFILL_DENSE_BELOW = 16_384
 TILES_PREFILL_DENSE_BELOW = 2048

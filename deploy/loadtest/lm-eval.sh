@@ -4,7 +4,7 @@
 #   deploy/loadtest/lm-eval.sh [URL] [TOKENIZER_FOLDER] [MODEL] [MORE OPTIONS ...]
 #
 # Log-likelihoods come from batches of token-id prompts with echo. They are those of a dense forward
-# pass up to 2,048 tokens (32,768 on a GPU); for longer prompts the service's policy decides, so start
+# pass up to 2,048 tokens (16,384 on a GPU); for longer prompts the service's policy decides, so start
 # it with --sparsity-policy dense to compare with other engines. Tasks of the hub need --tasks and a
 # filled cache of data sets.
 set -euo pipefail

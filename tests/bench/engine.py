@@ -22,13 +22,15 @@ from service.bench.cell import Cell, bandwidth_of  # noqa: E402
 from service.bench.shapes import shape_of  # noqa: E402
 from service.envelope import as_json, current_commit, envelope  # noqa: E402
 
+CELLS = "1x1024,1x8192,1x16384,16x8192,16x16384,1x32768,1x131072,4x131072,6x131072"
+
 
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commit")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--cells", default="1x1024,1x32768,1x131072,4x131072,6x131072")
+    parser.add_argument("--cells", default=CELLS)
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--keys", type=int, default=2048)
