@@ -138,7 +138,7 @@ def test_what_this_machine_lacks_is_one_sentence(monkeypatch, checkpoint, port, 
     assert "\n" not in said
 
 
-@pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda:1", 32_768)])
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda:1", 16_384)])
 def test_the_greeting_says_what_a_short_context_is_on_the_device(device, tokens):
     assert f"fewer than\n                 {tokens} tokens" in serve._greeting(
         ServiceConfig(device=device)
