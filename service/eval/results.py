@@ -29,8 +29,7 @@ class Results:
     Attributes:
         command: as it was typed, the last time.
         settings: what the records depend on besides their cell, the commit and the machine.
-        selections: what decides which keys are read, by policy (`kernels.fingerprint`); None where
-            the file is older and does not say it.
+        selections: what decides which keys are read, by policy (`kernels.fingerprint`).
         commit, machine: of this run; every record keeps its own.
     """
 
@@ -39,7 +38,7 @@ class Results:
     commit: str
     machine: str
     records: list[Record] = field(default_factory=list)
-    selections: dict[str, Any] | None = field(default_factory=dict)
+    selections: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def start(
@@ -64,9 +63,9 @@ class Results:
             saved = json.loads(file.read_text(encoding="utf-8"))
             records = [Record(**record) for record in saved["records"]]
             given = dict(saved["settings"])
-            selected = given.pop(SELECTIONS, None)
+            selected = given.pop(SELECTIONS)
             same = given == settings and all(
-                results.selections.get(name, one) == one for name, one in (selected or {}).items()
+                results.selections.get(name, one) == one for name, one in selected.items()
             )
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{file} holds no evaluation: name another --output") from None
@@ -76,8 +75,7 @@ class Results:
                 "or use the same"
             )
         results.records = records
-        # What older records were made with is not known, and not to be made up.
-        results.selections = None if selected is None else selected | results.selections
+        results.selections = selected | results.selections
         return results
 
     def has(self, cell: Cell) -> bool:
@@ -115,8 +113,8 @@ class Results:
 
     def save(self, file: Path) -> None:
         """Write the file, whole or not at all."""
-        selected = {} if self.selections is None else {SELECTIONS: self.selections}
-        head = envelope(self.command, self.commit, self.machine, self.settings | selected)
+        settings = self.settings | {SELECTIONS: self.selections}
+        head = envelope(self.command, self.commit, self.machine, settings)
         # A row a line, so that scores do not take thousands of them.
         text = json.dumps(head, indent=1).removesuffix("\n}")
         for name, rows in (("pooled", pooled(self.records)), ("records", self.records)):
